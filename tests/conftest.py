@@ -1,0 +1,84 @@
+"""Small real parts that tests share: random two-layer models with character tokenizers, a task, and a kit prepared on it."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import yaml
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads of one process must not starve another's on two cores
+CHARACTERS = "\n abcdefghijklmnopqrstuvwxyzHISTYNEABCQ0123456789:.,?!"
+
+
+def save_tokenizer(folder: Path, characters: str) -> int:
+    """A tokenizer with a token for each character; returns its size."""
+    from tokenizers import Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<pad>", "<bos>", "<eos>", "<unk>"]
+    vocabulary = {token: i for i, token in enumerate([*special, *dict.fromkeys(characters)])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
+    tokenizer.decoder = decoders.Fuse()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>")
+    fast.save_pretrained(folder)
+    return len(vocabulary)
+
+
+def save_model(folder: Path, family: str, seed: int = 0) -> str:
+    """A random causal LM of two layers with hidden size 32 (Gemma: 48), float32."""
+    import torch
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+    folder.mkdir(parents=True)
+    size = save_tokenizer(folder, CHARACTERS if family != "gemma" else "".join(reversed(CHARACTERS)))
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "vocab_size": size, "max_position_embeddings": 2048}
+    layers = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    torch.manual_seed(seed)
+    if family == "llama":
+        model = LlamaForCausalLM(LlamaConfig(hidden_size=32, intermediate_size=64, **layers, **tokens))
+    elif family == "qwen":
+        model = Qwen2ForCausalLM(Qwen2Config(hidden_size=32, intermediate_size=64, **layers, **tokens))
+    elif family == "gemma":
+        config = Gemma3TextConfig(hidden_size=48, intermediate_size=64, head_dim=16, sliding_window=64, final_logit_softcapping=30.0, **layers, **tokens)
+        model = Gemma3ForCausalLM(config)
+    else:
+        model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=2048, **tokens))
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_model(tmp_path_factory.mktemp("models") / "llama", "llama")
+
+
+@pytest.fixture(scope="session")
+def tiny_gemma(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_model(tmp_path_factory.mktemp("models") / "gemma", "gemma")
+
+
+def task_rows(count: int) -> list[dict[str, str]]:
+    words = ["red", "blue", "green", "black", "white", "pink", "brown", "grey"]
+    return [{"input": f"{words[i % 8]} {i} {words[(i // 8 + i) % 8]}", "target": "abc"[i % 3]} for i in range(count)]
+
+
+def write_task(folder: Path, count: int = 60, **keys: object) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in task_rows(count)))
+    task = {"name": "colours", "prompt": "Q: {input}\nA:", "train": "train.jsonl", "max_new_tokens": 4, "seeds": 5}
+    task |= {"source_training": {"epochs": 12, "learning_rate": 0.01}, "discriminator_training": {"epochs": 1}}
+    (folder / "task.yaml").write_text(yaml.safe_dump(task | keys))
+    return folder / "task.yaml"
+
+
+@pytest.fixture(scope="session")
+def tiny_kit(tmp_path_factory: pytest.TempPathFactory, tiny_llama: str) -> Path:
+    """A kit with everything in it, prepared by the command itself."""
+    from translora_ray.cli import main
+
+    folder = tmp_path_factory.mktemp("kit")
+    assert main(["prepare", str(write_task(folder)), "--base", tiny_llama, "--out", str(folder / "kit")]) == 0
+    return folder / "kit"

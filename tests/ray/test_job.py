@@ -1,0 +1,83 @@
+"""`ray job submit` against a real local cluster with token authentication."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.ray.test_transfer import arguments
+
+pytestmark = pytest.mark.ray
+ROOT = Path(__file__).parents[2]
+RAY = str(Path(sys.executable).parent / "ray")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture
+def cluster(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, dict[str, str]]]:
+    """(dashboard address, environment with the token) of a head node that ends with the test."""
+    token = tmp_path / "token"
+    token.write_text(secrets.token_hex(32))
+    token.chmod(0o600)
+    environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+    temp = tmp_path_factory.mktemp("r", numbered=True)
+    dashboard = free_port()
+    command = [RAY, "start", "--head", "--num-cpus=4", f"--port={free_port()}", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
+    head = subprocess.Popen([*command, f"--temp-dir={short(temp)}", "--block"], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        wait_for(dashboard, head)
+        yield f"http://127.0.0.1:{dashboard}", environment
+    finally:
+        head.terminate()
+        head.wait(60)
+
+
+def short(folder: Path) -> str:
+    """A short name for a folder: Ray's socket paths must stay below 108 characters."""
+    link = Path(f"/tmp/translora-{os.getpid()}")
+    link.unlink(missing_ok=True)
+    link.symlink_to(folder)
+    return str(link)
+
+
+def wait_for(port: int, head: subprocess.Popen[bytes]) -> None:
+    import time
+
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline:
+        assert head.poll() is None, "ray start ended"
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.5)
+    pytest.fail("the dashboard did not come up")
+
+
+def test_a_submitted_transfer_ends_succeeded_with_the_same_layout(cluster: tuple[str, dict[str, str]], tiny_kit: Path, tiny_gemma: str, tmp_path: Path) -> None:
+    address, environment = cluster
+    run = tmp_path / "run"
+    command = arguments(tiny_kit, tiny_gemma, run, "selection.quota=16", "training.epochs=1")[1:]
+    entry = [sys.executable, "jobs/transfer.py", *command]
+    submit = [RAY, "job", "submit", "--address", address, "--submission-id", "transfer-test", "--working-dir", str(ROOT)]
+    done = subprocess.run([*submit, "--", *entry], env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    status = subprocess.run([RAY, "job", "status", "--address", address, "transfer-test"], env=environment, capture_output=True, text=True, check=True)
+    assert "SUCCEEDED" in (status.stdout + status.stderr).upper()
+    assert sorted(path.name for path in run.iterdir()) == ["adapter", "manifest.json", "run.json", "shards", "train.json"]
+    assert sorted(path.name for path in (run / "adapter").iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    refused = subprocess.run(
+        [RAY, "job", "list", "--address", address], env={**environment, "RAY_AUTH_TOKEN_PATH": str(tmp_path / "none")}, capture_output=True, check=False
+    )
+    assert refused.returncode != 0

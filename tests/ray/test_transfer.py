@@ -1,0 +1,154 @@
+"""Whole transfers on a real local Ray with tiny models: undisturbed, killed, resumed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from translora_ray.cli import main
+from translora_ray.records import Candidate
+from translora_ray.storage import RunStore
+
+pytestmark = pytest.mark.ray
+
+SETTINGS = [
+    "selection.quota=40", "selection.threshold=-100", "selection.near_duplicate=1.0", "selection.max_candidates=200",
+    "synthesis.pack_size=16", "synthesis.temperature=1.0", "synthesis.min_p=0.0", "synthesis.max_tokens=60",
+    "training.epochs=3", "lora.rank=4", "cluster.commit_seconds=0",
+]  # fmt: skip
+
+
+def arguments(kit: Path, target: str, run: Path, *more: str) -> list[str]:
+    settings = [part for setting in [*SETTINGS, *more] for part in ("--set", setting)]
+    return ["transfer", str(kit), "--target", target, "--out", str(run), *settings]
+
+
+def rows(run: Path) -> list[Candidate]:
+    return [candidate for _, candidates, _ in RunStore(str(run)).shards() for candidate in candidates]
+
+
+def kill_when(command: list[str], ready: Callable[[], bool], log: Path) -> None:
+    """Start the command in a process group of its own and SIGKILL its driver once `ready`."""
+    with log.open("w") as output:
+        process = subprocess.Popen([sys.executable, "-m", "translora_ray.cli", *command], stdout=output, stderr=output, start_new_session=True)
+        deadline = time.monotonic() + 180
+        while not ready():
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.05)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+@pytest.fixture(scope="module")
+def calm(tmp_path_factory: pytest.TempPathFactory, tiny_kit: Path, tiny_gemma: str) -> Path:
+    run = tmp_path_factory.mktemp("calm") / "run"
+    assert main(arguments(tiny_kit, tiny_gemma, run)) == 0
+    return run
+
+
+def test_the_adapter_is_an_ordinary_peft_directory(calm: Path, tiny_gemma: str) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    assert sorted(path.name for path in (calm / "adapter").iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    config = json.loads((calm / "adapter" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["base_model_name_or_path"]) == (4, 32.0, tiny_gemma)
+    base = AutoModelForCausalLM.from_pretrained(tiny_gemma)
+    ids = torch.tensor([[5, 6, 7]])
+    bare = base(ids).logits
+    assert not torch.equal(bare, PeftModel.from_pretrained(base, calm / "adapter")(ids).logits)
+
+
+def test_the_manifest_accounts_for_every_candidate(calm: Path) -> None:
+    manifest = json.loads((calm / "manifest.json").read_text())
+    counts = manifest["counts"]
+    assert counts["accepted"] == counts["quota"] == 40
+    assert counts["candidates"] == counts["accepted"] + sum(counts["rejects"].values()) == len(rows(calm))
+    assert [len(loads) for loads in counts["engine_loads"].values()] == [1]
+    assert manifest["training"]["rows"] == 40
+    assert len(manifest["training"]["epoch_losses"]) == 3
+    assert set(manifest["seconds"]) == {"generator", "discriminator", "teacher", "training"}
+    assert not (calm / "train").exists()
+
+
+def test_accepted_rows_are_new_and_answered(calm: Path, tiny_kit: Path) -> None:
+    seeds = {json.loads(line)["input"] for line in (tiny_kit / "seeds.jsonl").read_text().splitlines()}
+    accepted = [row for row in rows(calm) if row.accepted]
+    assert len({row.input for row in accepted}) == 40
+    assert not seeds & {row.input for row in accepted}
+    assert all(row.target and row.verdict is not None for row in accepted)
+    assert all(row.target is None for row in rows(calm) if row.reason == "off task")
+
+
+def test_a_finished_run_is_left_alone(calm: Path, tiny_kit: Path, tiny_gemma: str) -> None:
+    before = {path: path.stat().st_mtime_ns for path in calm.rglob("*")}
+    assert main(arguments(tiny_kit, tiny_gemma, calm)) == 0
+    assert {path: path.stat().st_mtime_ns for path in calm.rglob("*")} == before
+
+
+def test_killed_in_the_stream_and_in_training_the_rows_and_the_adapter_are_the_same(calm: Path, tiny_kit: Path, tiny_gemma: str, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    run = tmp_path / "run"
+    command = arguments(tiny_kit, tiny_gemma, run)
+    kill_when(command, lambda: len(list(run.glob("shards/*.parquet"))) >= 2, tmp_path / "stream.log")
+    committed = rows(run)
+    assert 0 < sum(row.accepted for row in committed) < 40
+    kill_when(command, lambda: any(run.glob("train/target/checkpoint_*/adapter_model.safetensors")), tmp_path / "training.log")
+    assert not (run / "adapter").exists()
+    assert main(command) == 0
+    assert rows(run)[: len(committed)] == committed
+    assert rows(run) == rows(calm)
+    manifests = [json.loads((place / "manifest.json").read_text()) for place in (run, calm)]
+    assert len(manifests[0]["counts"]["engine_loads"]) == 2
+    assert manifests[0]["training"]["epoch_losses"] == pytest.approx(manifests[1]["training"]["epoch_losses"], rel=1e-3)
+    weights = [load_file(place / "adapter" / "adapter_model.safetensors") for place in (run, calm)]
+    for name, ours in weights[0].items():
+        torch.testing.assert_close(ours, weights[1][name], rtol=1e-2, atol=1e-3, msg=name)
+
+
+def test_two_pools_two_workers_and_the_target_as_generator(tiny_kit: Path, tiny_gemma: str, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    more = ("synthesis.generator=target", "selection.quota=21", "cluster.workers=2", "cluster.engine_cpus=0.5", "training.epochs=1")
+    assert main(arguments(tiny_kit, tiny_gemma, run, *more)) == 0
+    manifest = json.loads((run / "manifest.json").read_text())
+    (loads,) = manifest["counts"]["engine_loads"].values()
+    assert sorted(loads) == sorted([manifest["source_base"], manifest["target_base"]])
+    assert manifest["training"]["rows"] == 21
+
+
+def test_evaluate_measures_every_arm(calm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from tests.conftest import task_rows
+
+    for name, part in (("test", task_rows(90)[60:]), ("train", task_rows(60))):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    command = ["evaluate", str(calm), "--data", str(tmp_path / "test.jsonl"), "--oracle", str(tmp_path / "train.jsonl"), "--json", str(tmp_path / "out.json")]
+    assert main(command) == 0
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert (result["n"], result["metric"]) == (30, "exact_match")
+    assert list(result["arms"]) == ["source_base", "source_adapter", "target_base", "target_few_shot", "transferred", "oracle"]
+    assert all(arm["low"] <= arm["accuracy"] <= arm["high"] for arm in result["arms"].values())
+    assert "recovery" in result
+    assert "target + transferred adapter" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [("cluster.worker_gpus=1", "The training workers ask for 1 GPU, the cluster has 0"), ("cluster.engine_cpus=999", "The engines ask for 999 CPU")],
+)
+def test_more_than_the_cluster_has_is_said_before_anything_is_made(
+    tiny_kit: Path, tiny_gemma: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], setting: str, message: str
+) -> None:
+    assert main(arguments(tiny_kit, tiny_gemma, tmp_path / "run", setting)) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,202 @@
+"""The command line as people meet it: quick help, one clear line for what is wrong, exit 2, nothing written."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.conftest import task_rows, write_task
+from translora_ray import models
+from translora_ray.cli import main
+from translora_ray.config import Recipe, load_config
+
+ROOT = Path(__file__).parents[2]
+
+
+def fails(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """Run a command that must fail with exit code 2 and one line; returns the line."""
+    assert main([str(argument) for argument in arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("translora: ")
+    assert error.count("\n") == 1
+    return error
+
+
+@pytest.mark.parametrize("command", [[], ["prepare"], ["transfer"], ["evaluate"], ["inspect"]])
+def test_help_is_quick_and_imports_nothing_heavy(command: list[str]) -> None:
+    code = "import sys; from translora_ray.cli import main\ntry: main(sys.argv[1:])\nfinally: assert not {'torch', 'ray', 'transformers'} & set(sys.modules)"
+    began = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code, *command, "--help"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "usage: translora" in done.stdout
+    assert time.monotonic() - began < 1
+
+
+def test_usage_errors(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "required: COMMAND" in fails(capsys)
+    assert "invalid choice: 'tpu'" in fails(capsys, "prepare", "t.yaml", "--base", "b", "--out", "o", "--engine", "tpu")
+    assert "unrecognized arguments: --fast" in fails(capsys, "inspect", "x", "--fast")
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"promt": "x"}, "unknown key promt"),
+        ({"seeds": "five"}, "seeds: Input should be a valid integer, not 'five'"),
+        ({"source_training": {"epoch": 3}}, "unknown key source_training.epoch"),
+        ({"metric": "bleu"}, "metric: Input should be 'exact_match'"),
+        ({"prompt": "no place for the row"}, "prompt has no {input}"),
+        ({"seeds": 99}, "60 rows, fewer than the 99 seeds"),
+        ({"train": "absent.jsonl"}, "absent.jsonl can not be read: No such file"),
+    ],
+)
+def test_bad_tasks_name_the_key(tmp_path: Path, tiny_llama: str, capsys: pytest.CaptureFixture[str], keys: dict[str, object], message: str) -> None:
+    task = write_task(tmp_path / "task", **keys)
+    assert message in fails(capsys, "prepare", task, "--base", tiny_llama, "--out", tmp_path / "kit")
+    assert not (tmp_path / "kit").exists()
+
+
+def test_bad_files(tmp_path: Path, tiny_llama: str, capsys: pytest.CaptureFixture[str]) -> None:
+    task = write_task(tmp_path / "task")
+    (tmp_path / "task" / "train.jsonl").write_text('{"input": "a", "target": "b"}\nnot json\n')
+    assert "train.jsonl, line 2: not valid JSON" in fails(capsys, "prepare", task, "--base", tiny_llama, "--out", tmp_path / "kit")
+    task.write_text("name: [")
+    assert "not valid YAML at line 1" in fails(capsys, "prepare", task, "--base", tiny_llama, "--out", tmp_path / "kit")
+    assert "absent.yaml can not be read" in fails(capsys, "prepare", tmp_path / "absent.yaml", "--base", tiny_llama, "--out", tmp_path / "kit")
+    assert not (tmp_path / "kit").exists()
+
+
+@pytest.mark.parametrize(
+    ("reference", "message"),
+    [
+        ("packaged:gpt-5", "no packaged model gpt-5: choose one of smollm2-135m-instruct, gemma-3-270m"),
+        ("/no/such/model", "/no/such/model can not be found"),
+        ("absent.gguf", "absent.gguf does not exist"),
+    ],
+)
+def test_models_that_are_not_there(tmp_path: Path, tiny_kit: Path, capsys: pytest.CaptureFixture[str], reference: str, message: str) -> None:
+    assert message in fails(capsys, "prepare", write_task(tmp_path / "task"), "--base", reference, "--out", tmp_path / "kit")
+    assert message in fails(capsys, "transfer", tiny_kit, "--target", reference, "--out", tmp_path / "run")
+    assert message in fails(capsys, "inspect", reference)
+    assert [path.name for path in tmp_path.iterdir()] == ["task"]
+
+
+def test_adapters_that_do_not_fit(tmp_path: Path, tiny_kit: Path, tiny_gemma: str, capsys: pytest.CaptureFixture[str]) -> None:
+    task = write_task(tmp_path / "task")
+    message = fails(capsys, "prepare", task, "--base", tiny_gemma, "--adapter", tiny_kit / "adapter", "--out", tmp_path / "kit")
+    assert "name the base it was trained on" in message
+    assert "is not an adapter" in fails(capsys, "prepare", task, "--base", tiny_gemma, "--adapter", tmp_path / "task", "--out", tmp_path / "kit")
+    assert not (tmp_path / "kit").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("training.epoch=3", "unknown key training.epoch"),
+        ("training.epochs=many", "training.epochs: Input should be a valid integer, not 'many'"),
+        ("training", "write key=value"),
+        ("seed.x.y=1", "unknown key"),
+        ("cluster.gpus=1", "unknown key cluster.gpus"),
+        ("synthesis.generator=both", "synthesis.generator: Input should be 'source' or 'target'"),
+    ],
+)
+def test_bad_recipes_name_the_key(tmp_path: Path, tiny_kit: Path, tiny_gemma: str, capsys: pytest.CaptureFixture[str], override: str, message: str) -> None:
+    arguments = ("transfer", tiny_kit, "--target", tiny_gemma, "--out", tmp_path / "run", "--set", override)
+    assert message.split(":", maxsplit=1)[0] in fails(capsys, *arguments)
+    assert not (tmp_path / "run").exists()
+
+
+def test_directories_that_are_something_else(tmp_path: Path, tiny_kit: Path, tiny_gemma: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "is not a transfer kit" in fails(capsys, "transfer", tmp_path, "--target", tiny_gemma, "--out", tmp_path / "run")
+    (tmp_path / "file").write_text("mine")
+    assert "is not empty and not a run" in fails(capsys, "transfer", tiny_kit, "--target", tiny_gemma, "--out", tmp_path)
+    assert "is not a finished run" in fails(capsys, "evaluate", tmp_path, "--data", tmp_path / "file")
+    assert "exists already" in fails(capsys, "prepare", write_task(tmp_path / "task"), "--base", tiny_gemma, "--out", tmp_path)
+
+
+def test_a_run_of_another_recipe_is_refused_by_field(tmp_path: Path, tiny_kit: Path, tiny_gemma: str, capsys: pytest.CaptureFixture[str]) -> None:
+    from translora_ray import kit
+    from translora_ray.workflow import _identity
+
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "run.json").write_text(json.dumps(_identity(kit.load(tiny_kit), tiny_gemma, load_config(None, []))))
+    arguments = ("transfer", tiny_kit, "--target", tiny_gemma, "--out", run, "--set", "training.epochs=3")
+    assert "recipe.training.epochs is 6 there and 3 here" in fails(capsys, *arguments)
+
+
+def test_kits_that_were_changed_are_refused(tmp_path: Path, tiny_kit: Path, tiny_gemma: str, capsys: pytest.CaptureFixture[str]) -> None:
+    import shutil
+
+    kit = Path(shutil.copytree(tiny_kit, tmp_path / "kit"))
+    shutil.copy(kit / "discriminator" / "adapter_model.safetensors", kit / "adapter")
+    assert "is not the adapter that kit.json describes" in fails(capsys, "inspect", kit)
+    (kit / "kit.json").write_text("{}")
+    assert "is damaged" in fails(capsys, "transfer", kit, "--target", tiny_gemma, "--out", tmp_path / "run")
+
+
+def test_vllm_is_refused_in_one_line_where_it_can_not_be_used(tmp_path: Path, tiny_kit: Path, tiny_gemma: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ("transfer", tiny_kit, "--target", tiny_gemma, "--out", tmp_path / "run", "--engine", "vllm")
+    assert "use --engine transformers" in fails(capsys, *arguments)
+
+
+def test_the_cluster_is_not_part_of_the_identity() -> None:
+    one = load_config(None, [])
+    many = load_config(None, ["cluster.workers=8", "cluster.engines=[2, 16]"])
+    assert one.recipe.digest() == many.recipe.digest()
+    assert many.cluster.engines == (2, 16)
+    assert one.recipe.digest() != Recipe(seed=1).digest()
+
+
+def test_a_kit_holds_no_row_but_the_seeds(tiny_kit: Path) -> None:
+    seeds = {json.loads(line)["input"] for line in (tiny_kit / "seeds.jsonl").read_text().splitlines()}
+    content = b"".join(path.read_bytes() for path in tiny_kit.rglob("*") if path.is_file())
+    assert len(seeds) == 5
+    assert [row["input"] for row in task_rows(60) if row["input"].encode() in content and row["input"] not in seeds] == []
+    assert all(seed.encode() in content for seed in seeds)
+
+
+def test_prepare_reports_accept_rates_of_held_out_rows(tiny_kit: Path) -> None:
+    facts = json.loads((tiny_kit / "kit.json").read_text())["discriminator"]
+    assert facts["held_out_real"] == facts["held_out_negatives"] == 6
+    assert 0 <= facts["true_accept_rate"] <= 1 and 0 <= facts["false_accept_rate"] <= 1
+
+
+def test_prepare_takes_an_adapter_and_leaves_the_discriminator_out(tmp_path: Path, tiny_kit: Path, tiny_llama: str) -> None:
+    out = tmp_path / "kit"
+    task = str(write_task(tmp_path / "task"))
+    assert main(["prepare", task, "--base", tiny_llama, "--adapter", str(tiny_kit / "adapter"), "--no-discriminator", "--out", str(out)]) == 0
+    assert sorted(path.name for path in out.iterdir()) == ["adapter", "kit.json", "seeds.jsonl"]
+    assert (out / "adapter" / "adapter_model.safetensors").read_bytes() == (tiny_kit / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def test_inspect_says_what_things_are(tiny_kit: Path, tiny_llama: str, tiny_gemma: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for path, words in ((tiny_kit, "transfer kit, sound"), (tiny_kit / "adapter", "14 modules"), (Path(tiny_llama), "llama")):
+        assert main(["inspect", str(path)]) == 0
+        assert words in capsys.readouterr().out
+    assert main(["inspect", tiny_llama, tiny_gemma]) == 0
+    pair = capsys.readouterr().out
+    assert "can work" in pair and "has no chat" in pair
+
+
+def test_fingerprints_tell_bases_apart(tiny_llama: str, tiny_gemma: str) -> None:
+    assert models.fingerprint(tiny_llama) == models.fingerprint(tiny_llama) != models.fingerprint(tiny_gemma)
+
+
+def test_shipped_yaml_parses_and_rows_come_from_their_script(tmp_path: Path) -> None:
+    from translora_ray.config import load_task
+
+    example = ROOT / "examples" / "support_routing"
+    assert load_task(example / "task.yaml").name == "support_routing"
+    load_config(example / "recipe.yaml", [])
+    assert yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    (tmp_path / "make_rows.py").write_text((example / "make_rows.py").read_text())
+    subprocess.run([sys.executable, tmp_path / "make_rows.py"], check=True)
+    parts = {name: (tmp_path / f"{name}.jsonl").read_text() for name in ("train", "test")}
+    assert parts == {name: (example / f"{name}.jsonl").read_text() for name in parts}
+    train, test = (set(part.splitlines()) for part in parts.values())
+    assert (len(train), len(test), len(train & test)) == (200, 300, 0)

@@ -1,0 +1,125 @@
+"""Prompts, records, metrics, repetition: text in, text out."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from translora_ray.errors import UsageError
+from translora_ray.evaluation.compare import recovery, wilson
+from translora_ray.evaluation.metrics import choice, code, exact_match, number, rouge_l
+from translora_ray.kit import choose_seeds
+from translora_ray.models import load_tokenizer
+from translora_ray.prompts import Prompt, answer_ids, few_shot_prompt, parse_synthesis, prompt_ids, synthesis_prompt, synthesis_stops, task_prompt
+from translora_ray.records import Candidate, Pack, TaskRow, derive_seed, pack_to_table, packs_from_table, read_rows, request_pack
+from translora_ray.stream.dedup import DUPLICATE, NEAR_DUPLICATE, SEED_COPY, SeedFilter, Seen
+
+
+def test_template_takes_braces_literally() -> None:
+    assert task_prompt('{"q": "{input}"}', "a {b}", "text") == Prompt('{"q": "a {b}"}')
+
+
+def test_synthesis_prompt_is_a_list_to_continue() -> None:
+    prompt = synthesis_prompt(["one", "two", "three"], shots=2, seed=4)
+    lines = prompt.text.split("\n")
+    assert lines[0] == "Here are 4 examples:"
+    assert lines[-1] == "3."
+    assert {line[3:] for line in lines[1:3]} < {"one", "two", "three"}
+    assert prompt == synthesis_prompt(["one", "two", "three"], shots=2, seed=4)
+    assert len({synthesis_prompt(["one", "two", "three"], shots=2, seed=seed).text for seed in range(20)}) == 6
+
+
+def test_items_end_at_the_line_or_at_an_empty_line() -> None:
+    assert synthesis_stops(["one", "two"]) == ("\n",)
+    assert synthesis_stops(["one\ntwo"]) == ("\n\n",)
+
+
+@pytest.mark.parametrize(("text", "item"), [(" buy milk", "buy milk"), ("a\n7. b", "a"), (" ", ""), ("costs 3. 50", "costs 3. 50")])
+def test_parse_synthesis(text: str, item: str) -> None:
+    assert parse_synthesis(text) == item
+
+
+def test_few_shot_shows_answers_and_ends_with_the_question() -> None:
+    assert few_shot_prompt("Q: {input}\nA:", [("1", "one")], "2", "text").text == "Q: 1\nA: one\n\nQ: 2\nA:"
+
+
+def test_prompt_and_answer_tokens_meet_with_one_blank(tiny_llama: str) -> None:
+    tokenizer = load_tokenizer(tiny_llama)
+    prompt = Prompt("Q: red\nA:")
+    ids = prompt_ids(tokenizer, prompt) + answer_ids(tokenizer, prompt, "b")
+    assert tokenizer.decode(ids[:-1]) == "Q: red\nA: b"
+    assert ids[-1] == tokenizer.eos_token_id
+
+
+def test_chat_without_template_is_refused(tiny_llama: str) -> None:
+    with pytest.raises(UsageError, match="no chat template"):
+        prompt_ids(load_tokenizer(tiny_llama), Prompt("hello", "chat"))
+
+
+def test_chat_renders_one_user_message_with_the_bases_own_template(tiny_llama: str) -> None:
+    tokenizer = load_tokenizer(tiny_llama)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}bot: {% endif %}"
+    assert tokenizer.decode(prompt_ids(tokenizer, Prompt("hi", "chat"))) == "user: hi\nbot: "
+
+
+def test_seeds_and_packs_are_derived() -> None:
+    assert derive_seed(1, "a", 2) == derive_seed(1, "a", 2) != derive_seed(1, "a", 3)
+    assert request_pack(7, 2, 4) == request_pack(7, 2, 4)
+    indices = [candidate.index for number in range(3) for candidate in request_pack(7, number, 4).candidates]
+    assert indices == list(range(12))
+
+
+def test_a_pack_survives_its_table() -> None:
+    pack = Pack(3, [Candidate(0, 5, "a", -1.5, None, "off task"), Candidate(1, derive_seed(1), "b", None, "x", None)])
+    pack.spend("teacher", 4, 0.5)
+    table = pack_to_table(pack)
+    assert table.num_rows == 1
+    assert packs_from_table(table) == [pack]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "line 2: not valid JSON"),
+        ('{"input": "a"}', "line 2: a row needs"),
+        ('{"input": "a", "target": 3}', "line 2"),
+        ('{"input": " ", "target": "b"}', "line 2"),
+    ],
+)
+def test_bad_rows_name_file_and_line(tmp_path: Path, line: str, message: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"input": "a", "target": "b"}) + "\n" + line + "\n")
+    with pytest.raises(UsageError, match=f"{path}, {message}"):
+        read_rows(path)
+
+
+def test_seeds_take_turns_between_targets() -> None:
+    rows = [TaskRow(str(i), "often" if i else "rare") for i in range(50)]
+    chosen = choose_seeds(rows, 4, seed=0)
+    assert sorted(row.target for row in chosen) == ["often", "often", "often", "rare"]
+    assert chosen == choose_seeds(rows, 4, seed=0) != choose_seeds(rows, 4, seed=1)
+
+
+def test_repetition() -> None:
+    seen = Seen(0.9, ["set an alarm for eight"])
+    assert seen.repeats("Set  an alarm for EIGHT") == DUPLICATE
+    assert seen.repeats("set an alarm for eighty") == NEAR_DUPLICATE
+    assert seen.repeats("what is the weather") is None
+    pack = Pack(0, [Candidate(i, i, text) for i, text in enumerate(["set an alarm for eight", "roll a die", "Roll a die"])])
+    assert [candidate.reason for candidate in SeedFilter(["set an alarm for eight"], 0.9).process(pack).candidates] == [SEED_COPY, None, DUPLICATE]
+
+
+def test_metrics() -> None:
+    assert exact_match(" True", "True") == 1 and exact_match("true", "True") == 0
+    assert choice("The answer is (B).", "(B)") == 1 and choice("(A)", "(B)") == 0 and choice("none", "(B)") == 0
+    assert number("so 1,200 + 34 = 1,234.", "#### 1234") == 1 and number("no idea", "3") == 0
+    assert rouge_l("the cat sat", "the cat ran") == pytest.approx(2 / 3) and rouge_l("", "a") == 0
+    assert code("def f(): return 3", "assert f() == 3") == 1 and code("def f(): return 4", "assert f() == 3") == 0
+
+
+def test_intervals_and_recovery() -> None:
+    low, high = wilson(8, 10)
+    assert low == pytest.approx(0.4902, abs=1e-4) and high == pytest.approx(0.9433, abs=1e-4)
+    arms = {name: {"accuracy": accuracy} for name, accuracy in (("target_base", 0.1), ("transferred", 0.7), ("oracle", 0.9))}
+    assert recovery(arms) == pytest.approx(0.75)
+    assert recovery({name: arm for name, arm in arms.items() if name != "oracle"}) is None

@@ -1,0 +1,140 @@
+"""The commands. Configuration is read and checked before torch, ray or vllm is imported, so help and usage errors are quick."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from translora_ray import __version__
+from translora_ray.errors import TransLoraError, UsageError
+
+ENGINES = ("auto", "transformers", "vllm")
+REF = "a hub id, a directory, a .gguf file, or packaged:smollm2-135m-instruct, packaged:gemma-3-270m"
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        raise UsageError(f"{message}; see `{self.prog} --help`.")
+
+
+def parser() -> argparse.ArgumentParser:
+    root = _Parser(prog="translora", description="Move LoRA adapters to a new base model without the data they were trained on.")
+    root.add_argument("--version", action="version", version=__version__)
+    commands = root.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    prepare = commands.add_parser("prepare", help="make a transfer kit while the task's rows are at hand")
+    prepare.add_argument("task", metavar="TASK.yaml")
+    prepare.add_argument("--base", required=True, metavar="REF", help=f"source base: {REF}")
+    prepare.add_argument("--out", required=True, metavar="KIT", help="directory to make")
+    prepare.add_argument("--adapter", metavar="DIR", help="a source adapter that exists, instead of training one")
+    prepare.add_argument("--no-discriminator", action="store_true", help="leave the discriminator out")
+
+    transfer = commands.add_parser("transfer", help="move a kit's adapter to another base")
+    transfer.add_argument("kit", metavar="KIT")
+    transfer.add_argument("--target", required=True, metavar="REF", help=f"target base: {REF}")
+    transfer.add_argument("--out", required=True, metavar="RUN", help="run directory; an interrupted run goes on")
+    transfer.add_argument("--recipe", metavar="R.yaml")
+    transfer.add_argument("--set", action="append", default=[], metavar="key=value", help="override a recipe or cluster key, e.g. training.epochs=3")
+
+    evaluate = commands.add_parser("evaluate", help="compare a finished run with its baselines on real rows")
+    evaluate.add_argument("run", metavar="RUN")
+    evaluate.add_argument("--data", required=True, metavar="test.jsonl")
+    evaluate.add_argument("--oracle", metavar="train.jsonl", help="also train an adapter on these real rows, for comparison")
+    evaluate.add_argument("--json", metavar="FILE", help="write the result there; - for standard output")
+
+    inspect = commands.add_parser("inspect", help="say what a kit, adapter, run or model is, and whether it is sound")
+    inspect.add_argument("path", metavar="PATH", nargs="+", help="one path or model reference; two models are checked as a pair")
+    for command in (prepare, transfer, evaluate):
+        command.add_argument("--engine", choices=ENGINES, default="auto", help="auto: transformers")
+    return root
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code: 0, 2 for a usage or input error, 1 for any other failure."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    try:
+        options = parser().parse_args(arguments)
+        return {"prepare": _prepare, "transfer": _transfer, "evaluate": _evaluate, "inspect": _inspect}[options.command](options)
+    except UsageError as error:
+        print(f"translora: {error}", file=sys.stderr)
+        return 2
+    except TransLoraError as error:
+        print(f"translora: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("translora: interrupted; what is committed stays, and the same command goes on from it.", file=sys.stderr)
+        return 1
+
+
+def _prepare(options: argparse.Namespace) -> int:
+    from translora_ray.config import load_task
+
+    task = load_task(options.task)
+    if Path(options.out).exists():
+        raise UsageError(f"{options.out} exists already: choose another --out, or remove it.")
+    from translora_ray import kit
+    from translora_ray.engines.select import choose_engine, open_engine
+    from translora_ray.evaluation.report import show_facts
+    from translora_ray.progress import Display
+
+    engine = choose_engine(options.engine)
+    with Display() as display:
+        facts = kit.prepare(task, options.base, options.out, options.adapter, not options.no_discriminator, lambda base: open_engine(engine, base), display)
+    show_facts(f"transfer kit {options.out}", {key: facts[key] for key in ("base", "rows", "discriminator", "seconds", "digest")})
+    return 0
+
+
+def _transfer(options: argparse.Namespace) -> int:
+    from translora_ray.config import load_config
+
+    config = load_config(options.recipe, options.set)
+    from translora_ray import workflow
+    from translora_ray.evaluation.report import show_facts
+    from translora_ray.progress import Display
+
+    with Display() as display:
+        manifest = workflow.transfer(options.kit, options.target, options.out, config, options.engine, display)
+    counts = {f"rejected, {reason}": count for reason, count in manifest["counts"]["rejects"].items()}
+    facts = {"adapter": f"{options.out}/adapter", "accepted": manifest["counts"]["accepted"], "candidates": manifest["counts"]["candidates"], **counts}
+    show_facts(f"transfer {options.out}", facts | {"final loss": round(manifest["training"]["loss"], 4), "seconds": manifest["seconds"]})
+    return 0
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from translora_ray.engines.select import choose_engine, open_engine
+    from translora_ray.evaluation.compare import evaluate
+    from translora_ray.evaluation.report import show_evaluation
+    from translora_ray.progress import Display
+
+    engine = choose_engine(options.engine)
+    with Display() as display:
+        result = evaluate(options.run, options.data, options.oracle, lambda base: open_engine(engine, base), display)
+    text = json.dumps(result, indent=2)
+    if options.json == "-":
+        print(text)
+        return 0
+    if options.json:
+        Path(options.json).write_text(text + "\n")
+    show_evaluation(result)
+    return 0
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from translora_ray.inspection import inspect
+
+    inspect(options.path)
+    return 0
+
+
+def entry() -> None:
+    sys.exit(main())
+
+
+if __name__ == "__main__":
+    entry()

@@ -1,0 +1,210 @@
+"""What users write in YAML: the task, the recipe and the cluster section. Nothing heavy is imported here.
+
+Identity is not placement: the recipe is hashed and makes a run what it is, the cluster section never is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from translora_ray.errors import UsageError
+
+EngineKind = Literal["auto", "transformers", "vllm"]
+
+
+class Section(BaseModel):
+    """A part of a YAML file: unknown keys and wrong types are errors that name the key."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+
+class Training(Section):
+    """How an adapter is trained. The paper (arXiv 2405.17258, section 4.1): AdamW, linear decay, batch 8, no weight decay."""
+
+    epochs: int = Field(6, ge=1)
+    """Passes over the rows."""
+    batch_size: int = Field(8, ge=1)
+    """Rows per optimiser step over all workers together."""
+    learning_rate: float = Field(5e-4, gt=0)
+    """Peak rate, decayed linearly to 0."""
+
+
+class Lora(Section):
+    """Size of a LoRA adapter on all linear layers (arXiv 2106.09685). None: what the source adapter has."""
+
+    rank: int | None = Field(None, ge=1)
+    alpha: float | None = Field(None, gt=0)
+    dropout: float | None = Field(None, ge=0, lt=1)
+
+
+class Task(Section):
+    """TASK.yaml: what the adapter is for, and where its rows lie while they are at hand."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Names the task in the discriminator's question and in tables."""
+    prompt: str
+    """Template with `{input}` in it."""
+    train: str
+    """JSONL of {"input", "target"}, relative to the YAML file."""
+    metric: Literal["exact_match", "choice", "number", "rouge_l", "code"] = "exact_match"
+    max_new_tokens: int = Field(64, ge=1)
+    """Longest answer in tokens."""
+    seeds: int = Field(5, ge=1)
+    """Rows that go into the kit (paper: 5, one task needed 15). Spread over the targets where these are classes."""
+    format: Literal["text", "chat"] = "text"
+    """`chat` sends the prompt as one user message through each base's own template."""
+    seed: int = 0
+    """Random seed of `prepare`."""
+    source_training: Training = Training()
+    """For the source adapter; unused with `--adapter`."""
+    source_lora: Lora = Lora()
+    """Size of the source adapter and of the discriminator; None means rank 16, alpha 32, dropout 0.05."""
+    discriminator_training: Training = Training(epochs=2)
+
+
+class Synthesis(Section):
+    """How candidates are written."""
+
+    generator: Literal["source", "target"] = "source"
+    """Which base continues the seeds: the source base shares its engine with discriminator and teacher; `target` is the paper's."""
+    shots: int = Field(5, ge=1)
+    """Seeds shown in one request, drawn anew for each pack (paper: 5)."""
+    temperature: float = Field(0.7, gt=0)
+    """Of the generator. Small bases drift off the task above it."""
+    min_p: float = Field(0.05, ge=0, lt=1)
+    """Drops tokens less likely than this share of the likeliest. Needs no sorting of the vocabulary, unlike top-p."""
+    max_tokens: int | None = Field(None, ge=1)
+    """Longest candidate in tokens; a longer one is a reject. None: 8 more than twice the longest seed."""
+    pack_size: int = Field(32, ge=1)
+    """Requests that travel, and are computed, together."""
+
+
+class Selection(Section):
+    """Which candidates become examples."""
+
+    quota: int | None = Field(None, ge=1)
+    """Examples to accept; None: as many as the task had rows (paper)."""
+    threshold: float = 0.0
+    """Least log p(yes) - log p(no) of the discriminator; 0 is the paper's p(yes) > p(no)."""
+    near_duplicate: float = Field(0.95, gt=0, le=1)
+    """Similarity (1 - normalised edit distance) from which a candidate repeats a seed or an accepted prompt."""
+    max_candidates: int = Field(30, ge=1)
+    """Candidates per example wanted, after which a run that is not full stops with an error."""
+
+
+class Recipe(Section):
+    """Everything that decides what a transfer produces, given the kit and the target base."""
+
+    seed: int = 0
+    synthesis: Synthesis = Synthesis()
+    selection: Selection = Selection()
+    training: Training = Training()
+    lora: Lora = Lora()
+    """Size of the target adapter; None inherits from the source adapter."""
+
+    def digest(self) -> str:
+        return hashlib.sha256(json.dumps(self.model_dump(), sort_keys=True).encode()).hexdigest()[:16]
+
+
+class Cluster(Section):
+    """Where and how widely a run is computed. Never part of a run's identity."""
+
+    address: str | None = None
+    """A running Ray; None: the job's own cluster where there is one, else a local Ray that ends with the command."""
+    engines: tuple[int, int] = (1, 1)
+    """(least, most) actors of each pool."""
+    engine_cpus: float | None = Field(None, gt=0)
+    """CPUs of one engine. None: an even share of the machine on a local Ray, 1 on a cluster."""
+    engine_gpus: float = Field(0, ge=0)
+    """GPUs of one engine."""
+    workers: int = Field(1, ge=1)
+    """Training workers. The number does not change the mathematics of a step."""
+    worker_cpus: float | None = Field(None, gt=0)
+    """CPUs of one training worker. None: as for engines."""
+    worker_gpus: float = Field(0, ge=0)
+    """GPUs of one training worker."""
+    commit_seconds: float = Field(10, ge=0)
+    """Least time between two shards: what a kill can cost."""
+    start_timeout_s: int = Field(600, ge=1)
+    """Seconds to wait for engines and workers to start."""
+
+
+class Config(Section):
+    """RECIPE.yaml: the recipe's sections, and `cluster`."""
+
+    recipe: Recipe = Recipe()
+    cluster: Cluster = Cluster()
+
+
+_S = TypeVar("_S", bound=Section)
+
+
+def load_task(path: str | Path) -> Task:
+    """Read TASK.yaml; `train` comes back as an absolute path."""
+    task = _validate(Task, _read_yaml(path), str(path))
+    if "{input}" not in task.prompt:
+        raise UsageError(f"{path}: prompt has no {{input}} in it, so no row could be shown to a model; add it.")
+    return task.model_copy(update={"train": str((Path(path).parent / task.train).resolve())})
+
+
+def load_config(path: str | Path | None, overrides: list[str]) -> Config:
+    """RECIPE.yaml with `--set` overrides (`training.epochs=3`, `cluster.workers=2`). Recipe sections stand at the top level."""
+    tree = _read_yaml(path) if path else {}
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals:
+            raise UsageError(f"--set {override}: write key=value, e.g. training.epochs=3.")
+        *parents, leaf = key.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+            if not isinstance(node, dict):
+                raise UsageError(f"--set {override}: {parent} is a value, not a section.")
+        node[leaf] = yaml.safe_load(value)
+    where = str(path) if path else "--set"
+    cluster = _validate(Cluster, tree.pop("cluster", None) or {}, where, "cluster.")
+    return Config(recipe=_validate(Recipe, tree, where), cluster=cluster)
+
+
+def differing_field(stored: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> str | None:
+    """The first field in which two nested dictionaries differ, as `training.epochs is 6 there and 3 here`; None if none."""
+    for key in sorted(stored.keys() | wanted.keys()):
+        there, here = stored.get(key), wanted.get(key)
+        if isinstance(there, dict) and isinstance(here, dict):
+            if found := differing_field(there, here, f"{prefix}{key}."):
+                return found
+        elif there != here:
+            return f"{prefix}{key} is {there} there and {here} here"
+    return None
+
+
+def _read_yaml(path: str | Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"{path} can not be read: {error.strerror}.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        line = getattr(getattr(error, "problem_mark", None), "line", None)
+        raise UsageError(f"{path} is not valid YAML{'' if line is None else f' at line {line + 1}'}: correct it.") from None
+    if not isinstance(tree, dict):
+        raise UsageError(f"{path} must be a YAML mapping of keys to values.")
+    return tree
+
+
+def _validate(section: type[_S], tree: dict[str, Any], where: str, prefix: str = "") -> _S:
+    try:
+        return section.model_validate(tree)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = prefix + ".".join(map(str, first["loc"]))
+        if first["type"] == "extra_forbidden":
+            raise UsageError(f"{where}: unknown key {key}; remove it or correct its spelling.") from None
+        if first["type"] == "missing":
+            raise UsageError(f"{where}: the key {key} is missing; add it.") from None
+        raise UsageError(f"{where}: {key}: {first['msg']}, not {first['input']!r}.") from None

@@ -1,0 +1,69 @@
+"""What an engine is: one loaded base model that answers requests, each of which may name an adapter. No engine lives here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from translora_ray.prompts import Prompt
+
+
+@dataclass(frozen=True)
+class AdapterRef:
+    """An adapter by name and by the directory it lies in, which the engine's machine can read."""
+
+    name: str
+    path: str
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to choose tokens. Temperature 0 is greedy. `min_p` drops tokens less likely than that share of the likeliest one:
+    unlike top-p it needs no sorting of the vocabulary."""
+
+    max_tokens: int
+    temperature: float = 0.0
+    min_p: float = 0.0
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Continue `prompt`. The same seed gives the same text in the same batch on the same engine."""
+
+    prompt: Prompt
+    sampling: Sampling
+    adapter: AdapterRef | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Text up to a stop string (left out) or the end token; `finished` is false when max_tokens cut it."""
+
+    text: str
+    tokens: int
+    prompt_tokens: int
+    finished: bool
+
+
+@dataclass(frozen=True)
+class Score:
+    """Log-probability of each answer's first token right after `prompt`."""
+
+    prompt: Prompt
+    answers: tuple[str, ...]
+    adapter: AdapterRef | None = None
+
+
+class Engine(Protocol):
+    """One base model in memory. Requests of one call may name different adapters; results keep the order of requests."""
+
+    def generate(self, requests: Sequence[Generate]) -> list[Generation]: ...
+
+    def score(self, requests: Sequence[Score]) -> list[tuple[float, ...]]: ...
+
+    def count_tokens(self, text: str) -> int: ...
+
+    def close(self) -> None: ...

@@ -1,0 +1,185 @@
+"""The engine on transformers and peft: works wherever torch does, CPU or GPU. Adapters sit side by side on one base."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from transformers import DynamicCache
+
+from translora_ray import adapters
+from translora_ray.engines.base import AdapterRef, Generate, Generation, Sampling, Score
+from translora_ray.errors import UsageError
+from translora_ray.models import load_base, load_tokenizer
+from translora_ray.prompts import Prompt, answer_ids, prompt_ids
+
+WORTH_SHARING = 16
+_Request = TypeVar("_Request", Generate, Score)
+_Result = TypeVar("_Result")
+
+
+class TransformersEngine:
+    """A base in memory, in bf16 where the hardware computes in it.
+
+    `batch_size` rows go through the model at a time. A batch holds one adapter and one sampling, so mixed requests are grouped.
+    """
+
+    def __init__(self, base: str, batch_size: int = 32, device: str | None = None) -> None:
+        self.model: Any = load_base(base, device=device)
+        self.tokenizer = load_tokenizer(base)
+        self.batch_size = batch_size
+        self.context = getattr(self.model.config, "max_position_embeddings", None) or 1 << 20
+        self._names: dict[str, str] = {}
+
+    def generate(self, requests: Sequence[Generate]) -> list[Generation]:
+        return self._grouped(requests, lambda request: (request.adapter, request.sampling), self._generate_batch)
+
+    def score(self, requests: Sequence[Score]) -> list[tuple[float, ...]]:
+        return self._grouped(requests, lambda request: (request.adapter, request.answers), self._score_batch)
+
+    def count_tokens(self, text: str) -> int:
+        return len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def close(self) -> None:
+        del self.model
+
+    def _grouped(
+        self, requests: Sequence[_Request], key: Callable[[_Request], Any], run: Callable[[list[_Request], list[list[int]]], list[_Result]]
+    ) -> list[_Result]:
+        """Run requests in batches of one key and of like prompt length; results in the order of requests."""
+        ids = [prompt_ids(self.tokenizer, request.prompt) for request in requests]
+        groups: dict[Any, list[int]] = defaultdict(list)
+        for i in sorted(range(len(requests)), key=lambda i: len(ids[i])):
+            groups[key(requests[i])].append(i)
+        results: dict[int, _Result] = {}
+        for group in groups.values():
+            for start in range(0, len(group), self.batch_size):
+                part = group[start : start + self.batch_size]
+                self._activate(requests[part[0]].adapter)
+                with torch.inference_mode():
+                    results.update(zip(part, run([requests[i] for i in part], [ids[i] for i in part]), strict=True))
+        return [results[i] for i in range(len(requests))]
+
+    def _generate_batch(self, requests: list[Generate], ids: list[list[int]]) -> list[Generation]:
+        """One token a step for the rows that are not done yet; done rows leave the batch, so nobody waits for the longest answer.
+
+        A loop of our own because `generate` has one random state for a batch and computes done rows to the end.
+        """
+        sampling = requests[0].sampling
+        if max(map(len, ids)) + sampling.max_tokens > self.context:
+            raise UsageError(f"A prompt of {max(map(len, ids))} tokens and {sampling.max_tokens} new ones exceed the context of {self.context}: shorten it.")
+        shared, cache = self._shared_prompt(ids)
+        inputs = self._pad(ids, shared)
+        feed, mask, positions = inputs["input_ids"][:, shared:], inputs["attention_mask"], inputs["position_ids"][:, shared:]
+        rows = [_Row(self.tokenizer, sampling, request.seed) for request in requests]
+        alive = list(range(len(rows)))
+        for _ in range(sampling.max_tokens):
+            logits = self.model(input_ids=feed, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[
+                :, -1
+            ]
+            tokens = _choose(logits.float(), sampling, [rows[i].generator for i in alive])
+            keep = [slot for slot, (i, token) in enumerate(zip(alive, tokens, strict=True)) if rows[i].add(token)]
+            if not keep:
+                break
+            alive = [alive[slot] for slot in keep]
+            slots = torch.tensor(keep, device=mask.device)
+            if len(keep) < len(tokens):
+                cache.batch_select_indices(slots)
+            feed = torch.tensor([[rows[i].tokens[-1]] for i in alive], device=mask.device)
+            mask = torch.cat([mask[slots], torch.ones_like(feed)], dim=1)
+            positions = positions[slots, -1:] + 1
+        return [row.result(len(prompt)) for row, prompt in zip(rows, ids, strict=True)]
+
+    def _shared_prompt(self, ids: list[list[int]]) -> tuple[int, DynamicCache]:
+        """(length, keys and values) of the beginning that all prompts have in common, computed once; (0, nothing) if not worth it."""
+        cache = DynamicCache(config=self.model.config)
+        shared = min(_common(ids), min(map(len, ids)) - 1) if len(ids) > 1 else 0
+        if shared < WORTH_SHARING:
+            return 0, cache
+        self.model(torch.tensor([ids[0][:shared]], device=self.model.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache.batch_repeat_interleave(len(ids))
+        return shared, cache
+
+    def _score_batch(self, requests: list[Score], ids: list[list[int]]) -> list[tuple[float, ...]]:
+        answers = first_tokens(self.tokenizer, requests[0].prompt, requests[0].answers)
+        logits = self.model(**self._pad(ids), logits_to_keep=1, use_cache=False).logits[:, -1].float()
+        return [tuple(row) for row in logits.log_softmax(-1)[:, answers].tolist()]
+
+    def _pad(self, ids: list[list[int]], shared: int = 0) -> dict[str, torch.Tensor]:
+        """Rows of one length; padding stands after the `shared` first tokens that all rows have in common."""
+        width = max(map(len, ids))
+        if width > self.context:
+            raise UsageError(f"A prompt of {width} tokens exceeds the base's context of {self.context}: shorten the inputs.")
+        pad = self.tokenizer.pad_token_id
+        rows = [row[:shared] + [pad] * (width - len(row)) + row[shared:] for row in ids]
+        mask = [[1] * shared + [0] * (width - len(row)) + [1] * (len(row) - shared) for row in ids]
+        inputs = {"input_ids": torch.tensor(rows), "attention_mask": torch.tensor(mask)}
+        inputs["position_ids"] = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+        return {name: tensor.to(self.model.device) for name, tensor in inputs.items()}
+
+    def _activate(self, adapter: AdapterRef | None) -> None:
+        """Make one adapter, or the bare base, the one that answers. A new adapter is proved live before its first answer."""
+        if adapter is None:
+            if self._names:
+                self.model.base_model.disable_adapter_layers()
+            return
+        if adapter.path not in self._names:
+            self._names[adapter.path] = f"adapter{len(self._names)}"
+            self.model = adapters.attach(self.model, adapter.path, self._names[adapter.path])
+            adapters.prove_live(self.model, self.tokenizer, adapter.path, self._names[adapter.path])
+        self.model.base_model.enable_adapter_layers()
+        self.model.set_adapter(self._names[adapter.path], inference_mode=True)
+
+
+def first_tokens(tokenizer: Any, prompt: Prompt, answers: Sequence[str]) -> list[int]:
+    """The token each answer begins with after `prompt`; answers that begin alike can not be told apart."""
+    tokens = [answer_ids(tokenizer, prompt, answer, end=False)[0] for answer in answers]
+    if len(set(tokens)) < len(tokens):
+        raise UsageError(f"The answers {', '.join(answers)} begin with the same token for {tokenizer.name_or_path}: choose another base.")
+    return tokens
+
+
+def _common(rows: list[list[int]]) -> int:
+    """How many tokens all rows begin with."""
+    first, last = min(rows), max(rows)
+    return next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+
+
+class _Row:
+    """One request's answer while it grows."""
+
+    WINDOW = 8
+    """Tokens in which a stop string is looked for after each step."""
+
+    def __init__(self, tokenizer: Any, sampling: Sampling, seed: int) -> None:
+        self.tokenizer, self.sampling = tokenizer, sampling
+        self.generator = torch.Generator().manual_seed(seed)
+        self.tokens: list[int] = []
+        self.finished = False
+
+    def add(self, token: int) -> bool:
+        """Take a token; False when the answer is complete."""
+        self.tokens.append(token)
+        tail = self.tokenizer.decode(self.tokens[-self.WINDOW :], skip_special_tokens=True) if self.sampling.stop else ""
+        self.finished = token == self.tokenizer.eos_token_id or any(stop in tail for stop in self.sampling.stop)
+        return not self.finished
+
+    def result(self, prompt_tokens: int) -> Generation:
+        text = self.tokenizer.decode(self.tokens, skip_special_tokens=True)
+        cut = min([text.index(stop) for stop in self.sampling.stop if stop in text], default=len(text))
+        return Generation(text[:cut], len(self.tokens), prompt_tokens, self.finished)
+
+
+def _choose(logits: torch.Tensor, sampling: Sampling, generators: Sequence[torch.Generator]) -> list[int]:
+    """The next token of each row: the likeliest, or drawn with the row's own generator, whatever its neighbours draw."""
+    if not sampling.temperature:
+        return list(logits.argmax(-1).tolist())
+    probs = (logits / sampling.temperature).softmax(-1)
+    if sampling.min_p:
+        probs = probs.where(probs >= sampling.min_p * probs.max(-1, keepdim=True).values, 0.0)
+    cumulated = probs.cumsum(-1)
+    draws = torch.stack([torch.rand(1, generator=generator) for generator in generators]).to(logits.device)
+    chosen = torch.searchsorted(cumulated, draws * cumulated[:, -1:], right=True).clamp(max=logits.shape[-1] - 1)
+    return list(chosen[:, 0].tolist())

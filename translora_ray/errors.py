@@ -1,0 +1,16 @@
+"""Every error a user can cause. One root, picklable, and each message says what to do next.
+
+The command line prints the message alone and exits with 2 for `UsageError`, with 1 for any other `TransLoraError`.
+"""
+
+
+class TransLoraError(Exception):
+    """Root of the project's errors. The message is one sentence that says what is wrong and what to do."""
+
+
+class UsageError(TransLoraError):
+    """Input, configuration or resources that can not work: exit code 2, nothing written."""
+
+
+class RunFailed(TransLoraError):
+    """Work that began and could not be finished, though the input was sound: exit code 1, committed work stays."""

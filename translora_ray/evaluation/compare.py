@@ -1,0 +1,109 @@
+"""The arms of a comparison on one test set: the same rows, the same cut of answers, one engine per base."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from translora_ray import kit
+from translora_ray.config import Lora, Task, Training
+from translora_ray.engines.base import AdapterRef, Engine, Generate, Sampling
+from translora_ray.errors import UsageError
+from translora_ray.evaluation.metrics import METRICS
+from translora_ray.progress import Display
+from translora_ray.prompts import Prompt, few_shot_prompt, task_prompt
+from translora_ray.records import TaskRow, read_rows
+from translora_ray.storage import ADAPTER, EVALUATION, MANIFEST, RunStore
+from translora_ray.training.task import task_pairs, train_adapter
+
+Z95 = 1.959963984540054
+CHUNK = 128
+
+
+def evaluate(run: str, data: str, oracle: str | None, open_engine: Callable[[str], Engine], display: Display) -> dict[str, Any]:
+    """Accuracy of every arm on `data`, with Wilson's 95 % interval, and recovery where there is an `oracle` training set.
+
+    The oracle is an adapter on the target base, trained on the real rows exactly as the transferred one was on synthetic rows.
+    """
+    store = RunStore(run)
+    if not store.exists(MANIFEST):
+        raise UsageError(f"{run} is not a finished run: it has no {MANIFEST}; run `translora transfer` to its end.")
+    manifest = store.read_json(MANIFEST)
+    loaded = kit.load(manifest["kit_path"])
+    if loaded.digest != manifest["kit"]:
+        raise UsageError(f"The kit at {loaded.path} is not the one {run} was made from: bring back the original.")
+    rows = read_rows(data)
+    oracle_rows = read_rows(oracle) if oracle else None
+    task = loaded.task
+    with tempfile.TemporaryDirectory() as scratch:
+        transferred = AdapterRef("transferred", str(store.fetch_folder(ADAPTER, Path(scratch) / ADAPTER)))
+        bare = [task_prompt(task.prompt, row.input, task.format) for row in rows]
+        shots = [(seed.input, seed.target) for seed in loaded.seeds]
+        few = [few_shot_prompt(task.prompt, shots, row.input, task.format) for row in rows]
+        source_arms = {"source_base": (bare, None), "source_adapter": (bare, loaded.adapter)}
+        target_arms = {"target_base": (bare, None), "target_few_shot": (few, None), "transferred": (bare, transferred)}
+        if oracle_rows:
+            target_arms["oracle"] = (bare, AdapterRef("oracle", _oracle(manifest, task, oracle_rows, Path(scratch), display)))
+        scores: dict[str, list[float]] = {}
+        for base, arms in ((manifest["source_base"], source_arms), (manifest["target_base"], target_arms)):
+            scores |= _answer(open_engine(base), arms, task, loaded.seeds, rows, display)
+    result = summary(scores, task.metric)
+    store.write_json(f"{EVALUATION}/result.json", result)
+    return result
+
+
+def _answer(
+    engine: Engine, arms: dict[str, tuple[list[Prompt], AdapterRef | None]], task: Task, seeds: list[TaskRow], rows: list[TaskRow], display: Display
+) -> dict[str, list[float]]:
+    """Scores per row of the arms that share an engine. Text answers end at the line where all seeds' answers are one line."""
+    stop = ("\n",) if task.format == "text" and not any("\n" in seed.target for seed in seeds) else ()
+    sampling = Sampling(task.max_new_tokens, stop=stop)
+    metric = METRICS[task.metric]
+    scores = {}
+    for arm, (prompts, adapter) in arms.items():
+        phase = display.phase(arm)
+        answers = []
+        for start in range(0, len(prompts), CHUNK):
+            part = prompts[start : start + CHUNK]
+            answers += engine.generate([Generate(prompt, sampling, adapter) for prompt in part])
+            phase.update(len(answers), len(rows))
+        scores[arm] = [metric(answer.text.strip(), row.target) for answer, row in zip(answers, rows, strict=True)]
+    engine.close()
+    return scores
+
+
+def _oracle(manifest: dict[str, Any], task: Task, rows: list[TaskRow], scratch: Path, display: Display) -> str:
+    out = scratch / "oracle"
+    settings = Training(**manifest["recipe"]["training"])
+    pairs = task_pairs(task, rows)
+    train_adapter(
+        manifest["target_base"], pairs, Lora(**manifest["training"]["lora"]), settings, manifest["recipe"]["seed"], out, display.phase("oracle training").step
+    )
+    return str(out)
+
+
+def summary(scores: dict[str, list[float]], metric: str) -> dict[str, Any]:
+    """The stable `--json` output from scores per arm and row."""
+    arms = {}
+    for arm, values in scores.items():
+        low, high = wilson(sum(values), len(values))
+        arms[arm] = {"accuracy": sum(values) / len(values), "low": low, "high": high}
+    return {"n": len(scores["transferred"]), "metric": metric, "arms": arms, "recovery": recovery(arms)}
+
+
+def recovery(arms: dict[str, dict[str, float]]) -> float | None:
+    """(transferred - bare target) / (oracle - bare target); None without an oracle or where the oracle gains nothing."""
+    if "oracle" not in arms or arms["oracle"]["accuracy"] <= arms["target_base"]["accuracy"]:
+        return None
+    bare = arms["target_base"]["accuracy"]
+    return (arms["transferred"]["accuracy"] - bare) / (arms["oracle"]["accuracy"] - bare)
+
+
+def wilson(successes: float, n: int) -> tuple[float, float]:
+    """Wilson's 95 % score interval of a share (E. B. Wilson, 1927): never outside 0..1, fair at the ends."""
+    share, spread = successes / n, Z95 * Z95 / n
+    middle, half = share + spread / 2, Z95 * math.sqrt(share * (1 - share) / n + spread / (4 * n))
+    return max(0.0, (middle - half) / (1 + spread)), min(1.0, (middle + half) / (1 + spread))

@@ -1,0 +1,65 @@
+"""Is an answer right? One function per metric of a task; each takes (answer, target) and gives a score from 0 to 1."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+
+_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+_CHOICE = re.compile(r"\(?\b([A-Z])\b\)?")
+CODE_SECONDS = 10
+
+
+def exact_match(answer: str, target: str) -> float:
+    """Equal but for blanks at the ends."""
+    return float(answer.strip() == target.strip())
+
+
+def choice(answer: str, target: str) -> float:
+    """The first stand-alone capital letter, `(B)` or `B`, is the target's."""
+    given, wanted = _CHOICE.search(answer), _CHOICE.search(target)
+    return float(bool(given and wanted and given[1] == wanted[1]))
+
+
+def number(answer: str, target: str) -> float:
+    """The last number of each is the same (GSM8K's convention); thousands commas do not count."""
+    given, wanted = _NUMBER.findall(answer), _NUMBER.findall(target)
+    return float(bool(given and wanted) and float(given[-1].replace(",", "")) == float(wanted[-1].replace(",", "")))
+
+
+def rouge_l(answer: str, target: str) -> float:
+    """F1 of the longest common subsequence of words (Lin 2004), lower-cased, without stemming."""
+    given, wanted = answer.lower().split(), target.lower().split()
+    row = [0] * (len(wanted) + 1)
+    for word in given:
+        diagonal = 0
+        for j, other in enumerate(wanted, 1):
+            diagonal, row[j] = row[j], diagonal + 1 if word == other else max(row[j], row[j - 1])
+    return 2 * row[-1] / (len(given) + len(wanted)) if row[-1] else 0.0
+
+
+def code(answer: str, target: str) -> float:
+    """The answer followed by the target's assertions runs as Python without error in `CODE_SECONDS` (MBPP's convention).
+
+    It runs model-written code: in a process of its own, isolated from the environment and in an empty folder, but not sandboxed.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            done = subprocess.run(
+                [sys.executable, "-I", "-c", f"{answer}\n{target}\n"], cwd=folder, env={}, timeout=CODE_SECONDS, capture_output=True, check=False
+            )
+        except subprocess.TimeoutExpired:
+            return 0.0
+    return float(done.returncode == 0)
+
+
+METRICS: dict[str, Callable[[str, str], float]] = {
+    "exact_match": exact_match,
+    "choice": choice,
+    "number": number,
+    "rouge_l": rouge_l,
+    "code": code,
+}

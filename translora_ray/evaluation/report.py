@@ -1,0 +1,44 @@
+"""Results as people read them on a terminal."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from translora_ray.models import ModelInfo
+
+ARMS = {
+    "source_base": "source base",
+    "source_adapter": "source base + adapter",
+    "target_base": "bare target",
+    "target_few_shot": "target, seeds as examples",
+    "transferred": "target + transferred adapter",
+    "oracle": "target + adapter on the real rows",
+}
+
+
+def show_evaluation(result: dict[str, Any]) -> None:
+    table = Table(title=f"{result['metric']} on {result['n']} rows")
+    for column in ("arm", "accuracy", "95 % interval"):
+        table.add_column(column, justify="left" if column == "arm" else "right")
+    for arm, value in result["arms"].items():
+        table.add_row(ARMS[arm], f"{value['accuracy']:.3f}", f"{value['low']:.3f} to {value['high']:.3f}")
+    Console().print(table)
+    if result["recovery"] is not None:
+        Console().print(f"recovery: {result['recovery']:.3f} of what training on the real rows gains")
+
+
+def show_facts(title: str, facts: dict[str, Any]) -> None:
+    table = Table(title=title, show_header=False)
+    table.add_column()
+    table.add_column(overflow="fold")
+    for name, value in facts.items():
+        table.add_row(name.replace("_", " "), f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value))
+    Console().print(table)
+
+
+def show_model(info: ModelInfo) -> None:
+    show_facts("model", asdict(info))

@@ -1,0 +1,59 @@
+"""What lies at a path: a kit, an adapter, a run or a model, and whether it is sound."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from translora_ray import adapters, kit, models
+from translora_ray.errors import UsageError
+from translora_ray.evaluation.report import show_facts
+from translora_ray.storage import ADAPTER, IDENTITY, MANIFEST, RunStore
+
+
+def inspect(paths: list[str]) -> None:
+    """Show one thing, or two models and whether a transfer between them can work. Raises `UsageError` for what is not sound."""
+    if len(paths) > 2:
+        raise UsageError("inspect takes one path, or two models to check as a pair.")
+    if len(paths) == 2:
+        _pair(*paths)
+        return
+    title, facts = _facts(paths[0])
+    show_facts(title, facts)
+
+
+def _facts(path: str) -> tuple[str, dict[str, Any]]:
+    folder = Path(path)
+    if (folder / kit.FACTS).exists():
+        loaded = kit.load(folder)
+        facts = {"task": loaded.task.name, "base": loaded.base, "rows": loaded.rows, "seeds": len(loaded.seeds)}
+        return "transfer kit, sound", facts | {"discriminator": loaded.discriminator, "digest": loaded.digest}
+    if (folder / adapters.CONFIG).exists():
+        info = asdict(adapters.inspect(folder))
+        return "adapter, sound", info | {"shapes": f"{len(info['shapes'])} modules"}
+    if "://" in path or (folder / IDENTITY).exists():
+        return _run(RunStore(path))
+    return "model", asdict(models.describe(path))
+
+
+def _run(store: RunStore) -> tuple[str, dict[str, Any]]:
+    if not store.exists(IDENTITY):
+        raise UsageError(f"There is no run at {store.uri}.")
+    identity = store.read_json(IDENTITY)
+    accepted = sum(candidate.accepted for _, candidates, _ in store.shards() for candidate in candidates)
+    facts = {"recipe": identity["recipe_hash"], "accepted": accepted, "finished": store.exists(MANIFEST)}
+    if store.exists(MANIFEST) and store.local:
+        manifest = store.read_json(MANIFEST)
+        if adapters.digest(store.path(ADAPTER)) != manifest["adapter_digest"]:
+            raise UsageError(f"The adapter in {store.uri} is not the one its manifest describes: do not use it.")
+        facts |= {"source": manifest["source_base"], "target": manifest["target_base"], "counts": manifest["counts"], "seconds": manifest["seconds"]}
+    return "run, sound", facts
+
+
+def _pair(source_reference: str, target_reference: str) -> None:
+    source, target = models.describe(source_reference), models.describe(target_reference)
+    for role, info in (("source", source), ("target", target)):
+        show_facts(role, asdict(info))
+    verdicts = {format: models.pair_obstacle(source, target, format) or "can work" for format in ("text", "chat")}
+    show_facts("transfer of a task with", {f"format: {format}": verdict for format, verdict in verdicts.items()})

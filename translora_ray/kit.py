@@ -1,0 +1,229 @@
+"""The transfer kit: what the source side prepares while data is at hand. The only place where task rows are read.
+
+A kit is a directory: `kit.json` (facts, written last), `seeds.jsonl`, `adapter/`, and `discriminator/` unless it was left out.
+No task row but the seeds is in it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from translora_ray import __version__, adapters, models
+from translora_ray.config import Lora, Synthesis, Task
+from translora_ray.engines.base import AdapterRef, Engine
+from translora_ray.errors import RunFailed, UsageError
+from translora_ray.progress import Display, Phase
+from translora_ray.prompts import NO, YES, discriminator_prompt
+from translora_ray.records import TaskRow, derive_seed, read_rows, request_pack
+from translora_ray.storage import commit_folder
+from translora_ray.stream.dedup import SeedFilter, Seen
+from translora_ray.stream.discriminate import verdicts
+from translora_ray.stream.synthesize import Synthesizer
+from translora_ray.training import task as training
+
+FACTS = "kit.json"
+SEEDS = "seeds.jsonl"
+ADAPTER = "adapter"
+DISCRIMINATOR = "discriminator"
+HELD_OUT = 0.1
+NEGATIVE_TRIES = 4
+
+
+@dataclass(frozen=True)
+class Kit:
+    """A loaded kit. `rows` is how many rows the task had; `digest` covers everything that decides a transfer."""
+
+    path: str
+    task: Task
+    base: str
+    base_fingerprint: str
+    rows: int
+    seeds: list[TaskRow]
+    discriminator: dict[str, Any] | None
+    digest: str
+
+    @property
+    def adapter(self) -> AdapterRef:
+        return AdapterRef("teacher", str(Path(self.path) / ADAPTER))
+
+    @property
+    def discriminator_adapter(self) -> AdapterRef:
+        return AdapterRef("discriminator", str(Path(self.path) / DISCRIMINATOR))
+
+    @property
+    def seed_inputs(self) -> list[str]:
+        return [seed.input for seed in self.seeds]
+
+
+def load(path: str | Path) -> Kit:
+    """Read a kit and check its adapters against the digests in it."""
+    folder = Path(path)
+    if not (folder / FACTS).exists():
+        raise UsageError(f"{folder} is not a transfer kit: it has no {FACTS}; make one with `translora prepare`.")
+    try:
+        facts = json.loads((folder / FACTS).read_text())
+        kit = Kit(
+            path=str(folder.resolve()),
+            task=Task.model_validate(facts["task"]),
+            base=facts["base"],
+            base_fingerprint=facts["base_fingerprint"],
+            rows=facts["rows"],
+            seeds=read_rows(folder / SEEDS),
+            discriminator=facts["discriminator"],
+            digest=facts["digest"],
+        )
+        digests = facts["adapters"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{folder / FACTS} is damaged ({type(error).__name__}: {error}): prepare the kit again.") from None
+    for name, wanted in digests.items():
+        adapters.inspect(folder / name)
+        if adapters.digest(folder / name) != wanted:
+            raise UsageError(f"{folder / name} is not the adapter that {FACTS} describes: copy the kit again.")
+    return kit
+
+
+def choose_seeds(rows: Sequence[TaskRow], count: int, seed: int) -> list[TaskRow]:
+    """`count` rows drawn by `seed`, taking turns between targets, so that seeds cover as many classes as they can."""
+    draw = random.Random(derive_seed(seed, "seeds"))
+    by_target: dict[str, list[TaskRow]] = defaultdict(list)
+    for row in draw.sample(list(rows), len(rows)):
+        by_target[row.target].append(row)
+    queues = list(by_target.values())
+    chosen: list[TaskRow] = []
+    while len(chosen) < count:
+        for queue in queues:
+            if queue and len(chosen) < count:
+                chosen.append(queue.pop())
+    return chosen
+
+
+def prepare(
+    task: Task, base: str, out: str | Path, adapter: str | None, discriminate: bool, open_engine: Callable[[str], Engine], progress: Display
+) -> dict[str, Any]:
+    """Make the kit for `task` at `out`, which must not exist. `open_engine(base)` gives an `Engine`. Returns the facts.
+
+    Order (Trans-LoRA, section 3.1): source adapter on the rows; negatives from the source base; discriminator on inputs against
+    negatives, with `HELD_OUT` of both kept apart to measure its accept rates.
+    """
+    out = Path(out)
+    if out.exists():
+        raise UsageError(f"{out} exists already: choose another --out, or remove it.")
+    rows = read_rows(task.train)
+    if len(rows) < task.seeds:
+        raise UsageError(f"{task.train} has {len(rows)} rows, fewer than the {task.seeds} seeds asked for: lower seeds, or add rows.")
+    if discriminate and len(rows) < 10:
+        raise UsageError(f"{task.train} has {len(rows)} rows, too few to train and test a discriminator: add rows, or use --no-discriminator.")
+    info = models.describe(base)
+    if obstacle := models.pair_obstacle(info, info, task.format):
+        raise UsageError(obstacle)
+    if adapter:
+        adapters.check_fits(adapters.inspect(adapter), base, models.linear_shapes(base))
+
+    seeds = choose_seeds(rows, task.seeds, task.seed)
+    facts: dict[str, Any] = {"seconds": {}}
+    with tempfile.TemporaryDirectory(prefix="translora-kit-") as scratch_name:
+        scratch = Path(scratch_name)
+        began = time.perf_counter()
+        if adapter:
+            training.copy_adapter(adapter, scratch / ADAPTER, base)
+        else:
+            pairs = training.task_pairs(task, rows)
+            facts["source_loss"] = training.train_adapter(
+                base, pairs, _sized(task.source_lora), task.source_training, task.seed, scratch / ADAPTER, progress.phase("source adapter").step
+            )
+        facts["seconds"]["source adapter"] = round(time.perf_counter() - began, 1)
+        facts["discriminator"] = _discriminator(task, base, rows, seeds, scratch, open_engine, progress, facts) if discriminate else None
+        names = [name for name in (ADAPTER, DISCRIMINATOR) if (scratch / name).exists()]
+        (scratch / SEEDS).write_text("".join(json.dumps(asdict(seed), ensure_ascii=False) + "\n" for seed in seeds), encoding="utf-8")
+        facts |= {
+            "version": __version__,
+            "task": task.model_copy(update={"train": "not kept"}).model_dump(),
+            "base": base,
+            "base_fingerprint": models.fingerprint(base),
+            "rows": len(rows),
+            "adapters": {name: adapters.digest(scratch / name) for name in names},
+        }
+        facts["digest"] = _digest(facts, (scratch / SEEDS).read_text(encoding="utf-8"))
+        (scratch / FACTS).write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n")
+        commit_folder(scratch, out)
+    return facts
+
+
+def _discriminator(
+    task: Task,
+    base: str,
+    rows: Sequence[TaskRow],
+    seeds: list[TaskRow],
+    scratch: Path,
+    open_engine: Callable[[str], Engine],
+    progress: Display,
+    facts: dict[str, Any],
+) -> dict[str, Any]:
+    """Train the discriminator into `scratch` and measure it on what it did not see."""
+    held = max(1, round(len(rows) * HELD_OUT))
+    real = [row.input for row in random.Random(derive_seed(task.seed, "held out")).sample(list(rows), len(rows))]
+    began = time.perf_counter()
+    engine = open_engine(base)
+    negatives = _negatives(task, engine, seeds, len(rows), progress.phase("negatives"))
+    engine.close()
+    facts["seconds"]["negatives"] = round(time.perf_counter() - began, 1)
+    began = time.perf_counter()
+    pairs = [(discriminator_prompt(task.name, text), YES) for text in real[held:]]
+    pairs += [(discriminator_prompt(task.name, text), NO) for text in negatives[held:]]
+    training.train_adapter(
+        base,
+        pairs,
+        _sized(task.source_lora),
+        task.discriminator_training,
+        derive_seed(task.seed, DISCRIMINATOR),
+        scratch / DISCRIMINATOR,
+        progress.phase(DISCRIMINATOR).step,
+    )
+    facts["seconds"][DISCRIMINATOR] = round(time.perf_counter() - began, 1)
+    engine = open_engine(base)
+    judge = AdapterRef(DISCRIMINATOR, str(scratch / DISCRIMINATOR))
+    accepted = [sum(verdict > 0 for verdict in verdicts(engine, task.name, texts, judge)) for texts in (real[:held], negatives[:held])]
+    engine.close()
+    return {
+        "negatives": len(negatives),
+        "held_out_real": held,
+        "held_out_negatives": held,
+        "true_accept_rate": accepted[0] / held,
+        "false_accept_rate": accepted[1] / held,
+    }
+
+
+def _negatives(task: Task, engine: Engine, seeds: list[TaskRow], wanted: int, phase: Phase) -> list[str]:
+    """`wanted` distinct prompts that the source base wrote from the seeds, in the same way as a transfer writes candidates."""
+    settings = Synthesis()
+    inputs = [seed.input for seed in seeds]
+    writer, copies, seen = Synthesizer(engine, settings, inputs), SeedFilter(inputs, near=1.0), Seen(near=1.0)
+    found: list[str] = []
+    for number in range(NEGATIVE_TRIES * -(-wanted // settings.pack_size)):
+        pack = copies.process(writer.process(request_pack(derive_seed(task.seed, "negatives"), number, settings.pack_size)))
+        for candidate in pack.open():
+            if not seen.repeats(candidate.input):
+                seen.add(candidate.input)
+                found.append(candidate.input)
+        phase.update(min(wanted, len(found)), wanted)
+        if len(found) >= wanted:
+            return found[:wanted]
+    raise RunFailed(f"The base wrote only {len(found)} of {wanted} distinct prompts from the seeds: use --no-discriminator, or other rows.")
+
+
+def _sized(lora: Lora) -> Lora:
+    return Lora(rank=lora.rank or 16, alpha=lora.alpha or 32.0, dropout=lora.dropout or 0.0)
+
+
+def _digest(facts: dict[str, Any], seeds: str) -> str:
+    decisive = {key: facts[key] for key in ("task", "base_fingerprint", "rows", "adapters")}
+    return hashlib.sha256((json.dumps(decisive, sort_keys=True) + seeds).encode()).hexdigest()[:16]

@@ -1,0 +1,96 @@
+"""Texts that go into models: the task's prompt, the synthesis list, the discriminator's question, and their tokens.
+
+Text crosses between bases as text or messages, never as tokens: each base renders with its own tokenizer, and loss masks
+come from that rendering. No model is loaded here.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from translora_ray.errors import UsageError
+
+Format = Literal["text", "chat"]
+YES, NO = "Yes", "No"
+_ITEM_NUMBER = re.compile(r"\n\s*\d+[.)]\s")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a model is asked. `format` "text" is continued as it stands, "chat" is one user message in the base's template."""
+
+    text: str
+    format: Format = "text"
+
+
+def task_prompt(template: str, text_input: str, format: Format) -> Prompt:
+    """The task's template with one input in it. Only `{input}` is special: other braces are plain text."""
+    return Prompt(template.replace("{input}", text_input), format)
+
+
+def synthesis_prompt(seeds: Sequence[str], shots: int, seed: int) -> Prompt:
+    """A numbered list of seed inputs for the generator to continue (Trans-LoRA, arXiv 2405.17258, section 3.2).
+
+    `shots` seeds are drawn without replacement and in an order of their own by `seed`, so that requests differ
+    in more than their sampling noise. Inputs only: answers are the teacher's business.
+    """
+    chosen = random.Random(seed).sample(list(seeds), min(shots, len(seeds)))
+    lines = [f"Here are {2 * len(chosen)} examples:"]
+    lines += [f"{number}. {text}" for number, text in enumerate(chosen, 1)]
+    return Prompt("\n".join(lines) + f"\n{len(chosen) + 1}.")
+
+
+def synthesis_stops(seeds: Sequence[str]) -> tuple[str, ...]:
+    """Where a list item ends: at the line's end, or, when seeds have several lines, at an empty line."""
+    return ("\n\n",) if any("\n" in seed for seed in seeds) else ("\n",)
+
+
+def parse_synthesis(text: str) -> str:
+    """The one item the generator wrote, without a number or blanks around it; empty when it wrote none."""
+    return _ITEM_NUMBER.split("\n" + text.strip() if re.match(r"\s*\d+[.)]\s", text) else text, maxsplit=1)[0].strip()
+
+
+def few_shot_prompt(template: str, seeds: Sequence[tuple[str, str]], text_input: str, format: Format) -> Prompt:
+    """The seeds with their answers before the input: what the bare target can do without any training."""
+    parts = [complete_text(template.replace("{input}", shown), target) for shown, target in seeds]
+    return Prompt("\n\n".join([*parts, template.replace("{input}", text_input)]), format)
+
+
+def discriminator_prompt(task_name: str, text_input: str) -> Prompt:
+    """Trans-LoRA's question about a prompt; the answer is `YES` for the task's own prompts and `NO` for synthetic ones."""
+    return Prompt(f"{text_input}\n\nIs the above question from the {task_name} dataset? Answer:")
+
+
+def complete_text(prompt: str, answer: str) -> str:
+    """Prompt and answer as one text, with the blank between them that tokenizers expect."""
+    return prompt + separator(prompt) + answer
+
+
+def separator(prompt: str) -> str:
+    return "" if prompt.endswith((" ", "\n", "\t")) else " "
+
+
+def prompt_ids(tokenizer: Any, prompt: Prompt) -> list[int]:
+    """Token ids of a prompt as `tokenizer`'s base expects them, special tokens included."""
+    if prompt.format == "chat":
+        if not tokenizer.chat_template:
+            raise UsageError(f"{tokenizer.name_or_path} has no chat template: use a task with format: text, or an instruct model.")
+        messages = [{"role": "user", "content": prompt.text}]
+        return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+    return list(tokenizer(prompt.text)["input_ids"])
+
+
+def answer_ids(tokenizer: Any, prompt: Prompt, answer: str, end: bool = True) -> list[int]:
+    """Token ids of an answer that follows `prompt`; with `end`, the end-of-sequence token closes it."""
+    lead = "" if prompt.format == "chat" else separator(prompt.text)
+    ids = list(tokenizer(lead + answer, add_special_tokens=False)["input_ids"])
+    return [*ids, tokenizer.eos_token_id] if end else ids
+
+
+def clean_answer(text: str) -> str:
+    """A generated answer as it is compared and stored: blanks around it do not count."""
+    return text.strip()

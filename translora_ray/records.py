@@ -1,0 +1,126 @@
+"""Rows that travel: requests, candidates, examples, their Arrow schemas. Ids and seeds are derived, never drawn.
+
+A pack is the unit of the stream: `pack_size` candidates that are computed together. Candidate `index` of a transfer always has the
+same seed and sits in the same pack, whatever runs where.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from translora_ray.errors import UsageError
+
+
+@dataclass(frozen=True)
+class TaskRow:
+    """A real row of a task."""
+
+    input: str
+    target: str
+
+
+@dataclass
+class Candidate:
+    """A synthetic prompt on its way. Stages fill it; the first `reason` makes it a reject and later stages leave it alone.
+
+    `verdict` is the discriminator's log p(yes) - log p(no); `target` is the teacher's answer.
+    """
+
+    index: int
+    seed: int
+    input: str = ""
+    verdict: float | None = None
+    target: str | None = None
+    reason: str | None = None
+
+    @property
+    def accepted(self) -> bool:
+        return self.reason is None
+
+
+@dataclass
+class Pack:
+    """Candidates computed together, with what they cost: tokens and seconds per role."""
+
+    number: int
+    candidates: list[Candidate]
+    tokens: dict[str, int] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def spend(self, role: str, tokens: int, seconds: float) -> None:
+        self.tokens[role] = self.tokens.get(role, 0) + tokens
+        self.seconds[role] = self.seconds.get(role, 0.0) + seconds
+
+    def open(self) -> list[Candidate]:
+        """The candidates that no stage has rejected so far."""
+        return [candidate for candidate in self.candidates if candidate.accepted]
+
+
+CANDIDATE = pa.struct(
+    [("index", pa.int64()), ("seed", pa.int64()), ("input", pa.string()), ("verdict", pa.float64()), ("target", pa.string()), ("reason", pa.string())]
+)
+PACK = pa.schema([("number", pa.int64()), ("candidates", pa.list_(CANDIDATE)), ("spent", pa.string())])
+SHARD = pa.schema(list(CANDIDATE))
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a training step reports: its number of all steps, its mean loss per label, and tokens and seconds of the epoch so far."""
+
+    step: int
+    steps: int
+    loss: float
+    tokens: int
+    seconds: float
+
+
+def derive_seed(*parts: object) -> int:
+    """A 63-bit seed from a run seed, a stage and an index: the same parts give the same seed on every machine."""
+    return int.from_bytes(hashlib.sha256("/".join(map(str, parts)).encode()).digest()[:8]) >> 1
+
+
+def request_pack(run_seed: int, number: int, size: int) -> Pack:
+    """Pack `number` of a transfer before anything is computed: indices and seeds only."""
+    first = number * size
+    return Pack(number, [Candidate(index, derive_seed(run_seed, "candidate", index)) for index in range(first, first + size)])
+
+
+def pack_to_table(pack: Pack) -> pa.Table:
+    """One pack as a table of one row: Ray Data must neither split a pack nor wait for a second one."""
+    spent = json.dumps({"tokens": pack.tokens, "seconds": pack.seconds})
+    row = {"number": pack.number, "candidates": [asdict(candidate) for candidate in pack.candidates], "spent": spent}
+    return pa.Table.from_pylist([row], schema=PACK)
+
+
+def packs_from_table(table: pa.Table) -> list[Pack]:
+    return [Pack(row["number"], [Candidate(**candidate) for candidate in row["candidates"]], **json.loads(row["spent"])) for row in table.to_pylist()]
+
+
+def read_rows(path: str | Path) -> list[TaskRow]:
+    """Read a JSONL of {"input", "target"} strings. Raises `UsageError` with file and line."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise UsageError(f"{path} can not be read: {error.strerror}.") from None
+    except UnicodeDecodeError:
+        raise UsageError(f"{path} is not UTF-8 text: convert it.") from None
+    rows = [_row(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    if not rows:
+        raise UsageError(f"{path} has no rows in it.")
+    return rows
+
+
+def _row(path: str | Path, number: int, line: str) -> TaskRow:
+    try:
+        row: Any = json.loads(line)
+    except ValueError:
+        raise UsageError(f"{path}, line {number}: not valid JSON.") from None
+    if not isinstance(row, dict) or not all(isinstance(row.get(key), str) and row[key].strip() for key in ("input", "target")):
+        raise UsageError(f'{path}, line {number}: a row needs "input" and "target", both text that is not empty.')
+    return TaskRow(row["input"], row["target"])

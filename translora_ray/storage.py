@@ -1,0 +1,157 @@
+"""The run directory: every path in it, and how a thing gets there whole. Local disk or any pyarrow filesystem (s3://, gs://).
+
+Write, fsync, rename, marker last: a reader sees all of a thing or nothing. On object stores a put is atomic by itself, and a
+directory's marker file is put last.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+
+from translora_ray.errors import UsageError
+from translora_ray.records import SHARD, Candidate
+
+IDENTITY = "run.json"
+MANIFEST = "manifest.json"
+SHARDS = "shards"
+ADAPTER = "adapter"
+TRAIN = "train"
+EVALUATION = "evaluation"
+_SHARD_NAME = re.compile(r"(\d{6})-(\d{6})\.parquet$")
+
+
+def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
+    """(filesystem, path on it) of a local path or a URI that pyarrow knows."""
+    if "://" not in uri:
+        return pafs.LocalFileSystem(), str(Path(uri).expanduser().resolve())
+    try:
+        found, path = pafs.FileSystem.from_uri(uri)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise UsageError(f"{uri} is no place to store a run ({error}): use a directory, s3://... or gs://...") from None
+    return found, path
+
+
+class RunStore:
+    """A run directory. Names are relative to it. Nothing is created before something is committed."""
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri.rstrip("/")
+        self.fs, self.root = filesystem(self.uri)
+        self.local = isinstance(self.fs, pafs.LocalFileSystem)
+
+    def path(self, name: str) -> str:
+        return f"{self.root}/{name}"
+
+    def exists(self, name: str = "") -> bool:
+        return bool(self.fs.get_file_info(self.path(name) if name else self.root).type != pafs.FileType.NotFound)
+
+    def names(self, folder: str) -> list[str]:
+        """File names in a folder of the run, sorted; without unfinished ones."""
+        found = self.fs.get_file_info(pafs.FileSelector(self.path(folder), allow_not_found=True))
+        return sorted(info.base_name for info in found if not info.base_name.startswith("."))
+
+    def read(self, name: str) -> bytes:
+        with self.fs.open_input_stream(self.path(name)) as stream:
+            return bytes(stream.read())
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        content: dict[str, Any] = json.loads(self.read(name))
+        return content
+
+    def write(self, name: str, content: bytes) -> None:
+        """Commit one file."""
+        if not self.local:
+            with self.fs.open_output_stream(self.path(name)) as stream:
+                stream.write(content)
+            return
+        final = Path(self.path(name))
+        final.parent.mkdir(parents=True, exist_ok=True)
+        scratch = final.with_name(f".{final.name}.{os.getpid()}")
+        with scratch.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(scratch, final)
+        _sync_folder(final.parent)
+
+    def write_json(self, name: str, content: dict[str, Any]) -> None:
+        self.write(name, (json.dumps(content, indent=2, sort_keys=True) + "\n").encode())
+
+    def write_folder(self, name: str, source: Path, marker: str) -> None:
+        """Commit a directory; `marker` is the file that readers look for, and arrives last."""
+        if self.local:
+            commit_folder(source, Path(self.path(name)))
+            return
+        for file in sorted((file for file in source.rglob("*") if file.is_file()), key=lambda file: file.name == marker):
+            self.write(f"{name}/{file.relative_to(source)}", file.read_bytes())
+
+    def remove(self, folder: str) -> None:
+        """Remove a folder that is no longer needed; fine if it is not there."""
+        if self.exists(folder):
+            self.fs.delete_dir(self.path(folder))
+
+    def fetch_folder(self, name: str, target: Path) -> Path:
+        """The folder as a local directory: itself on local disk, else a copy in `target`."""
+        if self.local:
+            return Path(self.path(name))
+        pafs.copy_files(self.path(name), str(target), source_filesystem=self.fs, destination_filesystem=pafs.LocalFileSystem())
+        return target
+
+    def write_shard(self, first: int, last: int, candidates: list[Candidate], facts: dict[str, Any]) -> None:
+        """Commit what packs `first` to `last` became, accepted and rejected alike; `facts` go along as file metadata."""
+        columns = {name: [getattr(candidate, name) for candidate in candidates] for name in SHARD.names}
+        table = pa.Table.from_pydict(columns, schema=SHARD.with_metadata({"facts": json.dumps(facts)}))
+        sink = pa.BufferOutputStream()
+        pq.write_table(table, sink)
+        self.write(f"{SHARDS}/{first:06d}-{last:06d}.parquet", sink.getvalue().to_pybytes())
+
+    def shards(self) -> Iterator[tuple[int, list[Candidate], dict[str, Any]]]:
+        """(last pack, candidates, facts) of the committed shards, in the order of packs."""
+        expected = 0
+        for name in self.names(SHARDS):
+            match = _SHARD_NAME.search(name)
+            if match is None or int(match[1]) != expected:
+                raise UsageError(f"{self.uri}/{SHARDS}/{name} does not follow the shards before it: remove the run and start it anew.")
+            table = pq.read_table(pa.BufferReader(self.read(f"{SHARDS}/{name}")))
+            yield int(match[2]), [Candidate(**row) for row in table.to_pylist()], json.loads(table.schema.metadata[b"facts"])
+            expected = int(match[2]) + 1
+
+    def shard_paths(self) -> list[str]:
+        return [self.path(f"{SHARDS}/{name}") for name in self.names(SHARDS)]
+
+
+def commit_folder(source: Path, final: Path) -> None:
+    """Make `source` appear as `final` at once, replacing what an earlier attempt left there."""
+    final.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(dir=final.parent, prefix=f".{final.name}-"))
+    try:
+        shutil.copytree(source, scratch / "new")
+        for file in (scratch / "new").rglob("*"):
+            if file.is_file():
+                with file.open("rb") as written:
+                    os.fsync(written.fileno())
+        if final.exists():
+            os.replace(final, scratch / "old")
+        os.replace(scratch / "new", final)
+        _sync_folder(final.parent)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,37 @@
+"""The discriminator's stage: a candidate gets a verdict, and is rejected when it does not look like the task."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from translora_ray.engines.base import AdapterRef, Engine, Score
+from translora_ray.prompts import NO, YES, discriminator_prompt
+from translora_ray.records import Pack
+
+ROLE = "discriminator"
+OFF_TASK = "off task"
+
+
+def verdicts(engine: Engine, task_name: str, inputs: Sequence[str], adapter: AdapterRef) -> list[float]:
+    """log p(yes) - log p(no) for each input."""
+    scores = engine.score([Score(discriminator_prompt(task_name, text), (YES, NO), adapter) for text in inputs])
+    return [yes - no for yes, no in scores]
+
+
+class Discriminator:
+    """Accepts a candidate whose verdict is above the threshold (Trans-LoRA: p(yes) > p(no), so 0)."""
+
+    def __init__(self, engine: Engine, task_name: str, adapter: AdapterRef, threshold: float) -> None:
+        self.engine, self.task_name, self.adapter, self.threshold = engine, task_name, adapter, threshold
+
+    def process(self, pack: Pack) -> Pack:
+        began = time.perf_counter()
+        candidates = pack.open()
+        inputs = [candidate.input for candidate in candidates]
+        for candidate, verdict in zip(candidates, verdicts(self.engine, self.task_name, inputs, self.adapter), strict=True):
+            candidate.verdict = verdict
+            if verdict <= self.threshold:
+                candidate.reason = OFF_TASK
+        pack.spend(ROLE, len(candidates), time.perf_counter() - began)
+        return pack

@@ -1,0 +1,34 @@
+"""The teacher's stage: source base and source adapter answer the prompts that were accepted, and no others."""
+
+from __future__ import annotations
+
+import time
+
+from translora_ray.config import Task
+from translora_ray.engines.base import AdapterRef, Engine, Generate, Sampling
+from translora_ray.prompts import clean_answer, task_prompt
+from translora_ray.records import Pack
+
+ROLE = "teacher"
+
+
+class Teacher:
+    """Greedy answers as hard text labels, so the tokenizers of source and target may differ (Trans-LoRA, section 3.3)."""
+
+    def __init__(self, engine: Engine, task: Task, adapter: AdapterRef) -> None:
+        self.engine, self.task, self.adapter = engine, task, adapter
+
+    def process(self, pack: Pack) -> Pack:
+        began = time.perf_counter()
+        candidates = pack.open()
+        sampling = Sampling(self.task.max_new_tokens)
+        prompts = [task_prompt(self.task.prompt, candidate.input, self.task.format) for candidate in candidates]
+        answers = self.engine.generate([Generate(prompt, sampling, self.adapter) for prompt in prompts])
+        for candidate, answer in zip(candidates, answers, strict=True):
+            candidate.target = clean_answer(answer.text)
+            if not answer.finished:
+                candidate.reason = "answer too long"
+            elif not candidate.target:
+                candidate.reason = "empty answer"
+        pack.spend(ROLE, sum(answer.tokens for answer in answers), time.perf_counter() - began)
+        return pack

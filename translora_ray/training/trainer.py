@@ -1,0 +1,120 @@
+"""The target adapter on Ray Train: shards in through Ray Data, one checkpoint an epoch out. The mathematics is in `loop.py`."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import torch
+from ray.train import Checkpoint, CheckpointConfig, DataConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from translora_ray import adapters
+from translora_ray.config import Cluster, Lora, Task, Training
+from translora_ray.errors import RunFailed
+from translora_ray.records import TaskRow
+from translora_ray.storage import ADAPTER, TRAIN, RunStore
+from translora_ray.training import task as task_training
+
+STATE = "state.pt"
+MAX_FAILURES = 3
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker needs to know. `lora` is fully set; `steps` receives `Step`s (an actor handle)."""
+
+    task: Task
+    target: str
+    lora: Lora
+    training: Training
+    seed: int
+    steps: Any
+
+
+def train_target(job: Job, store: RunStore, cluster: Cluster, worker_cpus: float) -> dict[str, Any]:
+    """Train on the committed shards, going on from the last committed epoch, and commit `adapter/`; returns facts."""
+    rows = ray.data.read_parquet(store.shard_paths(), filesystem=store.fs, columns=["index", "input", "target", "reason"], override_num_blocks=1)
+    trainer = TorchTrainer(
+        _worker,
+        train_loop_config={"job": job},
+        scaling_config=ScalingConfig(
+            num_workers=cluster.workers,
+            use_gpu=cluster.worker_gpus > 0,
+            resources_per_worker={"CPU": worker_cpus, **({"GPU": cluster.worker_gpus} if cluster.worker_gpus else {})},
+        ),
+        torch_config=TorchConfig(timeout_s=1800),
+        datasets={"train": rows},
+        dataset_config=DataConfig(datasets_to_split=[]),  # an equal split would drop the remainder; workers slice by rank instead
+        run_config=RunConfig(
+            name="target",
+            storage_path=store.path(TRAIN),
+            storage_filesystem=store.fs,
+            checkpoint_config=CheckpointConfig(num_to_keep=1),
+            failure_config=FailureConfig(max_failures=MAX_FAILURES),
+        ),
+    )
+    result = trainer.fit()
+    if result.checkpoint is None or result.metrics is None:
+        raise RunFailed("Training ended without a checkpoint: look at Ray's logs, then run the same command again.")
+    if result.metrics["loss"] != result.metrics["loss"]:
+        raise RunFailed("The training loss is not a number: lower training.learning_rate, in a new --out.")
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(result.checkpoint.to_directory(scratch))
+        (folder / STATE).unlink()
+        store.write_folder(ADAPTER, folder, marker=adapters.CONFIG)
+    return {key: result.metrics[key] for key in ("loss", "rows", "tokens", "seconds", "epoch_losses")}
+
+
+def _accepted_rows() -> list[TaskRow]:
+    """The accepted rows of all shards in the order of their index: the same on every worker and after every restart.
+
+    Read through Ray Data once per worker start, not per epoch: rows are short texts, and each pass of a dataset costs seconds.
+    """
+    found: list[tuple[int, str, str]] = []
+    for batch in ray.train.get_dataset_shard("train").iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+        found += [(row["index"], row["input"], row["target"]) for row in batch.to_pylist() if row["reason"] is None]
+    return [TaskRow(text, target) for _, text, target in sorted(found)]
+
+
+def _worker(config: dict[str, Any]) -> None:
+    """One worker's life: load, catch up with the last checkpoint, train the epochs that are left."""
+    job: Job = config["job"]
+    context = ray.train.get_context()
+    rank, world = context.get_world_rank(), context.get_world_size()
+    pairs = task_training.task_pairs(job.task, _accepted_rows())
+    loop = task_training.start(job.target, pairs, job.lora, job.training, job.seed, rank, world)
+    history: dict[str, Any] = {"epoch_losses": [], "seconds": 0.0}
+    if checkpoint := ray.train.get_checkpoint():
+        with checkpoint.as_directory() as folder:
+            adapters.load_weights(loop.model, folder)
+            state = torch.load(Path(folder) / STATE, weights_only=True)
+            loop.load_state_dict(state["loop"])
+            history = state["history"]
+    if loop.epoch >= job.training.epochs:  # finished before, and only the commit of the adapter is missing
+        _report(loop, job, history, rank)
+    while loop.epoch < job.training.epochs:
+        losses = []
+        step = None
+        for step in loop.run_epoch():
+            losses.append(step.loss)
+            if rank == 0:
+                job.steps.step.remote(step)
+        history["epoch_losses"].append(sum(losses) / len(losses))
+        history["seconds"] += step.seconds if step else 0.0
+        _report(loop, job, history, rank)
+
+
+def _report(loop: Any, job: Job, history: dict[str, Any], rank: int) -> None:
+    metrics = {"loss": history["epoch_losses"][-1], "rows": len(loop.rows), "tokens": loop.tokens, **history}
+    if rank > 0:
+        ray.train.report(metrics)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        adapters.save(loop.model, folder, job.target)
+        torch.save({"loop": loop.state_dict(), "history": history}, Path(folder) / STATE)
+        ray.train.report(metrics, checkpoint=Checkpoint.from_directory(folder))

@@ -1,0 +1,197 @@
+"""A transfer from beginning to end: checks, stream, training, manifest. Every phase looks at what is committed and does the rest."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from translora_ray import __version__, adapters, kit, models
+from translora_ray.config import Cluster, Config, EngineKind, differing_field
+from translora_ray.engines.select import choose_engine
+from translora_ray.errors import UsageError
+from translora_ray.progress import Display
+from translora_ray.storage import ADAPTER, IDENTITY, MANIFEST, TRAIN, RunStore
+from translora_ray.stream.pipeline import Plan, Totals, run_stream
+from translora_ray.stream.requests import Desk
+from translora_ray.training.trainer import Job, train_target
+
+VERSIONS = ("ray", "torch", "transformers", "peft")
+
+
+def transfer(kit_path: str, target: str, out: str, config: Config, engine: EngineKind, display: Display) -> dict[str, Any]:
+    """Move the kit's adapter to `target`; the finished PEFT directory is `out`/adapter. Returns the manifest.
+
+    Run again with the same arguments it goes on from what is committed, or returns at once where all is.
+    """
+    loaded = kit.load(kit_path)
+    store = RunStore(out)
+    engine = choose_engine(engine)
+    identity = _identity(loaded, target, config)
+    _check_identity(store, identity)
+    if store.exists(MANIFEST):
+        display.say(f"{out} is finished already.")
+        return store.read_json(MANIFEST)
+    _check_models(loaded, target)
+    with ray_session(config.cluster) as local:
+        plan = _plan(loaded, target, config, engine, local)
+        worker_cpus = config.cluster.worker_cpus or _share(local, config.cluster.workers)
+        _check_resources(plan, worker_cpus)
+        store.write_json(IDENTITY, identity)
+        began = time.monotonic()
+        totals = run_stream(plan, store, display)
+        streamed = time.monotonic() - began
+        training = _train(plan, store, worker_cpus, display)
+    return _finish(plan, store, identity, totals, training, {"stream": streamed, "transfer": time.monotonic() - began})
+
+
+def _identity(loaded: kit.Kit, target: str, config: Config) -> dict[str, Any]:
+    recipe = config.recipe
+    return {"kit": loaded.digest, "target": models.fingerprint(target), "recipe_hash": recipe.digest(), "recipe": recipe.model_dump()}
+
+
+def _check_identity(store: RunStore, identity: dict[str, Any]) -> None:
+    if not store.exists():
+        return
+    if not store.exists(IDENTITY):
+        if store.names(""):
+            raise UsageError(f"{store.uri} is not empty and not a run: choose another --out.")
+        return
+    stored = {key: value for key, value in store.read_json(IDENTITY).items() if key != "recipe_hash"}
+    wanted = {key: value for key, value in identity.items() if key != "recipe_hash"}
+    if field := differing_field(stored, wanted):
+        raise UsageError(f"{store.uri} is a run of something else: {field}. Choose another --out.")
+
+
+def _check_models(loaded: kit.Kit, target: str) -> None:
+    if models.fingerprint(loaded.base) != loaded.base_fingerprint:
+        raise UsageError(f"The base {loaded.base} is not the one the kit was prepared on: bring back that version of it.")
+    adapters.check_fits(adapters.inspect(loaded.adapter.path), loaded.base, models.linear_shapes(loaded.base))
+    if obstacle := models.pair_obstacle(models.describe(loaded.base), models.describe(target), loaded.task.format):
+        raise UsageError(obstacle)
+
+
+@contextlib.contextmanager
+def ray_session(cluster: Cluster) -> Iterator[bool]:
+    """A Ray to work on, True if it is a local one of our own, which ends with the context."""
+    address = cluster.address or os.environ.get("RAY_ADDRESS")
+    own = address is None and not ray.is_initialized()
+    if own:
+        # One CPU more than there are: Ray Data must have some to read with while engines or workers hold all the real ones.
+        ray.init(address="local", num_cpus=cpus() + 1, include_dashboard=False, log_to_driver=False, logging_level="error", _temp_dir=None)
+    elif not ray.is_initialized():
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level="error")
+        except ConnectionError:
+            raise UsageError(f"There is no Ray at {address}: start it, or leave cluster.address out for a local one.") from None
+    try:
+        yield own
+    finally:
+        if own:
+            ray.shutdown()
+
+
+def cpus() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def _share(local: bool, parts: int) -> float:
+    return max(1.0, cpus() // parts) if local else 1.0
+
+
+def _plan(loaded: kit.Kit, target: str, config: Config, engine: EngineKind, local: bool) -> Plan:
+    plan = Plan(loaded, target, config.recipe, config.cluster, engine, 1.0)
+    share = config.cluster.engine_cpus or _share(local, len(plan.pools()) * config.cluster.engines[0])
+    return Plan(loaded, target, config.recipe, config.cluster, engine, share)
+
+
+def _check_resources(plan: Plan, worker_cpus: float) -> None:
+    """Raise `UsageError` when the least that the stream or the training asks for is more than the cluster has."""
+    engines = plan.cluster.engines[0] * len(plan.pools())
+    workers = plan.cluster.workers
+    needs = {
+        "engines": {"CPU": engines * plan.engine_cpus, "GPU": engines * plan.cluster.engine_gpus},
+        "training workers": {"CPU": workers * worker_cpus, "GPU": workers * plan.cluster.worker_gpus},
+    }
+    there = ray.cluster_resources()
+    for who, resources in needs.items():
+        for name, amount in resources.items():
+            if amount > there.get(name, 0):
+                raise UsageError(f"The {who} ask for {amount:g} {name}, the cluster has {there.get(name, 0):g}: ask for less, or add nodes.")
+
+
+def _train(plan: Plan, store: RunStore, worker_cpus: float, display: Display) -> dict[str, Any]:
+    """Train unless it is done; shows steps as they come in from the worker."""
+    if store.exists(f"{TRAIN}.json") and store.exists(f"{ADAPTER}/{adapters.CONFIG}"):
+        return store.read_json(f"{TRAIN}.json")
+    lora = adapters.inherit(adapters.inspect(plan.kit.adapter.path), plan.recipe.lora)
+    display.say(f"target adapter: LoRA rank {lora.rank}, alpha {lora.alpha:g}, dropout {lora.dropout:g}, all linear layers")
+    steps = Desk.remote(0, 0)  # type: ignore[attr-defined]
+    job = Job(plan.kit.task, plan.target, lora, plan.recipe.training, plan.recipe.seed, steps)
+    with _watching(steps, display):
+        facts = train_target(job, store, plan.cluster, worker_cpus)
+    facts["lora"] = lora.model_dump()
+    store.write_json(f"{TRAIN}.json", facts)
+    return facts
+
+
+@contextlib.contextmanager
+def _watching(steps: Any, display: Display) -> Iterator[None]:
+    done = threading.Event()
+    phase = display.phase("training")
+
+    def watch() -> None:
+        while not done.wait(1.0):
+            if step := ray.get(steps.latest_step.remote()):
+                phase.step(step)
+
+    phase.update(0, 1, "starting workers")
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def _finish(plan: Plan, store: RunStore, identity: dict[str, Any], totals: Totals, training: dict[str, Any], seconds: dict[str, float]) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = store.fetch_folder(ADAPTER, Path(scratch) / ADAPTER)
+        info = adapters.inspect(folder)
+        adapters.check_fits(info, plan.target, models.linear_shapes(plan.target))
+    manifest = {
+        **identity,
+        "task": plan.kit.task.model_dump(),
+        "kit_path": plan.kit.path,
+        "source_base": plan.kit.base,
+        "target_base": plan.target,
+        "engine": plan.engine,
+        "adapter_digest": info.digest,
+        "adapter_modules": len(info.shapes),
+        "versions": {"translora_ray": __version__, **{name: version(name) for name in VERSIONS}},
+        "counts": {
+            "quota": plan.quota,
+            "candidates": totals.candidates,
+            "accepted": totals.accepted,
+            "rejects": dict(totals.rejects),
+            "engine_loads": totals.loads,
+        },
+        "tokens": {**totals.tokens, "training": training["tokens"]},
+        "seconds": {**{role: round(spent, 1) for role, spent in totals.seconds.items()}, "training": round(training["seconds"], 1)},
+        "last_attempt_seconds": {name: round(spent, 1) for name, spent in seconds.items()},
+        "training": training,
+        "driver_peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+    }
+    store.write_json(MANIFEST, manifest)
+    store.remove(TRAIN)
+    return manifest
