@@ -34,7 +34,7 @@ def save_model(folder: Path, family: str, seed: int = 0) -> str:
 
     folder.mkdir(parents=True)
     size = save_tokenizer(folder, CHARACTERS if family != "gemma" else "".join(reversed(CHARACTERS)))
-    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "vocab_size": size, "max_position_embeddings": 2048}
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "vocab_size": size, "max_position_embeddings": 2048, "initializer_range": 0.3}
     layers = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
     torch.manual_seed(seed)
     if family == "llama":

@@ -142,7 +142,7 @@ def load_weights(model: Any, path: str | Path) -> None:
 def save(model: Any, path: str | Path, base_reference: str) -> None:
     """Write the trained adapter as a PEFT directory that names the base by reference, not by a path in a cache."""
     model.peft_config["default"].base_model_name_or_path = base_reference
-    model.save_pretrained(str(path))
+    model.save_pretrained(str(path), save_embedding_layers=False)
     (Path(path) / "README.md").unlink(missing_ok=True)
 
 

@@ -117,7 +117,7 @@ class Cluster(Section):
 
     address: str | None = None
     """A running Ray; None: the job's own cluster where there is one, else a local Ray that ends with the command."""
-    engines: tuple[int, int] = (1, 1)
+    engines: tuple[int, int] = Field((1, 1), strict=False)
     """(least, most) actors of each pool."""
     engine_cpus: float | None = Field(None, gt=0)
     """CPUs of one engine. None: an even share of the machine on a local Ray, 1 on a cluster."""

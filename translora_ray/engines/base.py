@@ -50,7 +50,7 @@ class Generation:
 
 @dataclass(frozen=True)
 class Score:
-    """Log-probability of each answer's first token right after `prompt`."""
+    """Log-probability, after `prompt`, of the first token in which each answer differs from the others (blanks before it are given)."""
 
     prompt: Prompt
     answers: tuple[str, ...]

@@ -103,7 +103,8 @@ class TransformersEngine:
         return shared, cache
 
     def _score_batch(self, requests: list[Score], ids: list[list[int]]) -> list[tuple[float, ...]]:
-        answers = first_tokens(self.tokenizer, requests[0].prompt, requests[0].answers)
+        lead, answers = distinct_tokens(self.tokenizer, requests[0].prompt, requests[0].answers)
+        ids = [prompt + lead for prompt in ids]
         logits = self.model(**self._pad(ids), logits_to_keep=1, use_cache=False).logits[:, -1].float()
         return [tuple(row) for row in logits.log_softmax(-1)[:, answers].tolist()]
 
@@ -133,12 +134,14 @@ class TransformersEngine:
         self.model.set_adapter(self._names[adapter.path], inference_mode=True)
 
 
-def first_tokens(tokenizer: Any, prompt: Prompt, answers: Sequence[str]) -> list[int]:
-    """The token each answer begins with after `prompt`; answers that begin alike can not be told apart."""
-    tokens = [answer_ids(tokenizer, prompt, answer, end=False)[0] for answer in answers]
-    if len(set(tokens)) < len(tokens):
-        raise UsageError(f"The answers {', '.join(answers)} begin with the same token for {tokenizer.name_or_path}: choose another base.")
-    return tokens
+def distinct_tokens(tokenizer: Any, prompt: Prompt, answers: Sequence[str]) -> tuple[list[int], list[int]]:
+    """(tokens with which all answers begin after `prompt`, the token of each answer that follows them)."""
+    ids = [answer_ids(tokenizer, prompt, answer, end=False) for answer in answers]
+    lead = ids[0][: _common(ids)]
+    tokens = [row[len(lead)] for row in ids if len(row) > len(lead)]
+    if len(set(tokens)) < len(answers):
+        raise UsageError(f"The answers {', '.join(answers)} can not be told apart by one token of {tokenizer.name_or_path}: choose another base.")
+    return lead, tokens
 
 
 def _common(rows: list[list[int]]) -> int:
