@@ -123,7 +123,7 @@ class RunStore:
             match = _SHARD_NAME.search(name)
             if match is None or int(match[1]) != expected:
                 raise UsageError(f"{self.uri}/{SHARDS}/{name} does not follow the shards before it: remove the run and start it anew.")
-            table = pq.read_table(pa.BufferReader(self.read(f"{SHARDS}/{name}")))
+            table = pq.ParquetFile(pa.BufferReader(self.read(f"{SHARDS}/{name}")), pre_buffer=False).read(use_threads=False)
             yield int(match[2]), [Candidate(**row) for row in table.to_pylist()], json.loads(table.schema.metadata[b"facts"])
             expected = int(match[2]) + 1
 
