@@ -72,10 +72,14 @@ def table(results: dict[str, list[dict[str, Any]]]) -> str:
             cells = [f"{chain['evaluation']['arms'][arm]['accuracy']:.3f}" for arm in arms]
             manifest = chain["manifest"]
             spent = [manifest["counts"]["candidates"], round(manifest["last_attempt_seconds"]["stream"]), round(manifest["seconds"]["training"])]
-            lines.append("| " + " | ".join(map(str, [seed, *cells, f"{chain['evaluation']['recovery']:.3f}", *spent])) + " |")
+            lines.append("| " + " | ".join(map(str, [seed, *cells, share(chain["evaluation"]["recovery"]), *spent])) + " |")
         means = [spread([chain["evaluation"]["arms"][arm]["accuracy"] for chain in chains]) for arm in arms]
-        lines += ["| mean (min to max) | " + " | ".join([*means, spread([chain["evaluation"]["recovery"] for chain in chains])]) + " | | | |", ""]
+        lines += ["| mean (min to max) | " + " | ".join([*means, spread([chain["evaluation"]["recovery"] or 0.0 for chain in chains])]) + " | | | |", ""]
     return "\n".join(lines)
+
+
+def share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
 
 
 def spread(values: list[float]) -> str:

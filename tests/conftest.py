@@ -61,8 +61,9 @@ def tiny_gemma(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def task_rows(count: int) -> list[dict[str, str]]:
+    """Two colours and a number; the answer depends on the first letter."""
     words = ["red", "blue", "green", "black", "white", "pink", "brown", "grey"]
-    return [{"input": f"{words[i % 8]} {i} {words[(i // 8 + i) % 8]}", "target": "abc"[i % 3]} for i in range(count)]
+    return [{"input": f"{words[i % 8]} {i} {words[(i // 8 + i) % 8]}", "target": "abc"["rbgwp".index(words[i % 8][0]) % 3]} for i in range(count)]
 
 
 def write_task(folder: Path, count: int = 60, **keys: object) -> Path:

@@ -22,7 +22,6 @@ class AdapterInfo:
     """What an adapter directory says of itself. `shapes` maps a base module to (inputs, outputs) its LoRA factors need."""
 
     path: str
-    kind: str
     base: str
     rank: int
     alpha: float
@@ -48,12 +47,17 @@ def inspect(path: str | Path) -> AdapterInfo:
     halves = [module for module, pair in sides.items() if len(pair) < 2]
     if halves or not sides:
         raise UsageError(f"{folder / WEIGHTS} is incomplete: {', '.join(halves) or 'no LoRA factors in it'}; save the adapter again.")
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    if not isinstance(rank, int) or not isinstance(alpha, int | float) or config.get("rank_pattern"):
+        raise UsageError(f"{folder / CONFIG} does not give one rank and one alpha for all modules: only plain LoRA adapters can be moved.")
+    for module, pair in sides.items():
+        if {pair["A"][0], pair["B"][1]} != {rank}:
+            raise UsageError(f"{folder} says rank {rank}, but its weights at {module} have rank {pair['A'][0]} and {pair['B'][1]}: save it again.")
     return AdapterInfo(
         path=str(folder),
-        kind="dora" if config.get("use_dora") else "lora",
         base=str(config.get("base_model_name_or_path") or ""),
-        rank=int(config["r"]),
-        alpha=float(config["lora_alpha"]),
+        rank=rank,
+        alpha=float(alpha),
         dropout=float(config.get("lora_dropout") or 0.0),
         shapes={module: (pair["A"][1], pair["B"][0]) for module, pair in sides.items()},
         parameters=sum(_product(shape) for shape in tensors.values()),
@@ -82,10 +86,10 @@ def check_fits(info: AdapterInfo, base_name: str, linear_shapes: dict[str, tuple
 
 
 def inherit(info: AdapterInfo, lora: Lora) -> Lora:
-    """Size of the target adapter: what the recipe says, else what the source adapter has."""
+    """Size of the target adapter: what the recipe says, else what the source adapter has (alpha / rank stays as it is there)."""
     return Lora(
         rank=lora.rank or info.rank,
-        alpha=lora.alpha or info.alpha,
+        alpha=lora.alpha or info.alpha * (lora.rank or info.rank) / info.rank,
         dropout=info.dropout if lora.dropout is None else lora.dropout,
     )
 

@@ -72,12 +72,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
+def _reference(reference: str) -> str:
+    """A path among the model references as an absolute one: it is stored, and read from other directories."""
+    return str(Path(reference).expanduser().resolve()) if Path(reference).expanduser().exists() else reference
+
+
+def _run_place(out: str) -> str:
+    if "://" in out or Path(out).is_absolute():
+        return out
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
+        raise UsageError(f"--out {out} would lie in the job's temporary working directory: give an absolute path or a URI.")
+    return str(Path(out).resolve())
+
+
 def _prepare(options: argparse.Namespace) -> int:
     from translora_ray.config import load_task
 
     task = load_task(options.task)
-    if Path(options.out).exists():
-        raise UsageError(f"{options.out} exists already: choose another --out, or remove it.")
     from translora_ray import kit
     from translora_ray.engines.select import choose_engine, open_engine
     from translora_ray.evaluation.report import show_facts
@@ -85,7 +96,9 @@ def _prepare(options: argparse.Namespace) -> int:
 
     engine = choose_engine(options.engine)
     with Display() as display:
-        facts = kit.prepare(task, options.base, options.out, options.adapter, not options.no_discriminator, lambda base: open_engine(engine, base), display)
+        facts = kit.prepare(
+            task, _reference(options.base), options.out, options.adapter, not options.no_discriminator, lambda base: open_engine(engine, base), display
+        )
     show_facts(f"transfer kit {options.out}", {key: facts[key] for key in ("base", "rows", "discriminator", "seconds", "digest")})
     return 0
 
@@ -94,12 +107,13 @@ def _transfer(options: argparse.Namespace) -> int:
     from translora_ray.config import load_config
 
     config = load_config(options.recipe, options.set)
+    out = _run_place(options.out)
     from translora_ray import workflow
     from translora_ray.evaluation.report import show_facts
     from translora_ray.progress import Display
 
     with Display() as display:
-        manifest = workflow.transfer(options.kit, options.target, options.out, config, options.engine, display)
+        manifest = workflow.transfer(options.kit, _reference(options.target), out, config, options.engine, display)
     counts = {f"rejected, {reason}": count for reason, count in manifest["counts"]["rejects"].items()}
     facts = {"adapter": f"{options.out}/adapter", "accepted": manifest["counts"]["accepted"], "candidates": manifest["counts"]["candidates"], **counts}
     show_facts(f"transfer {options.out}", facts | {"final loss": round(manifest["training"]["loss"], 4), "seconds": manifest["seconds"]})
@@ -112,6 +126,8 @@ def _evaluate(options: argparse.Namespace) -> int:
     from translora_ray.evaluation.report import show_evaluation
     from translora_ray.progress import Display
 
+    if options.json and options.json != "-" and not Path(options.json).resolve().parent.is_dir():
+        raise UsageError(f"--json {options.json}: its directory does not exist; make it first.")
     engine = choose_engine(options.engine)
     with Display() as display:
         result = evaluate(options.run, options.data, options.oracle, lambda base: open_engine(engine, base), display)

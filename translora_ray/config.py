@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -64,7 +65,7 @@ class Task(Section):
     source_training: Training = Training()
     """For the source adapter; unused with `--adapter`."""
     source_lora: Lora = Lora()
-    """Size of the source adapter and of the discriminator; None means rank 16, alpha 32, dropout 0.05."""
+    """Size of the source adapter and of the discriminator; None means rank 16, alpha 32, dropout 0."""
     discriminator_training: Training = Training(epochs=2)
 
 
@@ -81,7 +82,7 @@ class Synthesis(Section):
     """Drops tokens less likely than this share of the likeliest. Needs no sorting of the vocabulary, unlike top-p."""
     max_tokens: int | None = Field(None, ge=1)
     """Longest candidate in tokens; a longer one is a reject. None: 8 more than twice the longest seed."""
-    pack_size: int = Field(32, ge=1)
+    pack_size: int = Field(64, ge=1)
     """Requests that travel, and are computed, together."""
 
 
@@ -121,14 +122,14 @@ class Cluster(Section):
     """(least, most) actors of each pool."""
     engine_cpus: float | None = Field(None, gt=0)
     """CPUs of one engine. None: an even share of the machine on a local Ray, 1 on a cluster."""
-    engine_gpus: float = Field(0, ge=0)
-    """GPUs of one engine."""
+    engine_gpus: float | None = Field(None, ge=0)
+    """GPUs of one engine. None: an even share of the machine's on a local Ray, at most 1; 0 on a cluster."""
     workers: int = Field(1, ge=1)
-    """Training workers. The number does not change the mathematics of a step."""
+    """Training workers. The number does not change which rows a step learns from, nor its gradient (but for dropout's draws)."""
     worker_cpus: float | None = Field(None, gt=0)
     """CPUs of one training worker. None: as for engines."""
-    worker_gpus: float = Field(0, ge=0)
-    """GPUs of one training worker."""
+    worker_gpus: float | None = Field(None, ge=0)
+    """GPUs of one training worker. None: as for engines."""
     commit_seconds: float = Field(10, ge=0)
     """Least time between two shards: what a kill can cost."""
     start_timeout_s: int = Field(600, ge=1)
@@ -141,6 +142,12 @@ class Config(Section):
     recipe: Recipe = Recipe()
     cluster: Cluster = Cluster()
 
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which 5e-4 is a number, as in YAML 1.2."""
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
 
 _S = TypeVar("_S", bound=Section)
 
@@ -166,7 +173,10 @@ def load_config(path: str | Path | None, overrides: list[str]) -> Config:
             node = node.setdefault(parent, {})
             if not isinstance(node, dict):
                 raise UsageError(f"--set {override}: {parent} is a value, not a section.")
-        node[leaf] = yaml.safe_load(value)
+        try:
+            node[leaf] = yaml.load(value, Loader=_Loader)
+        except yaml.YAMLError:
+            raise UsageError(f"--set {override}: {value} is not a YAML value.") from None
     where = str(path) if path else "--set"
     cluster = _validate(Cluster, tree.pop("cluster", None) or {}, where, "cluster.")
     return Config(recipe=_validate(Recipe, tree, where), cluster=cluster)
@@ -186,7 +196,7 @@ def differing_field(stored: dict[str, Any], wanted: dict[str, Any], prefix: str 
 
 def _read_yaml(path: str | Path) -> dict[str, Any]:
     try:
-        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        tree = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader)
     except OSError as error:
         raise UsageError(f"{path} can not be read: {error.strerror}.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -45,7 +45,7 @@ def _run(store: RunStore) -> tuple[str, dict[str, Any]]:
     facts = {"recipe": identity["recipe_hash"], "accepted": accepted, "finished": store.exists(MANIFEST)}
     if store.exists(MANIFEST) and store.local:
         manifest = store.read_json(MANIFEST)
-        if adapters.digest(store.path(ADAPTER)) != manifest["adapter_digest"]:
+        if adapters.inspect(store.path(ADAPTER)).digest != manifest["adapter_digest"]:
             raise UsageError(f"The adapter in {store.uri} is not the one its manifest describes: do not use it.")
         facts |= {"source": manifest["source_base"], "target": manifest["target_base"], "counts": manifest["counts"], "seconds": manifest["seconds"]}
     return "run, sound", facts

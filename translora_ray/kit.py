@@ -19,12 +19,12 @@ from typing import Any
 
 from translora_ray import __version__, adapters, models
 from translora_ray.config import Lora, Synthesis, Task
-from translora_ray.engines.base import AdapterRef, Engine
+from translora_ray.engines.base import AdapterRef, Engine, Score
 from translora_ray.errors import RunFailed, UsageError
 from translora_ray.progress import Display, Phase
-from translora_ray.prompts import NO, YES, discriminator_prompt
+from translora_ray.prompts import NO, YES, Prompt, discriminator_prompt
 from translora_ray.records import TaskRow, derive_seed, read_rows, request_pack
-from translora_ray.storage import commit_folder
+from translora_ray.storage import RunStore, commit_folder
 from translora_ray.stream.dedup import SeedFilter, Seen
 from translora_ray.stream.discriminate import verdicts
 from translora_ray.stream.synthesize import Synthesizer
@@ -82,8 +82,11 @@ def load(path: str | Path) -> Kit:
             digest=facts["digest"],
         )
         digests = facts["adapters"]
+        whole = _digest(facts, (folder / SEEDS).read_text(encoding="utf-8")) == facts["digest"]
     except (ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{folder / FACTS} is damaged ({type(error).__name__}: {error}): prepare the kit again.") from None
+    if not whole:
+        raise UsageError(f"{folder} was changed after it was made: copy the kit again.")
     for name, wanted in digests.items():
         adapters.inspect(folder / name)
         if adapters.digest(folder / name) != wanted:
@@ -117,6 +120,7 @@ def prepare(
     out = Path(out)
     if out.exists():
         raise UsageError(f"{out} exists already: choose another --out, or remove it.")
+    RunStore(str(out)).check_writable()
     rows = read_rows(task.train)
     if len(rows) < task.seeds:
         raise UsageError(f"{task.train} has {len(rows)} rows, fewer than the {task.seeds} seeds asked for: lower seeds, or add rows.")
@@ -135,6 +139,9 @@ def prepare(
         began = time.perf_counter()
         if adapter:
             training.copy_adapter(adapter, scratch / ADAPTER, base)
+            engine = open_engine(base)
+            engine.score([Score(Prompt("Is it live?"), (YES, NO), AdapterRef(ADAPTER, str(scratch / ADAPTER)))])
+            engine.close()
         else:
             pairs = training.task_pairs(task, rows)
             facts["source_loss"] = training.train_adapter(

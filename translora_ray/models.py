@@ -10,6 +10,8 @@ import hashlib
 import json
 import os
 import shutil
+import struct
+import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -133,11 +135,14 @@ def _convert(gguf: Path) -> Path:
 def _convert_to(gguf: Path, target: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers.utils import logging
 
+    logging.enable_progress_bar()
+    print(f"converting {gguf.name} to safetensors, once", file=sys.stderr, flush=True)
     try:
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True))
-    except (ValueError, OSError, KeyError) as error:
+    except (ValueError, OSError, KeyError, struct.error) as error:
         raise UsageError(f"The model file {gguf} can not be read ({error}): use a GGUF of a family that transformers knows.") from None
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
@@ -147,7 +152,10 @@ def load_tokenizer(reference: str) -> Any:
     """The base's tokenizer, with a padding token (the end token where it has none of its own)."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(resolve(reference))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(resolve(reference), trust_remote_code=False)
+    except (ValueError, OSError, KeyError) as error:
+        raise UsageError(f"The model {reference} has no tokenizer that can be read ({_first_line(error)}): put it beside the weights.") from None
     if tokenizer.eos_token_id is None:
         raise UsageError(f"The tokenizer of {reference} has no end-of-sequence token: answers would never end; choose another base.")
     if tokenizer.pad_token_id is None:
@@ -162,7 +170,9 @@ def load_base(reference: str, device: str | None = None) -> Any:
     """
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     fast = torch.cuda.is_bf16_supported() if device.startswith("cuda") else torch.cpu._is_avx512_bf16_supported()
     dtype = torch.bfloat16 if fast else torch.float32
@@ -173,14 +183,31 @@ def load_base(reference: str, device: str | None = None) -> Any:
     return model.to(device).eval()
 
 
+def context_of(model: Any) -> int:
+    """Most tokens that the base takes; very many where its configuration does not say."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 20
+
+
+def end_tokens(model: Any, tokenizer: Any) -> set[int]:
+    """Tokens that end an answer: the tokenizer's, and those of the generation configuration (chat models often have their own)."""
+    named = getattr(model.generation_config, "eos_token_id", None)
+    return {tokenizer.eos_token_id, *(named if isinstance(named, list) else [named] if named is not None else [])}
+
+
 def skeleton(reference: str) -> Any:
     """The base without weights (torch's meta device): module names and shapes at no cost."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(resolve(reference), trust_remote_code=False)
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+    folder = resolve(reference)
+    if not any(Path(folder).glob("*.safetensors")):
+        raise UsageError(f"The model {reference} has no weights in safetensors: convert it; pickled weights are never loaded.")
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
+    except (ValueError, OSError, KeyError) as error:
+        raise UsageError(f"The model {reference} is not a causal language model that transformers knows ({_first_line(error)}).") from None
 
 
 def linear_shapes(reference: str) -> dict[str, tuple[int, int]]:
@@ -196,7 +223,7 @@ def linear_shapes(reference: str) -> dict[str, tuple[int, int]]:
 
 def describe(reference: str) -> ModelInfo:
     model, tokenizer = skeleton(reference), load_tokenizer(reference)
-    config = model.config
+    config = model.config.get_text_config()
     return ModelInfo(
         reference=reference,
         family=config.model_type,
@@ -204,20 +231,37 @@ def describe(reference: str) -> ModelInfo:
         layers=config.num_hidden_layers,
         hidden=config.hidden_size,
         vocabulary=len(tokenizer),
-        context=getattr(config, "max_position_embeddings", 0),
+        context=context_of(model),
         chat_template=bool(tokenizer.chat_template),
         end_token=tokenizer.eos_token,
     )
 
 
 def fingerprint(reference: str) -> str:
-    """A short digest of a base's configuration and its weights' names and sizes: tells two bases apart without reading them."""
+    """A short digest of a base's configuration, tokenizer, and samples spread over its weights: tells two fine-tunes of one
+    architecture apart without reading gigabytes."""
     folder = Path(resolve(reference))
-    sizes = {file.name: file.stat().st_size for file in sorted(folder.glob("*.safetensors"))}
+    parts = [_sampled(file) for file in sorted(folder.glob("*.safetensors"))]
+    parts += [hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.glob("tokenizer*.json"))]
     config = json.loads((folder / "config.json").read_text())
     for key in ("_name_or_path", "_model_name_or_path", "transformers_version"):
         config.pop(key, None)
-    return hashlib.sha256(json.dumps([config, sizes], sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps([config, parts], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _sampled(file: Path, samples: int = 64, chunk: int = 1 << 16) -> str:
+    """sha256 of a file's size and of `samples` chunks spread evenly over it."""
+    size = file.stat().st_size
+    sha = hashlib.sha256(str(size).encode())
+    with file.open("rb") as weights:
+        for i in range(samples):
+            weights.seek(max(0, size - chunk) * i // (samples - 1))
+            sha.update(weights.read(chunk))
+    return sha.hexdigest()
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
 
 
 def pair_obstacle(source: ModelInfo, target: ModelInfo, format: str) -> str | None:

@@ -62,6 +62,9 @@ class Pack:
         return [candidate for candidate in self.candidates if candidate.accepted]
 
 
+TOO_LONG = "prompt too long"
+"""The reason of a candidate that a model can not take whole."""
+
 CANDIDATE = pa.struct(
     [("index", pa.int64()), ("seed", pa.int64()), ("input", pa.string()), ("verdict", pa.float64()), ("target", pa.string()), ("reason", pa.string())]
 )
@@ -105,7 +108,7 @@ def packs_from_table(table: pa.Table) -> list[Pack]:
 def read_rows(path: str | Path) -> list[TaskRow]:
     """Read a JSONL of {"input", "target"} strings. Raises `UsageError` with file and line."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8").split("\n")  # splitlines() would also cut at U+2028
     except OSError as error:
         raise UsageError(f"{path} can not be read: {error.strerror}.") from None
     except UnicodeDecodeError:

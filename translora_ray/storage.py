@@ -6,6 +6,8 @@ directory's marker file is put last.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import re
@@ -56,6 +58,32 @@ class RunStore:
     def exists(self, name: str = "") -> bool:
         return bool(self.fs.get_file_info(self.path(name) if name else self.root).type != pafs.FileType.NotFound)
 
+    def check_writable(self) -> None:
+        """Raise `UsageError` where the run could not be written."""
+        if not self.local:
+            return
+        place = Path(self.root)
+        if place.exists() and not place.is_dir():
+            raise UsageError(f"{self.uri} is a file: choose another --out.")
+        while not place.exists():
+            place = place.parent
+        if not os.access(place, os.W_OK):
+            raise UsageError(f"{self.uri} can not be written: choose another --out, or change the permissions of {place}.")
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Only one process at a time may write a run. On local disk; object stores know no locks."""
+        if not self.local:
+            yield
+            return
+        Path(self.root).mkdir(parents=True, exist_ok=True)
+        with Path(self.path(".lock")).open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UsageError(f"{self.uri} is being written by another process: wait for it, or stop it.") from None
+            yield
+
     def names(self, folder: str) -> list[str]:
         """File names in a folder of the run, sorted; without unfinished ones."""
         found = self.fs.get_file_info(pafs.FileSelector(self.path(folder), allow_not_found=True))
@@ -66,7 +94,10 @@ class RunStore:
             return bytes(stream.read())
 
     def read_json(self, name: str) -> dict[str, Any]:
-        content: dict[str, Any] = json.loads(self.read(name))
+        try:
+            content: dict[str, Any] = json.loads(self.read(name))
+        except ValueError:
+            raise UsageError(f"{self.uri}/{name} is damaged: copy the run again, or choose another --out.") from None
         return content
 
     def write(self, name: str, content: bytes) -> None:
@@ -143,10 +174,19 @@ def commit_folder(source: Path, final: Path) -> None:
                     os.fsync(written.fileno())
         if final.exists():
             os.replace(final, scratch / "old")
+        _open_to_readers(scratch / "new")
         os.replace(scratch / "new", final)
         _sync_folder(final.parent)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _open_to_readers(folder: Path) -> None:
+    """The usual permissions: temporary folders, which the content comes from, are closed to everybody else."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in (folder, *folder.rglob("*")):
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
 
 
 def _sync_folder(folder: Path) -> None:

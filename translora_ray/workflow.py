@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import resource
 import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
+from ray.train.v2.api.exceptions import TrainingFailedError
 
 from translora_ray import __version__, adapters, kit, models
 from translora_ray.config import Cluster, Config, EngineKind, differing_field
 from translora_ray.engines.select import choose_engine
-from translora_ray.errors import UsageError
+from translora_ray.errors import RunFailed, TransLoraError, UsageError
 from translora_ray.progress import Display
 from translora_ray.storage import ADAPTER, IDENTITY, MANIFEST, TRAIN, RunStore
 from translora_ray.stream.pipeline import Plan, Totals, run_stream
@@ -37,21 +41,27 @@ def transfer(kit_path: str, target: str, out: str, config: Config, engine: Engin
     store = RunStore(out)
     engine = choose_engine(engine)
     identity = _identity(loaded, target, config)
+    store.check_writable()
     _check_identity(store, identity)
     if store.exists(MANIFEST):
         display.say(f"{out} is finished already.")
+        store.remove(TRAIN)
         return store.read_json(MANIFEST)
     _check_models(loaded, target)
     with ray_session(config.cluster) as local:
         plan = _plan(loaded, target, config, engine, local)
-        worker_cpus = config.cluster.worker_cpus or _share(local, config.cluster.workers)
-        _check_resources(plan, worker_cpus)
-        store.write_json(IDENTITY, identity)
-        began = time.monotonic()
-        totals = run_stream(plan, store, display)
-        streamed = time.monotonic() - began
-        training = _train(plan, store, worker_cpus, display)
-    return _finish(plan, store, identity, totals, training, {"stream": streamed, "transfer": time.monotonic() - began})
+        worker = _Resources(
+            config.cluster.worker_cpus or _share("CPU", local, config.cluster.workers),
+            _given(config.cluster.worker_gpus, _share("GPU", local, config.cluster.workers)),
+        )
+        _check_resources(plan, worker)
+        with store.lock(), ray_failures():
+            store.write_json(IDENTITY, identity)
+            began = time.monotonic()
+            totals = run_stream(plan, store, display)
+            streamed = time.monotonic() - began
+            training = _train(plan, store, worker, display)
+            return _finish(plan, store, identity, totals, training, {"stream": streamed, "transfer": time.monotonic() - began})
 
 
 def _identity(loaded: kit.Kit, target: str, config: Config) -> dict[str, Any]:
@@ -91,7 +101,7 @@ def ray_session(cluster: Cluster) -> Iterator[bool]:
     elif not ray.is_initialized():
         try:
             ray.init(address=address, log_to_driver=False, logging_level="error")
-        except ConnectionError:
+        except (ConnectionError, ValueError):
             raise UsageError(f"There is no Ray at {address}: start it, or leave cluster.address out for a local one.") from None
     try:
         yield own
@@ -100,36 +110,70 @@ def ray_session(cluster: Cluster) -> Iterator[bool]:
             ray.shutdown()
 
 
+@contextlib.contextmanager
+def ray_failures() -> Iterator[None]:
+    """Errors of actors and workers as one sentence. Ray wraps them in its own, which keep the original as text."""
+    try:
+        yield
+    except TransLoraError:
+        raise
+    except (RayError, TrainingFailedError, RuntimeError) as error:
+        ours = re.findall(r"translora_ray\.errors\.\w+: (.+)", str(error))
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        logs = "what is committed stays; Ray's logs are in /tmp/ray/session_latest/logs"
+        raise RunFailed(ours[-1] if ours else f"{type(error).__name__}: {lines[-1]} ({logs})") from error
+
+
 def cpus() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def _share(local: bool, parts: int) -> float:
-    return max(1.0, cpus() // parts) if local else 1.0
+@dataclass(frozen=True)
+class _Resources:
+    """What one engine or one worker takes."""
+
+    cpus: float
+    gpus: float
+
+
+def _share(resource: str, local: bool, parts: int) -> float:
+    """What one of `parts` gets by default: an even share of this machine on a local Ray, else 1 CPU and no GPU."""
+    if resource == "CPU":
+        return max(1.0, cpus() // parts) if local else 1.0
+    return min(1.0, ray.cluster_resources().get("GPU", 0) / parts) if local else 0.0
+
+
+def _given(wanted: float | None, default: float) -> float:
+    return default if wanted is None else wanted
 
 
 def _plan(loaded: kit.Kit, target: str, config: Config, engine: EngineKind, local: bool) -> Plan:
-    plan = Plan(loaded, target, config.recipe, config.cluster, engine, 1.0)
-    share = config.cluster.engine_cpus or _share(local, len(plan.pools()) * config.cluster.engines[0])
-    return Plan(loaded, target, config.recipe, config.cluster, engine, share)
+    plan = Plan(loaded, target, config.recipe, config.cluster, engine, 1.0, 0.0)
+    engines = len(plan.pools()) * config.cluster.engines[0]
+    return replace(
+        plan,
+        engine_cpus=config.cluster.engine_cpus or _share("CPU", local, engines),
+        engine_gpus=_given(config.cluster.engine_gpus, _share("GPU", local, engines)),
+    )
 
 
-def _check_resources(plan: Plan, worker_cpus: float) -> None:
-    """Raise `UsageError` when the least that the stream or the training asks for is more than the cluster has."""
-    engines = plan.cluster.engines[0] * len(plan.pools())
-    workers = plan.cluster.workers
-    needs = {
-        "engines": {"CPU": engines * plan.engine_cpus, "GPU": engines * plan.cluster.engine_gpus},
-        "training workers": {"CPU": workers * worker_cpus, "GPU": workers * plan.cluster.worker_gpus},
-    }
-    there = ray.cluster_resources()
-    for who, resources in needs.items():
-        for name, amount in resources.items():
-            if amount > there.get(name, 0):
-                raise UsageError(f"The {who} ask for {amount:g} {name}, the cluster has {there.get(name, 0):g}: ask for less, or add nodes.")
+def _check_resources(plan: Plan, worker: _Resources) -> None:
+    """Raise `UsageError` when the least that the stream or the training asks for is more than the cluster's nodes have now."""
+    needs = [
+        ("engines", plan.cluster.engines[0] * len(plan.pools()), _Resources(plan.engine_cpus, plan.engine_gpus)),
+        ("training workers", plan.cluster.workers, worker),
+    ]
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    for who, count, each in needs:
+        for name, amount in (("CPU", each.cpus), ("GPU", each.gpus)):
+            there, most = sum(node.get(name, 0) for node in nodes), max(node.get(name, 0) for node in nodes)
+            if count * amount > there:
+                raise UsageError(f"The {who} ask for {count * amount:g} {name}, the cluster has {there:g}: ask for less, or add nodes.")
+            if amount > most:
+                raise UsageError(f"One of the {who} asks for {amount:g} {name}, no node has more than {most:g}: ask for less, or add larger nodes.")
 
 
-def _train(plan: Plan, store: RunStore, worker_cpus: float, display: Display) -> dict[str, Any]:
+def _train(plan: Plan, store: RunStore, worker: _Resources, display: Display) -> dict[str, Any]:
     """Train unless it is done; shows steps as they come in from the worker."""
     if store.exists(f"{TRAIN}.json") and store.exists(f"{ADAPTER}/{adapters.CONFIG}"):
         return store.read_json(f"{TRAIN}.json")
@@ -138,7 +182,7 @@ def _train(plan: Plan, store: RunStore, worker_cpus: float, display: Display) ->
     steps = Desk.remote(0, 0)  # type: ignore[attr-defined]
     job = Job(plan.kit.task, plan.target, lora, plan.recipe.training, plan.recipe.seed, steps)
     with _watching(steps, display):
-        facts = train_target(job, store, plan.cluster, worker_cpus)
+        facts = train_target(job, store, plan.cluster, worker.cpus, worker.gpus)
     facts["lora"] = lora.model_dump()
     store.write_json(f"{TRAIN}.json", facts)
     return facts
@@ -150,9 +194,12 @@ def _watching(steps: Any, display: Display) -> Iterator[None]:
     phase = display.phase("training")
 
     def watch() -> None:
+        shown = None
         while not done.wait(1.0):
-            if step := ray.get(steps.latest_step.remote()):
+            step = ray.get(steps.latest_step.remote())
+            if step and step != shown:
                 phase.step(step)
+                shown = step
 
     phase.update(0, 1, "starting workers")
     thread = threading.Thread(target=watch, daemon=True)

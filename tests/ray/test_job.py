@@ -77,7 +77,10 @@ def test_a_submitted_transfer_ends_succeeded_with_the_same_layout(cluster: tuple
     assert "SUCCEEDED" in (status.stdout + status.stderr).upper()
     assert sorted(path.name for path in run.iterdir()) == ["adapter", "manifest.json", "run.json", "shards", "train.json"]
     assert sorted(path.name for path in (run / "adapter").iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
-    refused = subprocess.run(
-        [RAY, "job", "list", "--address", address], env={**environment, "RAY_AUTH_TOKEN_PATH": str(tmp_path / "none")}, capture_output=True, check=False
-    )
+    wrong = tmp_path / "wrong"
+    wrong.write_text(secrets.token_hex(32))
+    wrong.chmod(0o600)
+    stranger = {**environment, "RAY_AUTH_TOKEN_PATH": str(wrong), "HOME": str(tmp_path)}
+    refused = subprocess.run([RAY, "job", "list", "--address", address], env=stranger, capture_output=True, text=True, check=False)
     assert refused.returncode != 0
+    assert "token" in (refused.stdout + refused.stderr).lower()

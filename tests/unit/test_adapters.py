@@ -27,7 +27,7 @@ def rename_modules(adapter: Path, old: str, new: str) -> None:
 
 def test_a_sound_adapter_fits_its_base(adapter: Path, tiny_llama: str) -> None:
     info = adapters.inspect(adapter)
-    assert (info.kind, info.rank, len(info.shapes)) == ("lora", 16, 14)
+    assert (info.rank, info.alpha, len(info.shapes)) == (16, 32.0, 14)
     adapters.check_fits(info, tiny_llama, models.linear_shapes(tiny_llama))
 
 
@@ -62,7 +62,7 @@ def test_corrupt_pickled_and_missing_weights(adapter: Path) -> None:
 def test_size_is_inherited_where_the_recipe_is_silent(adapter: Path) -> None:
     info = adapters.inspect(adapter)
     assert adapters.inherit(info, Lora()) == Lora(rank=16, alpha=32.0, dropout=0.0)
-    assert adapters.inherit(info, Lora(rank=4)).rank == 4
+    assert adapters.inherit(info, Lora(rank=4)) == Lora(rank=4, alpha=8.0, dropout=0.0)
 
 
 def test_an_adapter_that_is_dropped_in_silence_is_found_out(adapter: Path, tiny_llama: str) -> None:

@@ -16,7 +16,7 @@ from translora_ray.stream.pipeline import Collector, Plan
 @pytest.fixture
 def plan(tiny_kit: Path, tiny_gemma: str) -> Plan:
     recipe = Recipe(selection=Selection(quota=25, near_duplicate=1.0, max_candidates=10), synthesis=Synthesis(pack_size=4))
-    return Plan(kit.load(tiny_kit), tiny_gemma, recipe, Cluster(commit_seconds=0), "transformers", 1.0)
+    return Plan(kit.load(tiny_kit), tiny_gemma, recipe, Cluster(commit_seconds=0), "transformers", 1.0, 0.0)
 
 
 def scripted_pack(number: int, off_task: float = 0.3) -> Pack:

@@ -17,9 +17,9 @@ def choose_engine(kind: EngineKind) -> EngineKind:
     return "transformers"
 
 
-def open_engine(kind: EngineKind, base: str) -> Engine:
-    """Load `base` once; the caller closes the engine."""
+def open_engine(kind: EngineKind, base: str, device: str | None = None) -> Engine:
+    """Load `base` once, on `device` (None: a GPU if there is one); the caller closes the engine."""
     from translora_ray.engines.transformers import TransformersEngine
 
     choose_engine(kind)
-    return TransformersEngine(base)
+    return TransformersEngine(base, device=device)

@@ -12,7 +12,7 @@ from transformers import DynamicCache
 from translora_ray import adapters
 from translora_ray.engines.base import AdapterRef, Generate, Generation, Sampling, Score
 from translora_ray.errors import UsageError
-from translora_ray.models import load_base, load_tokenizer
+from translora_ray.models import context_of, end_tokens, load_base, load_tokenizer
 from translora_ray.prompts import Prompt, answer_ids, prompt_ids
 
 WORTH_SHARING = 16
@@ -26,11 +26,12 @@ class TransformersEngine:
     `batch_size` rows go through the model at a time. A batch holds one adapter and one sampling, so mixed requests are grouped.
     """
 
-    def __init__(self, base: str, batch_size: int = 32, device: str | None = None) -> None:
+    def __init__(self, base: str, batch_size: int = 64, device: str | None = None) -> None:
         self.model: Any = load_base(base, device=device)
         self.tokenizer = load_tokenizer(base)
         self.batch_size = batch_size
-        self.context = getattr(self.model.config, "max_position_embeddings", None) or 1 << 20
+        self.context = context_of(self.model)
+        self.ends = end_tokens(self.model, self.tokenizer)
         self._names: dict[str, str] = {}
 
     def generate(self, requests: Sequence[Generate]) -> list[Generation]:
@@ -41,6 +42,9 @@ class TransformersEngine:
 
     def count_tokens(self, text: str) -> int:
         return len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def fits(self, prompt: Prompt, new_tokens: int) -> bool:
+        return len(prompt_ids(self.tokenizer, prompt)) + new_tokens <= self.context
 
     def close(self) -> None:
         del self.model
@@ -73,7 +77,7 @@ class TransformersEngine:
         shared, cache = self._shared_prompt(ids)
         inputs = self._pad(ids, shared)
         feed, mask, positions = inputs["input_ids"][:, shared:], inputs["attention_mask"], inputs["position_ids"][:, shared:]
-        rows = [_Row(self.tokenizer, sampling, request.seed) for request in requests]
+        rows = [_Row(self.tokenizer, self.ends, sampling, request.seed) for request in requests]
         alive = list(range(len(rows)))
         for _ in range(sampling.max_tokens):
             logits = self.model(input_ids=feed, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[
@@ -156,8 +160,8 @@ class _Row:
     WINDOW = 8
     """Tokens in which a stop string is looked for after each step."""
 
-    def __init__(self, tokenizer: Any, sampling: Sampling, seed: int) -> None:
-        self.tokenizer, self.sampling = tokenizer, sampling
+    def __init__(self, tokenizer: Any, ends: set[int], sampling: Sampling, seed: int) -> None:
+        self.tokenizer, self.ends, self.sampling = tokenizer, ends, sampling
         self.generator = torch.Generator().manual_seed(seed)
         self.tokens: list[int] = []
         self.finished = False
@@ -166,7 +170,7 @@ class _Row:
         """Take a token; False when the answer is complete."""
         self.tokens.append(token)
         tail = self.tokenizer.decode(self.tokens[-self.WINDOW :], skip_special_tokens=True) if self.sampling.stop else ""
-        self.finished = token == self.tokenizer.eos_token_id or any(stop in tail for stop in self.sampling.stop)
+        self.finished = token in self.ends or any(stop in tail for stop in self.sampling.stop)
         return not self.finished
 
     def result(self, prompt_tokens: int) -> Generation:

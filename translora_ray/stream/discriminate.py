@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from translora_ray.engines.base import AdapterRef, Engine, Score
 from translora_ray.prompts import NO, YES, discriminator_prompt
-from translora_ray.records import Pack
+from translora_ray.records import TOO_LONG, Pack
 
 ROLE = "discriminator"
 OFF_TASK = "off task"
@@ -27,6 +27,9 @@ class Discriminator:
 
     def process(self, pack: Pack) -> Pack:
         began = time.perf_counter()
+        for candidate in pack.open():
+            if not self.engine.fits(discriminator_prompt(self.task_name, candidate.input), 1):
+                candidate.reason = TOO_LONG
         candidates = pack.open()
         inputs = [candidate.input for candidate in candidates]
         for candidate, verdict in zip(candidates, verdicts(self.engine, self.task_name, inputs, self.adapter), strict=True):

@@ -29,6 +29,7 @@ from translora_ray.stream import discriminate, synthesize, teach
 from translora_ray.stream.dedup import SeedFilter, Seen
 from translora_ray.stream.requests import Desk, PackSource
 
+ENGINE_DEATHS = 3
 NOT_NEEDED = "quota was full"
 
 
@@ -46,6 +47,7 @@ class Plan:
     cluster: Cluster
     engine: EngineKind
     engine_cpus: float
+    engine_gpus: float
 
     @property
     def quota(self) -> int:
@@ -62,7 +64,7 @@ class StageActor:
     """What Ray Data keeps in an actor: one engine and the stages that use it."""
 
     def __init__(self, plan: Plan, base: str, generates: bool, teaches: bool, desk: Any) -> None:
-        engine = open_engine(plan.engine, base)
+        engine = open_engine(plan.engine, base, device=None if plan.engine_gpus else "cpu")
         self.stages = [*_writing(plan, engine)] * generates + [*_judging(plan, engine)] * teaches
         ray.get(desk.loaded.remote(base))
 
@@ -186,18 +188,22 @@ def run_stream(plan: Plan, store: RunStore, display: Display) -> Totals:
     desk = Desk.remote(collector.next, cap)  # type: ignore[attr-defined]
     began = time.monotonic()
     tokens = 0
-    for pack in _packs(plan, desk, collector.next):
-        tokens += sum(pack.tokens.values())
-        collector.take(pack, ray.get(desk.all_loads.remote()))
-        _show(phase, collector, tokens / (time.monotonic() - began))
-        ray.get((desk.close if collector.full else desk.arrived).remote())
-    ray.kill(desk)
+    context = DataContext.get_current()
+    block_size = context.target_max_block_size
+    try:
+        for pack in _packs(plan, desk, collector.next, context):
+            tokens += sum(pack.tokens.values())
+            collector.take(pack, ray.get(desk.all_loads.remote()))
+            _show(phase, collector, tokens / (time.monotonic() - began))
+            ray.get((desk.close if collector.full else desk.arrived).remote())
+    finally:
+        context.target_max_block_size = block_size
+        ray.kill(desk)
     return collector.totals
 
 
-def _packs(plan: Plan, desk: Any, first: int) -> Iterator[Pack]:
+def _packs(plan: Plan, desk: Any, first: int, context: DataContext) -> Iterator[Pack]:
     """Finished packs in the order of their completion."""
-    context = DataContext.get_current()
     context.target_max_block_size = 1  # a pack leaves the source at once; with the default it waits for the source's end
     context.enable_progress_bars = False
     context.execution_options.preserve_order = False
@@ -213,7 +219,9 @@ def _packs(plan: Plan, desk: Any, first: int) -> Iterator[Pack]:
             batch_format="pyarrow",
             compute=ActorPoolStrategy(min_size=low, max_size=high, max_tasks_in_flight_per_actor=2),
             num_cpus=plan.engine_cpus,
-            num_gpus=plan.cluster.engine_gpus or None,
+            num_gpus=plan.engine_gpus or None,
+            max_restarts=ENGINE_DEATHS,
+            max_task_retries=ENGINE_DEATHS,
         )
     for table in packs.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
         yield from packs_from_table(table)

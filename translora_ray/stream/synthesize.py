@@ -7,7 +7,7 @@ import time
 from translora_ray.config import Synthesis
 from translora_ray.engines.base import Engine, Generate, Sampling
 from translora_ray.prompts import parse_synthesis, synthesis_prompt, synthesis_stops
-from translora_ray.records import Pack
+from translora_ray.records import TOO_LONG, Pack
 
 ROLE = "generator"
 
@@ -31,7 +31,7 @@ class Synthesizer:
         for candidate, generation in zip(pack.candidates, written, strict=True):
             candidate.input = parse_synthesis(generation.text)
             if not generation.finished:
-                candidate.reason = "prompt too long"
+                candidate.reason = TOO_LONG
             elif not candidate.input:
                 candidate.reason = "empty prompt"
         pack.spend(ROLE, sum(generation.tokens for generation in written), time.perf_counter() - began)

@@ -6,8 +6,8 @@ import time
 
 from translora_ray.config import Task
 from translora_ray.engines.base import AdapterRef, Engine, Generate, Sampling
-from translora_ray.prompts import clean_answer, task_prompt
-from translora_ray.records import Pack
+from translora_ray.prompts import Prompt, clean_answer, task_prompt
+from translora_ray.records import TOO_LONG, Candidate, Pack
 
 ROLE = "teacher"
 
@@ -18,11 +18,17 @@ class Teacher:
     def __init__(self, engine: Engine, task: Task, adapter: AdapterRef) -> None:
         self.engine, self.task, self.adapter = engine, task, adapter
 
+    def _prompt(self, candidate: Candidate) -> Prompt:
+        return task_prompt(self.task.prompt, candidate.input, self.task.format)
+
     def process(self, pack: Pack) -> Pack:
         began = time.perf_counter()
+        for candidate in pack.open():
+            if not self.engine.fits(self._prompt(candidate), self.task.max_new_tokens):
+                candidate.reason = TOO_LONG
         candidates = pack.open()
         sampling = Sampling(self.task.max_new_tokens)
-        prompts = [task_prompt(self.task.prompt, candidate.input, self.task.format) for candidate in candidates]
+        prompts = [self._prompt(candidate) for candidate in candidates]
         answers = self.engine.generate([Generate(prompt, sampling, self.adapter) for prompt in prompts])
         for candidate, answer in zip(candidates, answers, strict=True):
             candidate.target = clean_answer(answer.text)

@@ -35,13 +35,13 @@ def encode(tokenizer: Any, pairs: Sequence[Pair], context: int) -> list[loop.Enc
     return rows
 
 
-def start(base: str, pairs: Sequence[Pair], lora: Lora, settings: Training, seed: int, rank: int = 0, world: int = 1) -> loop.Loop:
+def start(base: str, pairs: Sequence[Pair], lora: Lora, settings: Training, seed: int, rank: int = 0, world: int = 1, device: str | None = None) -> loop.Loop:
     """Load the base, put a fresh adapter on it and encode the rows. `lora` must be fully set."""
     if lora.rank is None or lora.alpha is None or lora.dropout is None:
         raise ValueError("rank, alpha and dropout must be set before training")
     tokenizer = models.load_tokenizer(base)
-    model = adapters.create(models.load_base(base), lora.rank, lora.alpha, lora.dropout, derive_seed(seed, "adapter"))
-    rows = encode(tokenizer, pairs, getattr(model.config, "max_position_embeddings", None) or 1 << 20)
+    model = adapters.create(models.load_base(base, device), lora.rank, lora.alpha, lora.dropout, derive_seed(seed, "adapter"))
+    rows = encode(tokenizer, pairs, models.context_of(model))
     return loop.Loop(model, rows, tokenizer.pad_token_id, settings, derive_seed(seed, "order"), rank, world)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import ray
 import ray.train
+import ray.train.torch
 import torch
 from ray.train import Checkpoint, CheckpointConfig, DataConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
@@ -36,16 +38,17 @@ class Job:
     steps: Any
 
 
-def train_target(job: Job, store: RunStore, cluster: Cluster, worker_cpus: float) -> dict[str, Any]:
+def train_target(job: Job, store: RunStore, cluster: Cluster, cpus: float, gpus: float) -> dict[str, Any]:
     """Train on the committed shards, going on from the last committed epoch, and commit `adapter/`; returns facts."""
-    rows = ray.data.read_parquet(store.shard_paths(), filesystem=store.fs, columns=["index", "input", "target", "reason"], override_num_blocks=1)
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(cluster.start_timeout_s)
+    rows = ray.data.read_parquet(store.shard_paths(), filesystem=store.fs, columns=["index", "input", "target", "reason"], override_num_blocks=1, num_cpus=0)
     trainer = TorchTrainer(
         _worker,
         train_loop_config={"job": job},
         scaling_config=ScalingConfig(
             num_workers=cluster.workers,
-            use_gpu=cluster.worker_gpus > 0,
-            resources_per_worker={"CPU": worker_cpus, **({"GPU": cluster.worker_gpus} if cluster.worker_gpus else {})},
+            use_gpu=gpus > 0,
+            resources_per_worker={"CPU": cpus, **({"GPU": gpus} if gpus else {})},
         ),
         torch_config=TorchConfig(timeout_s=1800),
         datasets={"train": rows},
@@ -55,7 +58,7 @@ def train_target(job: Job, store: RunStore, cluster: Cluster, worker_cpus: float
             storage_path=store.path(TRAIN),
             storage_filesystem=store.fs,
             checkpoint_config=CheckpointConfig(num_to_keep=1),
-            failure_config=FailureConfig(max_failures=MAX_FAILURES),
+            failure_config=FailureConfig(max_failures=MAX_FAILURES, controller_failure_limit=MAX_FAILURES),
         ),
     )
     result = trainer.fit()
@@ -67,7 +70,7 @@ def train_target(job: Job, store: RunStore, cluster: Cluster, worker_cpus: float
         folder = Path(result.checkpoint.to_directory(scratch))
         (folder / STATE).unlink()
         store.write_folder(ADAPTER, folder, marker=adapters.CONFIG)
-    return {key: result.metrics[key] for key in ("loss", "rows", "tokens", "seconds", "epoch_losses")}
+    return {key: result.metrics[key] for key in ("loss", "rows", "tokens", "seconds", "epoch_losses", "started_at_epochs")}
 
 
 def _accepted_rows() -> list[TaskRow]:
@@ -87,14 +90,15 @@ def _worker(config: dict[str, Any]) -> None:
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     pairs = task_training.task_pairs(job.task, _accepted_rows())
-    loop = task_training.start(job.target, pairs, job.lora, job.training, job.seed, rank, world)
-    history: dict[str, Any] = {"epoch_losses": [], "seconds": 0.0}
+    loop = task_training.start(job.target, pairs, job.lora, job.training, job.seed, rank, world, str(ray.train.torch.get_device()))
+    history: dict[str, Any] = {"epoch_losses": [], "seconds": 0.0, "started_at_epochs": []}
     if checkpoint := ray.train.get_checkpoint():
         with checkpoint.as_directory() as folder:
             adapters.load_weights(loop.model, folder)
-            state = torch.load(Path(folder) / STATE, weights_only=True)
+            state = torch.load(Path(folder) / STATE, map_location="cpu", weights_only=True)
             loop.load_state_dict(state["loop"])
             history = state["history"]
+    history["started_at_epochs"].append(loop.epoch)
     if loop.epoch >= job.training.epochs:  # finished before, and only the commit of the adapter is missing
         _report(loop, job, history, rank)
     while loop.epoch < job.training.epochs:

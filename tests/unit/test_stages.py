@@ -1,0 +1,98 @@
+"""The stages of the stream, one by one, on a tiny engine."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+
+import pytest
+
+from tests.conftest import task_rows
+from translora_ray import kit
+from translora_ray.config import Synthesis
+from translora_ray.engines.base import Generate, Sampling
+from translora_ray.engines.transformers import TransformersEngine
+from translora_ray.prompts import discriminator_prompt, task_prompt
+from translora_ray.records import TOO_LONG, Candidate, Pack, request_pack
+from translora_ray.stream.discriminate import OFF_TASK, Discriminator, verdicts
+from translora_ray.stream.synthesize import Synthesizer
+from translora_ray.stream.teach import Teacher
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_llama: str) -> Iterator[TransformersEngine]:
+    engine = TransformersEngine(tiny_llama)
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny_kit: Path) -> kit.Kit:
+    return kit.load(tiny_kit)
+
+
+def prompts(count: int) -> Pack:
+    return Pack(0, [Candidate(i, i, row["input"]) for i, row in enumerate(task_rows(count))])
+
+
+def test_the_synthesizer_fills_every_candidate_or_says_why_not(engine: TransformersEngine, loaded: kit.Kit) -> None:
+    settings = Synthesis(temperature=1.0, min_p=0.0, max_tokens=40)
+    found = Synthesizer(engine, settings, loaded.seed_inputs).process(request_pack(1, 0, 16))
+    assert {candidate.reason for candidate in found.candidates} <= {None, TOO_LONG, "empty prompt"}
+    assert all(candidate.input and "\n" not in candidate.input for candidate in found.open())
+    assert len({candidate.input for candidate in found.candidates}) > 8
+    again = Synthesizer(engine, settings, loaded.seed_inputs).process(request_pack(1, 0, 16))
+    assert again.candidates == found.candidates
+    assert 16 <= found.tokens["generator"] <= 16 * 40
+
+
+def test_the_discriminator_cuts_at_its_threshold(engine: TransformersEngine, loaded: kit.Kit) -> None:
+    pack = prompts(20)
+    pack.candidates[3].reason = "copies a seed"
+    texts = [candidate.input for candidate in pack.open()]
+    expected = verdicts(engine, loaded.task.name, texts, loaded.discriminator_adapter)
+    threshold = median(expected)
+    found = Discriminator(engine, loaded.task.name, loaded.discriminator_adapter, threshold).process(pack)
+    assert found.candidates[3].verdict is None
+    assert [candidate.verdict for candidate in found.candidates if candidate.index != 3] == expected
+    assert {candidate.reason for candidate in found.candidates if candidate.verdict is not None and candidate.verdict <= threshold} == {OFF_TASK}
+    assert all(candidate.verdict > threshold for candidate in found.open())
+    assert 5 < len(found.open()) < 15
+
+
+def test_the_verdict_is_yes_over_no(engine: TransformersEngine, loaded: kit.Kit) -> None:
+    """Against the logits of plain peft: the answers are `Yes` and `No` after a blank, which is a token of its own here."""
+    import torch
+    from peft import PeftModel
+
+    from translora_ray.models import load_base
+
+    model = PeftModel.from_pretrained(load_base(loaded.base), loaded.discriminator_adapter.path)
+    text = discriminator_prompt(loaded.task.name, "red 3 blue").text + " "
+    logits = model(torch.tensor([engine.tokenizer(text).input_ids])).logits[0, -1].float()
+    yes, no = (engine.tokenizer.convert_tokens_to_ids(letter) for letter in "YN")
+    found = verdicts(engine, loaded.task.name, ["red 3 blue"], loaded.discriminator_adapter)
+    assert found == pytest.approx([(logits[yes] - logits[no]).item()], rel=0.05, abs=0.05)
+
+
+def test_the_teacher_answers_what_is_open_and_nothing_else(engine: TransformersEngine, loaded: kit.Kit) -> None:
+    pack = prompts(12)
+    pack.candidates[5].reason = OFF_TASK
+    found = Teacher(engine, loaded.task, loaded.adapter).process(pack)
+    assert found.candidates[5].target is None
+    asked = [Generate(task_prompt(loaded.task.prompt, candidate.input, "text"), Sampling(4), loaded.adapter) for candidate in found.open()]
+    assert [candidate.target for candidate in found.open()] == [generation.text.strip() for generation in engine.generate(asked)]
+    assert all(candidate.target in {"a", "b", "c"} for candidate in found.open())
+
+
+def test_what_exceeds_the_context_is_a_reject_and_no_error(engine: TransformersEngine, loaded: kit.Kit) -> None:
+    for stage in (Teacher(engine, loaded.task, loaded.adapter), Discriminator(engine, loaded.task.name, loaded.discriminator_adapter, -1e9)):
+        pack = Pack(0, [Candidate(0, 0, "long " * 500), Candidate(1, 1, "red 3 blue")])
+        found = stage.process(pack)
+        assert found.candidates[0].reason == TOO_LONG
+        assert found.candidates[1].reason is None
+
+
+def test_an_answer_that_does_not_end_is_a_reject(engine: TransformersEngine, loaded: kit.Kit) -> None:
+    found = Teacher(engine, replace(loaded, task=loaded.task.model_copy(update={"max_new_tokens": 1})).task, loaded.adapter).process(prompts(4))
+    assert {candidate.reason for candidate in found.candidates} <= {"answer too long", "empty answer"}
