@@ -45,7 +45,10 @@ def run(name: str, seed: int, data: Path, work: Path) -> dict[str, Any]:
     here.mkdir(parents=True, exist_ok=True)
     rows = data / name
     task = {"name": name.split("/")[1], "train": str(rows / "train.jsonl"), "seed": seed, **TASKS[name]["task"]}
-    (here / "task.yaml").write_text(yaml.safe_dump(task))
+    text = yaml.safe_dump(task)
+    if (here / "kit").exists() and (here / "task.yaml").read_text() != text:
+        sys.exit(f"{here} was made with other settings: remove it, so that the table does not mix them.")
+    (here / "task.yaml").write_text(text)
     (here / "recipe.yaml").write_text(yaml.safe_dump({"seed": seed, **TASKS[name]["recipe"]}))
     if not (here / "kit").exists():
         translora("prepare", str(here / "task.yaml"), "--base", SOURCE, "--out", str(here / "kit"))

@@ -63,7 +63,7 @@ def test_the_adapter_is_an_ordinary_peft_directory(calm: Path, tiny_gemma: str) 
 
     assert sorted(path.name for path in (calm / "adapter").iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
     config = json.loads((calm / "adapter" / "adapter_config.json").read_text())
-    assert (config["r"], config["lora_alpha"], config["base_model_name_or_path"]) == (4, 32.0, tiny_gemma)
+    assert (config["r"], config["lora_alpha"], config["base_model_name_or_path"]) == (4, 8.0, tiny_gemma)
     base = AutoModelForCausalLM.from_pretrained(tiny_gemma)
     ids = torch.tensor([[5, 6, 7]])
     bare = base(ids).logits
