@@ -66,7 +66,7 @@ class Task(Section):
     """For the source adapter; unused with `--adapter`."""
     source_lora: Lora = Lora()
     """Size of the source adapter and of the discriminator; None means rank 16, alpha 32, dropout 0."""
-    discriminator_training: Training = Training(epochs=2)
+    discriminator_training: Training = Training(epochs=3)
 
 
 class Synthesis(Section):
