@@ -88,8 +88,7 @@ def load(path: str | Path) -> Kit:
     if not whole:
         raise UsageError(f"{folder} was changed after it was made: copy the kit again.")
     for name, wanted in digests.items():
-        adapters.inspect(folder / name)
-        if adapters.digest(folder / name) != wanted:
+        if adapters.inspect(folder / name).digest != wanted:
             raise UsageError(f"{folder / name} is not the adapter that {FACTS} describes: copy the kit again.")
     return kit
 

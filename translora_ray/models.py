@@ -6,6 +6,7 @@ A reference is a hub id, a local directory, a `.gguf` file, or `packaged:NAME`. 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -126,7 +127,9 @@ def _once(name: str, make: Callable[[Path], None]) -> Path:
     return final
 
 
+@functools.cache
 def _convert(gguf: Path) -> Path:
+    """The cached conversion of a GGUF file. A command asks several times; the file is digested once per process."""
     with gguf.open("rb") as file:
         key = hashlib.file_digest(file, "sha256").hexdigest()[:16]
     return _once(f"{gguf.stem}-{key}", lambda target: _convert_to(gguf, target))

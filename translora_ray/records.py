@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,12 @@ class Pack:
     def spend(self, role: str, tokens: int, seconds: float) -> None:
         self.tokens[role] = self.tokens.get(role, 0) + tokens
         self.seconds[role] = self.seconds.get(role, 0.0) + seconds
+
+    def reject(self, wrong: Callable[[Candidate], bool], reason: str) -> None:
+        """Give `reason` to the open candidates that are `wrong`."""
+        for candidate in self.open():
+            if wrong(candidate):
+                candidate.reason = reason
 
     def open(self) -> list[Candidate]:
         """The candidates that no stage has rejected so far."""

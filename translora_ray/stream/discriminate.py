@@ -27,9 +27,7 @@ class Discriminator:
 
     def process(self, pack: Pack) -> Pack:
         began = time.perf_counter()
-        for candidate in pack.open():
-            if not self.engine.fits(discriminator_prompt(self.task_name, candidate.input), 1):
-                candidate.reason = TOO_LONG
+        pack.reject(lambda candidate: not self.engine.fits(discriminator_prompt(self.task_name, candidate.input), 1), TOO_LONG)
         candidates = pack.open()
         inputs = [candidate.input for candidate in candidates]
         for candidate, verdict in zip(candidates, verdicts(self.engine, self.task_name, inputs, self.adapter), strict=True):

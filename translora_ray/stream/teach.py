@@ -23,9 +23,7 @@ class Teacher:
 
     def process(self, pack: Pack) -> Pack:
         began = time.perf_counter()
-        for candidate in pack.open():
-            if not self.engine.fits(self._prompt(candidate), self.task.max_new_tokens):
-                candidate.reason = TOO_LONG
+        pack.reject(lambda candidate: not self.engine.fits(self._prompt(candidate), self.task.max_new_tokens), TOO_LONG)
         candidates = pack.open()
         sampling = Sampling(self.task.max_new_tokens)
         prompts = [self._prompt(candidate) for candidate in candidates]
