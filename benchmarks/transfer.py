@@ -3,16 +3,20 @@
     make bench-transfer        (or: python benchmarks/transfer.py --data ../shared/data --seeds 3)
 
 Each (task, seed) is a whole chain: source adapter, discriminator, transfer, evaluation with the oracle; each seed changes all random
-choices. Results lie in runs/bench/; what is there is not computed again. The table goes to benchmarks/RESULTS.md.
+choices. --jobs chains run at a time, on an even share of the cores each: two on one core each finish sooner than one after the other on
+two. Results and logs lie in runs/bench/; what is there is not computed again. The table goes to benchmarks/RESULTS.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -24,22 +28,30 @@ BEGIN, END = "<!-- transfer:begin -->", "<!-- transfer:end -->"
 TASKS: dict[str, dict[str, Any]] = {
     "bbh/boolean_expressions": {
         "task": {"prompt": "Q: {input}\nA:", "max_new_tokens": 4, "source_training": {"epochs": 8}},
-        "recipe": {"training": {"epochs": 6}},
+        # Few shapes of prompts: at temperature 0.7 nearly half of the candidates repeat each other. 230 examples as in the figures to reach.
+        "recipe": {"training": {"epochs": 6}, "synthesis": {"temperature": 1.0}, "selection": {"quota": 230}},
         "targets": "source+adapter at least 0.80, transferred at least 0.73",
     },
     "intents/clinc_utility": {
         "task": {"prompt": "Message: {input}\nIntent:", "max_new_tokens": 10, "seeds": 15, "source_training": {"epochs": 5}},
-        "recipe": {"training": {"epochs": 5}},
+        "recipe": {"training": {"epochs": 4}},
         "targets": "source+adapter at least 0.90, recovery at least 0.75",
     },
 }
 
 
-def translora(*arguments: str) -> None:
-    subprocess.run([sys.executable, "-m", "translora_ray.cli", *arguments], check=True, cwd=ROOT)
+def translora(here: Path, threads: int, *arguments: str) -> None:
+    """One command of a chain, on `threads` cores, its output in the chain's log."""
+    began = time.monotonic()
+    with (here / "log.txt").open("a") as log:
+        command = [sys.executable, "-m", "translora_ray.cli", *arguments]
+        failed = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": str(threads)}, stdout=log, stderr=log, check=False).returncode
+    if failed:
+        raise RuntimeError(f"{arguments[0]} failed: see {here / 'log.txt'}")
+    print(f"{here.name}: {arguments[0]} {time.monotonic() - began:.0f} s", flush=True)
 
 
-def run(name: str, seed: int, data: Path, work: Path) -> dict[str, Any]:
+def run(name: str, seed: int, data: Path, work: Path, threads: int) -> dict[str, Any]:
     """One chain; returns evaluation and manifest."""
     here = work / f"{name.split('/')[1]}-{seed}"
     here.mkdir(parents=True, exist_ok=True)
@@ -49,13 +61,15 @@ def run(name: str, seed: int, data: Path, work: Path) -> dict[str, Any]:
     if (here / "kit").exists() and (here / "task.yaml").read_text() != text:
         sys.exit(f"{here} was made with other settings: remove it, so that the table does not mix them.")
     (here / "task.yaml").write_text(text)
-    (here / "recipe.yaml").write_text(yaml.safe_dump({"seed": seed, **TASKS[name]["recipe"]}))
+    cluster = {"engine_cpus": threads, "worker_cpus": threads}
+    (here / "recipe.yaml").write_text(yaml.safe_dump({"seed": seed, "cluster": cluster, **TASKS[name]["recipe"]}))
     if not (here / "kit").exists():
-        translora("prepare", str(here / "task.yaml"), "--base", SOURCE, "--out", str(here / "kit"))
-    translora("transfer", str(here / "kit"), "--target", TARGET, "--out", str(here / "run"), "--recipe", str(here / "recipe.yaml"))
+        translora(here, threads, "prepare", str(here / "task.yaml"), "--base", SOURCE, "--out", str(here / "kit"))
+    transfer = (str(here / "kit"), "--target", TARGET, "--out", str(here / "run"), "--recipe", str(here / "recipe.yaml"))
+    translora(here, threads, "transfer", *transfer)
     if not (here / "result.json").exists():
         extra = ("--oracle", str(rows / "train.jsonl"), "--json", str(here / "result.json"))
-        translora("evaluate", str(here / "run"), "--data", str(rows / "test.jsonl"), *extra)
+        translora(here, threads, "evaluate", str(here / "run"), "--data", str(rows / "test.jsonl"), *extra)
     return {
         "evaluation": json.loads((here / "result.json").read_text()),
         "manifest": json.loads((here / "run" / "manifest.json").read_text()),
@@ -63,15 +77,18 @@ def run(name: str, seed: int, data: Path, work: Path) -> dict[str, Any]:
     }
 
 
-def table(results: dict[str, list[dict[str, Any]]]) -> str:
-    lines = []
-    for name, chains in results.items():
-        if not chains:
+def table(results: dict[str, dict[int, dict[str, Any]]], jobs: int, threads: int) -> str:
+    """Markdown for what is finished: {task: {seed: chain}}."""
+    lines = [f"{jobs} chains at a time, {threads} core(s) each: seconds are those of such a share.", ""]
+    for name, by_seed in results.items():
+        if not by_seed:
             continue
+        seeds = sorted(by_seed)
+        chains = [by_seed[seed] for seed in seeds]
         arms = list(chains[0]["evaluation"]["arms"])
         lines += [f"### {name}", "", f"n = {chains[0]['evaluation']['n']} test rows; wanted: {TASKS[name]['targets']}.", ""]
         lines += ["| seed | " + " | ".join(arms) + " | recovery | candidates | stream s | training s |", "|---" * (len(arms) + 5) + "|"]
-        for seed, chain in enumerate(chains):
+        for seed, chain in zip(seeds, chains, strict=True):
             cells = [f"{chain['evaluation']['arms'][arm]['accuracy']:.3f}" for arm in arms]
             manifest = chain["manifest"]
             spent = [manifest["counts"]["candidates"], round(manifest["last_attempt_seconds"]["stream"]), round(manifest["seconds"]["training"])]
@@ -102,14 +119,20 @@ def main() -> None:
     options.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
     options.add_argument("--seeds", type=int, default=3)
     options.add_argument("--work", type=Path, default=ROOT / "runs" / "bench")
+    options.add_argument("--jobs", type=int, default=2)
     chosen = options.parse_args()
     if not chosen.data.exists():
         sys.exit(f"{chosen.data} does not exist: name the folder with the task rows with --data.")
-    results: dict[str, list[dict[str, Any]]] = {name: [] for name in TASKS}
-    for seed in range(chosen.seeds):
-        for name in TASKS:
-            results[name].append(run(name, seed, chosen.data.resolve(), chosen.work.resolve()))
-            write(table(results))
+    threads = max(1, (os.cpu_count() or 1) // chosen.jobs)
+    results: dict[str, dict[int, dict[str, Any]]] = {name: {} for name in TASKS}
+    with ThreadPoolExecutor(chosen.jobs) as pool:
+        chains = {
+            pool.submit(run, name, seed, chosen.data.resolve(), chosen.work.resolve(), threads): (name, seed) for seed in range(chosen.seeds) for name in TASKS
+        }
+        for chain in as_completed(chains):
+            name, seed = chains[chain]
+            results[name][seed] = chain.result()
+            write(table(results, chosen.jobs, threads))
 
 
 if __name__ == "__main__":

@@ -169,7 +169,7 @@ def load_tokenizer(reference: str) -> Any:
 def load_base(reference: str, device: str | None = None) -> Any:
     """The base's weights on `device` (default: a GPU if there is one), in bf16 where the hardware computes in it, frozen.
 
-    safetensors only, no remote code.
+    safetensors only, no remote code. On a CPU attention is computed plainly: for short rows torch's fused kernel is slower there.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -179,7 +179,8 @@ def load_base(reference: str, device: str | None = None) -> Any:
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     fast = torch.cuda.is_bf16_supported() if device.startswith("cuda") else torch.cpu._is_avx512_bf16_supported()
     dtype = torch.bfloat16 if fast else torch.float32
-    model = AutoModelForCausalLM.from_pretrained(resolve(reference), dtype=dtype, use_safetensors=True, trust_remote_code=False)
+    attention = "eager" if device == "cpu" else None
+    model = AutoModelForCausalLM.from_pretrained(resolve(reference), dtype=dtype, attn_implementation=attention, use_safetensors=True, trust_remote_code=False)
     model.requires_grad_(False)
     # logits_to_keep hands the output embedding a strided slice; torch then copies the whole embedding once per row of the batch.
     model.get_output_embeddings().register_forward_pre_hook(lambda module, args: (args[0].contiguous(),))
