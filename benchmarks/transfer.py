@@ -27,7 +27,9 @@ SOURCE, TARGET = "packaged:smollm2-135m-instruct", "packaged:gemma-3-270m"
 BEGIN, END = "<!-- transfer:begin -->", "<!-- transfer:end -->"
 TASKS: dict[str, dict[str, Any]] = {
     "bbh/boolean_expressions": {
-        "task": {"prompt": "Q: {input}\nA:", "max_new_tokens": 4, "source_training": {"epochs": 8}},
+        # The learning rate was chosen on the training rows alone: trained on 100 of the 150 and scored on the other 50, two such splits gave
+        # 0.76 and 0.74 at 5e-4, 0.84 and 0.82 at 1e-3.
+        "task": {"prompt": "Q: {input}\nA:", "max_new_tokens": 4, "source_training": {"epochs": 8, "learning_rate": 1e-3}},
         # Few shapes of prompts: at temperature 0.7 nearly half of the candidates repeat each other. 230 examples as in the figures to reach.
         "recipe": {"training": {"epochs": 6}, "synthesis": {"temperature": 1.0}, "selection": {"quota": 230}},
         "targets": "source+adapter at least 0.80, transferred at least 0.73",
@@ -119,6 +121,7 @@ def main() -> None:
     options.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
     options.add_argument("--seeds", type=int, default=3)
     options.add_argument("--work", type=Path, default=ROOT / "runs" / "bench")
+    options.add_argument("--task", action="append", choices=TASKS, help="default: all")
     options.add_argument("--jobs", type=int, default=2)
     chosen = options.parse_args()
     if not chosen.data.exists():
@@ -127,7 +130,9 @@ def main() -> None:
     results: dict[str, dict[int, dict[str, Any]]] = {name: {} for name in TASKS}
     with ThreadPoolExecutor(chosen.jobs) as pool:
         chains = {
-            pool.submit(run, name, seed, chosen.data.resolve(), chosen.work.resolve(), threads): (name, seed) for seed in range(chosen.seeds) for name in TASKS
+            pool.submit(run, name, seed, chosen.data.resolve(), chosen.work.resolve(), threads): (name, seed)
+            for seed in range(chosen.seeds)
+            for name in chosen.task or TASKS
         }
         for chain in as_completed(chains):
             name, seed = chains[chain]
