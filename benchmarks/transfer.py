@@ -22,6 +22,8 @@ from typing import Any
 
 import yaml
 
+from translora_ray.config import load_config, load_task
+
 ROOT = Path(__file__).parent.parent
 SOURCE, TARGET = "packaged:smollm2-135m-instruct", "packaged:gemma-3-270m"
 BEGIN, END = "<!-- transfer:begin -->", "<!-- transfer:end -->"
@@ -59,12 +61,14 @@ def run(name: str, seed: int, data: Path, work: Path, threads: int) -> dict[str,
     here.mkdir(parents=True, exist_ok=True)
     rows = data / name
     task = {"name": name.split("/")[1], "train": str(rows / "train.jsonl"), "seed": seed, **TASKS[name]["task"]}
-    text = yaml.safe_dump(task)
-    if (here / "kit").exists() and (here / "task.yaml").read_text() != text:
-        sys.exit(f"{here} was made with other settings: remove it, so that the table does not mix them.")
-    (here / "task.yaml").write_text(text)
+    (here / "task.yaml").write_text(yaml.safe_dump(task))
     cluster = {"engine_cpus": threads, "worker_cpus": threads}
     (here / "recipe.yaml").write_text(yaml.safe_dump({"seed": seed, "cluster": cluster, **TASKS[name]["recipe"]}))
+    settings = {"task": load_task(here / "task.yaml").model_dump(), "recipe": load_config(here / "recipe.yaml", []).recipe.model_dump()}
+    stored = here / "settings.json"
+    if stored.exists() and json.loads(stored.read_text()) != settings:
+        raise RuntimeError(f"{here} was made with other settings or defaults: remove it, so that the table does not mix them")
+    stored.write_text(json.dumps(settings))
     if not (here / "kit").exists():
         translora(here, threads, "prepare", str(here / "task.yaml"), "--base", SOURCE, "--out", str(here / "kit"))
     transfer = (str(here / "kit"), "--target", TARGET, "--out", str(here / "run"), "--recipe", str(here / "recipe.yaml"))
@@ -81,7 +85,8 @@ def run(name: str, seed: int, data: Path, work: Path, threads: int) -> dict[str,
 
 def table(results: dict[str, dict[int, dict[str, Any]]], jobs: int, threads: int) -> str:
     """Markdown for what is finished: {task: {seed: chain}}."""
-    lines = [f"{jobs} chains at a time, {threads} core(s) each: seconds are those of such a share.", ""]
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    lines = [f"Commit {commit}; {jobs} chains at a time, {threads} core(s) each: seconds are those of such a share.", ""]
     for name, by_seed in results.items():
         if not by_seed:
             continue
@@ -136,8 +141,13 @@ def main() -> None:
         }
         for chain in as_completed(chains):
             name, seed = chains[chain]
-            results[name][seed] = chain.result()
+            try:
+                results[name][seed] = chain.result()
+            except RuntimeError as failure:
+                print(f"{name}, seed {seed}: {failure}", file=sys.stderr, flush=True)
             write(table(results, chosen.jobs, threads))
+    if any(len(results[name]) < chosen.seeds for name in chosen.task or TASKS):
+        sys.exit("not all chains came to their end")
 
 
 if __name__ == "__main__":

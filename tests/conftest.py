@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # small models are compared with plain CPU computations
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads of one process must not starve another's on two cores
 CHARACTERS = "\n abcdefghijklmnopqrstuvwxyzHISTYNEABCQ0123456789:.,?!"
 
@@ -81,5 +82,5 @@ def tiny_kit(tmp_path_factory: pytest.TempPathFactory, tiny_llama: str) -> Path:
     from translora_ray.cli import main
 
     folder = tmp_path_factory.mktemp("kit")
-    assert main(["prepare", str(write_task(folder)), "--base", tiny_llama, "--out", str(folder / "kit")]) == 0
+    assert main(["prepare", str(write_task(folder)), "--base", tiny_llama, "--out", str(folder / "kit"), "--engine", "transformers"]) == 0
     return folder / "kit"

@@ -10,22 +10,25 @@ from pathlib import Path
 from typing import Any
 
 from translora_ray.config import Lora
-from translora_ray.errors import RunFailed, UsageError
+from translora_ray.errors import RunFailed, UsageError, first_line
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
+_MAGNITUDE = re.compile(r"^base_model\.model\..+\.lora_magnitude_vector(\.weight)?$")
 _LORA = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight$")
 
 
 @dataclass(frozen=True)
 class AdapterInfo:
-    """What an adapter directory says of itself. `shapes` maps a base module to (inputs, outputs) its LoRA factors need."""
+    """What an adapter directory says of itself. `shapes` maps a base module to (inputs, outputs) its LoRA factors need;
+    `dora` adapters also scale each output (DoRA, arXiv 2402.09353)."""
 
     path: str
     base: str
     rank: int
     alpha: float
     dropout: float
+    dora: bool
     shapes: dict[str, tuple[int, int]]
     parameters: int
     digest: str
@@ -37,19 +40,26 @@ def inspect(path: str | Path) -> AdapterInfo:
     config = _read_config(folder)
     tensors = _read_header(folder)
     if config.get("peft_type") != "LORA":
-        raise UsageError(f"{folder} is a {config.get('peft_type')} adapter: only LoRA adapters can be moved.")
+        raise UsageError(f"{folder} is a {config.get('peft_type')} adapter: only LoRA and DoRA adapters can be moved.")
+    dora = bool(config.get("use_dora"))
     sides: dict[str, dict[str, list[int]]] = {}
     for name, shape in tensors.items():
+        if dora and _MAGNITUDE.match(name):
+            continue
         match = _LORA.match(name)
         if match is None:
-            raise UsageError(f"{folder / WEIGHTS} holds the tensor {name}, which is not a LoRA factor: only plain LoRA adapters can be moved.")
+            raise UsageError(
+                f"{folder / WEIGHTS} holds the tensor {name}, which is not a LoRA factor: only LoRA and DoRA adapters without other weights can be moved."
+            )
         sides.setdefault(match["module"], {})[match["side"]] = shape
     halves = [module for module, pair in sides.items() if len(pair) < 2]
+    if dora and sum(bool(_MAGNITUDE.match(name)) for name in tensors) < len(sides):
+        halves.append("magnitude vectors of DoRA")
     if halves or not sides:
         raise UsageError(f"{folder / WEIGHTS} is incomplete: {', '.join(halves) or 'no LoRA factors in it'}; save the adapter again.")
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if not isinstance(rank, int) or not isinstance(alpha, int | float) or config.get("rank_pattern"):
-        raise UsageError(f"{folder / CONFIG} does not give one rank and one alpha for all modules: only plain LoRA adapters can be moved.")
+        raise UsageError(f"{folder / CONFIG} does not give one rank and one alpha for all modules: only such adapters can be moved.")
     for module, pair in sides.items():
         if {pair["A"][0], pair["B"][1]} != {rank}:
             raise UsageError(f"{folder} says rank {rank}, but its weights at {module} have rank {pair['A'][0]} and {pair['B'][1]}: save it again.")
@@ -59,6 +69,7 @@ def inspect(path: str | Path) -> AdapterInfo:
         rank=rank,
         alpha=float(alpha),
         dropout=float(config.get("lora_dropout") or 0.0),
+        dora=dora,
         shapes={module: (pair["A"][1], pair["B"][0]) for module, pair in sides.items()},
         parameters=sum(_product(shape) for shape in tensors.values()),
         digest=digest(folder),
@@ -108,10 +119,13 @@ def attach(model: Any, path: str, name: str) -> Any:
     """Put the adapter at `path` on `model` (bare, or with other adapters on it) under `name`; returns the peft model."""
     from peft import PeftModel
 
-    if isinstance(model, PeftModel):
-        model.load_adapter(path, adapter_name=name)
-        return model
-    return PeftModel.from_pretrained(model, path, adapter_name=name)
+    try:
+        if isinstance(model, PeftModel):
+            model.load_adapter(path, adapter_name=name)
+            return model
+        return PeftModel.from_pretrained(model, path, adapter_name=name)
+    except (ValueError, RuntimeError, KeyError) as error:
+        raise UsageError(f"peft can not put the adapter {path} on its base ({first_line(error)}): correct its {CONFIG}, or save it again.") from None
 
 
 def prove_live(model: Any, tokenizer: Any, path: str, name: str) -> None:
@@ -121,18 +135,28 @@ def prove_live(model: Any, tokenizer: Any, path: str, name: str) -> None:
     """
     import torch
 
-    expected = set(inspect(path).shapes)
     applied = {module for module, layer in model.get_base_model().named_modules() if name in getattr(layer, "lora_A", {})}
-    if missing := expected - applied:
-        raise RunFailed(f"The adapter {path} is not live: {len(missing)} of {len(expected)} modules were not applied, e.g. {sorted(missing)[0]}.")
+    require_applied(path, applied)
     model.set_adapter(name, inference_mode=True)
     probe = torch.tensor([tokenizer("The quick brown fox").input_ids], device=model.device)
     with torch.inference_mode():
         with_adapter = model(probe, use_cache=False).logits
         with model.disable_adapter():
             without = model(probe, use_cache=False).logits
-    if torch.equal(with_adapter, without):
-        raise RunFailed(f"The adapter {path} is not live: it changes nothing. Check that it was trained.")
+    require_change(path, bool(with_adapter.isfinite().all()) and not torch.equal(with_adapter, without))
+
+
+def require_applied(path: str, applied: set[str]) -> None:
+    """Raise unless every module of the adapter file is among the modules to which an engine applied it."""
+    expected = set(inspect(path).shapes)
+    if missing := expected - applied:
+        raise RunFailed(f"The adapter {path} is not live: {len(missing)} of {len(expected)} modules were not applied, e.g. {sorted(missing)[0]}.")
+
+
+def require_change(path: str, changed: bool) -> None:
+    """Raise unless answers to a probe differ with and without the adapter."""
+    if not changed:
+        raise RunFailed(f"The adapter {path} is not live: it changes nothing, or answers with no numbers at all. Check that it was trained.")
 
 
 def load_weights(model: Any, path: str | Path) -> None:
@@ -152,12 +176,12 @@ def save(model: Any, path: str | Path, base_reference: str) -> None:
 
 def _read_config(folder: Path) -> dict[str, Any]:
     try:
-        config: dict[str, Any] = json.loads((folder / CONFIG).read_text())
+        config: dict[str, Any] = dict(json.loads((folder / CONFIG).read_text()).items())
         return config
-    except FileNotFoundError:
+    except (OSError, AttributeError):
         raise UsageError(f"{folder} is not an adapter: it has no {CONFIG}.") from None
     except ValueError:
-        raise UsageError(f"{folder / CONFIG} is not valid JSON: save the adapter again.") from None
+        raise UsageError(f"{folder / CONFIG} is not a JSON object: save the adapter again.") from None
 
 
 def _read_header(folder: Path) -> dict[str, list[int]]:

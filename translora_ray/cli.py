@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from translora_ray import __version__
-from translora_ray.errors import TransLoraError, UsageError
+from translora_ray.errors import TransLoraError, UsageError, first_line
 
 ENGINES = ("auto", "transformers", "vllm")
 REF = "a hub id, a directory, a .gguf file, or packaged:smollm2-135m-instruct, packaged:gemma-3-270m"
@@ -68,7 +68,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"translora: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("translora: interrupted; what is committed stays, and the same command goes on from it.", file=sys.stderr)
+        print("translora: interrupted; a transfer goes on from what it committed when the same command is given again.", file=sys.stderr)
+        return 1
+    except Exception as error:
+        if "TRANSLORA_DEBUG" in os.environ:
+            raise
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        print(f"translora: {reason} (an error nobody foresaw: set TRANSLORA_DEBUG=1 to see where, and report it)", file=sys.stderr)
         return 1
 
 
@@ -77,18 +83,20 @@ def _reference(reference: str) -> str:
     return str(Path(reference).expanduser().resolve()) if Path(reference).expanduser().exists() else reference
 
 
-def _run_place(out: str) -> str:
-    if "://" in out or Path(out).is_absolute():
-        return out
+def _place(path: str, name: str) -> str:
+    """A path that is written, or stored for later, as an absolute one; URIs stay."""
+    if "://" in path or Path(path).is_absolute():
+        return path
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
-        raise UsageError(f"--out {out} would lie in the job's temporary working directory: give an absolute path or a URI.")
-    return str(Path(out).resolve())
+        raise UsageError(f"{name} {path} would lie in the job's temporary working directory: give an absolute path or a URI.")
+    return str(Path(path).resolve())
 
 
 def _prepare(options: argparse.Namespace) -> int:
     from translora_ray.config import load_task
 
     task = load_task(options.task)
+    out = _place(options.out, "--out")
     from translora_ray import kit
     from translora_ray.engines.select import choose_engine, open_engine
     from translora_ray.evaluation.report import show_facts
@@ -97,7 +105,13 @@ def _prepare(options: argparse.Namespace) -> int:
     engine = choose_engine(options.engine)
     with Display() as display:
         facts = kit.prepare(
-            task, _reference(options.base), options.out, options.adapter, not options.no_discriminator, lambda base: open_engine(engine, base), display
+            task,
+            _reference(options.base),
+            out,
+            options.adapter,
+            not options.no_discriminator,
+            lambda base, used: open_engine(engine, base, used),
+            display,
         )
     show_facts(f"transfer kit {options.out}", {key: facts[key] for key in ("base", "rows", "discriminator", "seconds", "digest")})
     return 0
@@ -107,13 +121,13 @@ def _transfer(options: argparse.Namespace) -> int:
     from translora_ray.config import load_config
 
     config = load_config(options.recipe, options.set)
-    out = _run_place(options.out)
+    kit, out = _place(options.kit, "KIT"), _place(options.out, "--out")
     from translora_ray import workflow
     from translora_ray.evaluation.report import show_facts
     from translora_ray.progress import Display
 
     with Display() as display:
-        manifest = workflow.transfer(options.kit, _reference(options.target), out, config, options.engine, display)
+        manifest = workflow.transfer(kit, _reference(options.target), out, config, options.engine, display)
     counts = {f"rejected, {reason}": count for reason, count in manifest["counts"]["rejects"].items()}
     facts = {"adapter": f"{options.out}/adapter", "accepted": manifest["counts"]["accepted"], "candidates": manifest["counts"]["candidates"], **counts}
     show_facts(f"transfer {options.out}", facts | {"final loss": round(manifest["training"]["loss"], 4), "seconds": manifest["seconds"]})
@@ -126,11 +140,13 @@ def _evaluate(options: argparse.Namespace) -> int:
     from translora_ray.evaluation.report import show_evaluation
     from translora_ray.progress import Display
 
-    if options.json and options.json != "-" and not Path(options.json).resolve().parent.is_dir():
-        raise UsageError(f"--json {options.json}: its directory does not exist; make it first.")
+    if options.json and options.json != "-":
+        place = Path(_place(options.json, "--json"))
+        if place.is_dir() or not place.parent.is_dir():
+            raise UsageError(f"--json {options.json}: this is a directory, or lies in none; name a file in one that exists.")
     engine = choose_engine(options.engine)
     with Display() as display:
-        result = evaluate(options.run, options.data, options.oracle, lambda base: open_engine(engine, base), display)
+        result = evaluate(options.run, options.data, options.oracle, lambda base, used: open_engine(engine, base, used), display)
     text = json.dumps(result, indent=2)
     if options.json == "-":
         print(text)

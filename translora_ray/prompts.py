@@ -91,6 +91,22 @@ def answer_ids(tokenizer: Any, prompt: Prompt, answer: str, end: bool = True) ->
     return [*ids, tokenizer.eos_token_id] if end else ids
 
 
+def distinct_tokens(tokenizer: Any, prompt: Prompt, answers: Sequence[str]) -> tuple[list[int], list[int]]:
+    """(tokens with which all answers begin after `prompt`, the token of each answer that follows them)."""
+    ids = [answer_ids(tokenizer, prompt, answer, end=False) for answer in answers]
+    lead = ids[0][: common_length(ids)]
+    tokens = [row[len(lead)] for row in ids if len(row) > len(lead)]
+    if len(set(tokens)) < len(answers):
+        raise UsageError(f"The answers {', '.join(answers)} can not be told apart by one token of {tokenizer.name_or_path}: choose another base.")
+    return lead, tokens
+
+
+def common_length(rows: list[list[int]]) -> int:
+    """How many tokens all rows begin with."""
+    first, last = min(rows), max(rows)
+    return next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+
+
 def clean_answer(text: str) -> str:
     """A generated answer as it is compared and stored: blanks around it do not count."""
     return text.strip()

@@ -133,4 +133,6 @@ def _row(path: str | Path, number: int, line: str) -> TaskRow:
         raise UsageError(f"{path}, line {number}: not valid JSON.") from None
     if not isinstance(row, dict) or not all(isinstance(row.get(key), str) and row[key].strip() for key in ("input", "target")):
         raise UsageError(f'{path}, line {number}: a row needs "input" and "target", both text that is not empty.')
+    if any("\ud800" <= character <= "\udfff" for key in ("input", "target") for character in row[key]):
+        raise UsageError(f"{path}, line {number}: half a surrogate pair, which is no text; write the row again.")
     return TaskRow(row["input"], row["target"])

@@ -63,10 +63,10 @@ class RunStore:
         if not self.local:
             return
         place = Path(self.root)
-        if place.exists() and not place.is_dir():
-            raise UsageError(f"{self.uri} is a file: choose another --out.")
         while not place.exists():
             place = place.parent
+        if not place.is_dir():
+            raise UsageError(f"{place} is a file: choose another --out.")
         if not os.access(place, os.W_OK):
             raise UsageError(f"{self.uri} can not be written: choose another --out, or change the permissions of {place}.")
 
@@ -162,8 +162,8 @@ class RunStore:
         return [self.path(f"{SHARDS}/{name}") for name in self.names(SHARDS)]
 
 
-def commit_folder(source: Path, final: Path) -> None:
-    """Make `source` appear as `final` at once, replacing what an earlier attempt left there."""
+def commit_folder(source: Path, final: Path, replace: bool = True) -> None:
+    """Make `source` appear as `final` at once, replacing what an earlier attempt left there or, without `replace`, refusing to."""
     final.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=final.parent, prefix=f".{final.name}-"))
     try:
@@ -172,6 +172,8 @@ def commit_folder(source: Path, final: Path) -> None:
             if file.is_file():
                 with file.open("rb") as written:
                     os.fsync(written.fileno())
+        if final.exists() and not replace:
+            raise UsageError(f"{final} was made by another process meanwhile: choose another --out.")
         if final.exists():
             os.replace(final, scratch / "old")
         _open_to_readers(scratch / "new")

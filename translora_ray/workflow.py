@@ -37,13 +37,14 @@ def transfer(kit_path: str, target: str, out: str, config: Config, engine: Engin
 
     Run again with the same arguments it goes on from what is committed, or returns at once where all is.
     """
+    began = time.monotonic()
     loaded = kit.load(kit_path)
     store = RunStore(out)
     engine = choose_engine(engine)
     identity = _identity(loaded, target, config)
     store.check_writable()
     _check_identity(store, identity)
-    if store.exists(MANIFEST):
+    if store.exists(MANIFEST) and store.exists(f"{ADAPTER}/{adapters.CONFIG}"):
         display.say(f"{out} is finished already.")
         store.remove(TRAIN)
         return store.read_json(MANIFEST)
@@ -56,10 +57,11 @@ def transfer(kit_path: str, target: str, out: str, config: Config, engine: Engin
         )
         _check_resources(plan, worker)
         with store.lock(), ray_failures():
+            _check_identity(store, identity)  # another process may have begun here meanwhile
             store.write_json(IDENTITY, identity)
-            began = time.monotonic()
+            streaming = time.monotonic()
             totals = run_stream(plan, store, display)
-            streamed = time.monotonic() - began
+            streamed = time.monotonic() - streaming
             training = _train(plan, store, worker, display)
             return _finish(plan, store, identity, totals, training, {"stream": streamed, "transfer": time.monotonic() - began})
 
@@ -135,6 +137,11 @@ class _Resources:
     cpus: float
     gpus: float
 
+    def places(self, node: dict[str, float]) -> int:
+        """How many of them a node has room for."""
+        rooms = [node.get(name, 0) / amount for name, amount in (("CPU", self.cpus), ("GPU", self.gpus)) if amount]
+        return int(min(rooms, default=1 << 20) + 1e-9)
+
 
 def _share(resource: str, local: bool, parts: int) -> float:
     """What one of `parts` gets by default: an even share of this machine on a local Ray, else 1 CPU and no GPU."""
@@ -171,6 +178,10 @@ def _check_resources(plan: Plan, worker: _Resources) -> None:
                 raise UsageError(f"The {who} ask for {count * amount:g} {name}, the cluster has {there:g}: ask for less, or add nodes.")
             if amount > most:
                 raise UsageError(f"One of the {who} asks for {amount:g} {name}, no node has more than {most:g}: ask for less, or add larger nodes.")
+        places = sum(each.places(node) for node in nodes)
+        if places < count:
+            wanted = f"{each.cpus:g} CPU and {each.gpus:g} GPU each"
+            raise UsageError(f"The nodes have room for {places} of the {count} {who} ({wanted} on one node): ask for less, or add nodes.")
 
 
 def _train(plan: Plan, store: RunStore, worker: _Resources, display: Display) -> dict[str, Any]:

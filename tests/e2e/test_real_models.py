@@ -11,6 +11,7 @@ from translora_ray.cli import main
 
 pytestmark = pytest.mark.real
 SOURCE, TARGET = "packaged:smollm2-135m-instruct", "packaged:gemma-3-270m"
+ENGINE = ("--engine", "transformers")
 EXAMPLE = Path(__file__).parents[2] / "examples" / "support_routing"
 
 
@@ -29,11 +30,11 @@ def test_prepare_transfer_and_evaluate(tmp_path: Path) -> None:
     task = yaml.safe_load((EXAMPLE / "task.yaml").read_text()) | {"source_training": {"epochs": 2}, "discriminator_training": {"epochs": 1}}
     (tmp_path / "task.yaml").write_text(yaml.safe_dump(task))
     kit, run = tmp_path / "kit", tmp_path / "run"
-    assert main(["prepare", str(tmp_path / "task.yaml"), "--base", SOURCE, "--out", str(kit)]) == 0
+    assert main(["prepare", str(tmp_path / "task.yaml"), "--base", SOURCE, "--out", str(kit), *ENGINE]) == 0
     settings = ["--set", "selection.quota=12", "--set", "selection.threshold=-100", "--set", "training.epochs=1", "--set", "synthesis.pack_size=16"]
-    assert main(["transfer", str(kit), "--target", TARGET, "--out", str(run), *settings]) == 0
+    assert main(["transfer", str(kit), "--target", TARGET, "--out", str(run), *settings, *ENGINE]) == 0
     assert main(["inspect", str(run)]) == 0
-    assert main(["evaluate", str(run), "--data", str(tmp_path / "test.jsonl"), "--json", str(tmp_path / "result.json")]) == 0
+    assert main(["evaluate", str(run), "--data", str(tmp_path / "test.jsonl"), "--json", str(tmp_path / "result.json"), *ENGINE]) == 0
     result = json.loads((tmp_path / "result.json").read_text())
     assert list(result["arms"]) == ["source_base", "source_adapter", "target_base", "target_few_shot", "transferred"]
     assert result["n"] == 16

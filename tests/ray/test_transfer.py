@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from translora_ray.cli import main
 from translora_ray.records import Candidate
@@ -30,11 +32,18 @@ SETTINGS = [
 
 def arguments(kit: Path, target: str, run: Path, *more: str) -> list[str]:
     settings = [part for setting in [*SETTINGS, *more] for part in ("--set", setting)]
-    return ["transfer", str(kit), "--target", target, "--out", str(run), *settings]
+    return ["transfer", str(kit), "--target", target, "--out", str(run), "--engine", "transformers", *settings]
 
 
 def rows(run: Path) -> list[Candidate]:
     return [candidate for _, candidates, _ in RunStore(str(run)).shards() for candidate in candidates]
+
+
+def same_weights(one: Path, other: Path) -> None:
+    """Equal to what the order of additions in bf16 leaves."""
+    weights = [load_file(place / "adapter" / "adapter_model.safetensors") for place in (one, other)]
+    for name, ours in weights[0].items():
+        torch.testing.assert_close(ours, weights[1][name], rtol=1e-2, atol=1e-3, msg=name)
 
 
 def kill_when(command: list[str], ready: Callable[[], bool], log: Path) -> None:
@@ -102,8 +111,6 @@ def test_a_finished_run_is_left_alone(calm: Path, tiny_kit: Path, tiny_gemma: st
 
 
 def test_killed_in_the_stream_and_in_training_the_rows_and_the_adapter_are_the_same(calm: Path, tiny_kit: Path, tiny_gemma: str, tmp_path: Path) -> None:
-    from safetensors.torch import load_file
-
     run = tmp_path / "run"
     command = arguments(tiny_kit, tiny_gemma, run)
     kill_when(command, lambda: len(list(run.glob("shards/*.parquet"))) >= 2, tmp_path / "stream.log")
@@ -118,9 +125,7 @@ def test_killed_in_the_stream_and_in_training_the_rows_and_the_adapter_are_the_s
     assert len(manifests[0]["counts"]["engine_loads"]) == 2
     assert manifests[0]["training"]["started_at_epochs"][0] == 0 < manifests[0]["training"]["started_at_epochs"][-1]
     assert manifests[0]["training"]["epoch_losses"] == pytest.approx(manifests[1]["training"]["epoch_losses"], rel=1e-3)
-    weights = [load_file(place / "adapter" / "adapter_model.safetensors") for place in (run, calm)]
-    for name, ours in weights[0].items():
-        torch.testing.assert_close(ours, weights[1][name], rtol=1e-2, atol=1e-3, msg=name)
+    same_weights(run, calm)
 
 
 def test_an_engine_that_dies_is_replaced_and_no_row_changes(calm: Path, tiny_kit: Path, tiny_gemma: str, tmp_path: Path) -> None:
@@ -169,6 +174,12 @@ def test_two_pools_two_workers_and_the_target_as_generator(tiny_kit: Path, tiny_
     (loads,) = manifest["counts"]["engine_loads"].values()
     assert sorted(loads) == sorted([manifest["source_base"], manifest["target_base"]])
     assert manifest["training"]["rows"] == 21
+    alone = tmp_path / "alone"  # the same shards, trained by one worker: the same adapter
+    shutil.copytree(run / "shards", alone / "shards")
+    shutil.copy(run / "run.json", alone)
+    assert main(arguments(tiny_kit, tiny_gemma, alone, *more, "cluster.workers=1")) == 0
+    assert json.loads((alone / "manifest.json").read_text())["training"]["loss"] == pytest.approx(manifest["training"]["loss"], rel=1e-3)
+    same_weights(run, alone)
 
 
 def accuracy(base: str, adapter: Path | None, part: list[dict[str, str]]) -> float:

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from translora_ray import adapters, models
@@ -53,10 +54,24 @@ def test_corrupt_pickled_and_missing_weights(adapter: Path) -> None:
     (adapter / "adapter_model.bin").unlink()
     with pytest.raises(UsageError, match=r"has no adapter_model\.safetensors"):
         adapters.inspect(adapter)
-    (adapter / adapters.CONFIG).write_text(json.dumps({"peft_type": "IA3"}))
-    weights.write_bytes(b"")
-    with pytest.raises(UsageError):
+    (adapter / adapters.CONFIG).write_text("[]")
+    with pytest.raises(UsageError, match="not an adapter"):
         adapters.inspect(adapter)
+    with pytest.raises(UsageError, match="not an adapter"):
+        adapters.inspect(adapter / adapters.CONFIG)
+
+
+def test_another_kind_of_adapter_is_refused(adapter: Path) -> None:
+    (adapter / adapters.CONFIG).write_text(json.dumps({"peft_type": "IA3"}))
+    with pytest.raises(UsageError, match="is a IA3 adapter: only LoRA"):
+        adapters.inspect(adapter)
+
+
+def test_a_configuration_that_peft_can_not_use_is_one_sentence(adapter: Path, tiny_llama: str) -> None:
+    config = json.loads((adapter / adapters.CONFIG).read_text())
+    (adapter / adapters.CONFIG).write_text(json.dumps(config | {"target_modules": ["query"]}))
+    with pytest.raises(UsageError, match=r"peft can not put the adapter .* on its base"):
+        TransformersEngine(tiny_llama).score([Score(Prompt("Q"), ("a", "b"), AdapterRef("x", str(adapter)))])
 
 
 def test_size_is_inherited_where_the_recipe_is_silent(adapter: Path) -> None:
@@ -77,3 +92,20 @@ def test_an_adapter_that_changes_nothing_is_found_out(adapter: Path, tiny_llama:
     save_file({name: tensor * 0 for name, tensor in tensors.items()}, adapter / adapters.WEIGHTS)
     with pytest.raises(RunFailed, match="changes nothing"):
         TransformersEngine(tiny_llama).score([Score(Prompt("Q"), ("a", "b"), AdapterRef("x", str(adapter)))])
+
+
+def test_a_dora_serves_as_source_adapter(tiny_llama: str, tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(
+        models.load_base(tiny_llama, "cpu"), LoraConfig(r=4, lora_alpha=8, use_dora=True, target_modules="all-linear", task_type="CAUSAL_LM")
+    )
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight.data, std=0.1)
+    adapters.save(model, tmp_path / "dora", tiny_llama)
+    info = adapters.inspect(tmp_path / "dora")
+    assert info.dora and len(info.shapes) == 14
+    reference = AdapterRef("dora", str(tmp_path / "dora"))
+    engine = TransformersEngine(tiny_llama)
+    assert engine.score([Score(Prompt("Q"), ("a", "b"), reference)]) != engine.score([Score(Prompt("Q"), ("a", "b"))])

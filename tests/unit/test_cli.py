@@ -1,6 +1,7 @@
 """The command line as people meet it: quick help, one clear line for what is wrong, exit 2, nothing written."""
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.conftest import task_rows, write_task
+from tests.conftest import save_model, task_rows, write_task
 from translora_ray import models
 from translora_ray.cli import main
 from translora_ray.config import Recipe, load_config
@@ -64,6 +65,11 @@ def test_bad_files(tmp_path: Path, tiny_llama: str, capsys: pytest.CaptureFixtur
     task = write_task(tmp_path / "task")
     (tmp_path / "task" / "train.jsonl").write_text('{"input": "a", "target": "b"}\nnot json\n')
     assert "train.jsonl, line 2: not valid JSON" in fails(capsys, "prepare", task, "--base", tiny_llama, "--out", tmp_path / "kit")
+    (tmp_path / "task" / "train.jsonl").write_text('{"input": "a \\ud83d", "target": "b"}\n')
+    assert "train.jsonl, line 1: half a surrogate" in fails(capsys, "prepare", task, "--base", tiny_llama, "--out", tmp_path / "kit")
+    assert "train.jsonl is a file" in fails(capsys, "prepare", task, "--base", tiny_llama, "--out", tmp_path / "task" / "train.jsonl" / "kit")
+    task.write_text("name: 2024-99-99")
+    assert "is not valid YAML" in fails(capsys, "prepare", task, "--base", tiny_llama, "--out", tmp_path / "kit")
     task.write_text("name: [")
     assert "not valid YAML at line 1" in fails(capsys, "prepare", task, "--base", tiny_llama, "--out", tmp_path / "kit")
     assert "absent.yaml can not be read" in fails(capsys, "prepare", tmp_path / "absent.yaml", "--base", tiny_llama, "--out", tmp_path / "kit")
@@ -85,11 +91,16 @@ def test_models_that_are_not_there(tmp_path: Path, tiny_kit: Path, capsys: pytes
     assert [path.name for path in tmp_path.iterdir()] == ["task"]
 
 
-def test_adapters_that_do_not_fit(tmp_path: Path, tiny_kit: Path, tiny_gemma: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_adapters_that_do_not_fit(tmp_path: Path, tiny_kit: Path, tiny_llama: str, tiny_gemma: str, capsys: pytest.CaptureFixture[str]) -> None:
     task = write_task(tmp_path / "task")
     message = fails(capsys, "prepare", task, "--base", tiny_gemma, "--adapter", tiny_kit / "adapter", "--out", tmp_path / "kit")
     assert "name the base it was trained on" in message
     assert "is not an adapter" in fails(capsys, "prepare", task, "--base", tiny_gemma, "--adapter", tmp_path / "task", "--out", tmp_path / "kit")
+    broken = Path(shutil.copytree(tiny_kit / "adapter", tmp_path / "broken"))
+    (broken / "adapter_model.safetensors").write_bytes(b"short")
+    assert "is corrupt" in fails(capsys, "prepare", task, "--base", tiny_llama, "--adapter", broken, "--out", tmp_path / "kit")
+    (broken / "adapter_model.safetensors").rename(broken / "adapter_model.bin")
+    assert "holds pickled weights" in fails(capsys, "prepare", task, "--base", tiny_llama, "--adapter", broken, "--out", tmp_path / "kit")
     assert not (tmp_path / "kit").exists()
 
 
@@ -101,12 +112,15 @@ def test_adapters_that_do_not_fit(tmp_path: Path, tiny_kit: Path, tiny_gemma: st
         ("training", "write key=value"),
         ("seed.x.y=1", "seed: Input should be a valid integer"),
         ("cluster.gpus=1", "unknown key cluster.gpus"),
+        ("cluster.engines=[2, 1]", "cluster.engines: Value error, the least must be 1 or more"),
+        ("cluster.engines=[0, 1]", "cluster.engines: Value error"),
+        ("selection.threshold=.nan", "selection.threshold: Input should be a finite number"),
         ("synthesis.generator=both", "synthesis.generator: Input should be 'source' or 'target'"),
     ],
 )
 def test_bad_recipes_name_the_key(tmp_path: Path, tiny_kit: Path, tiny_gemma: str, capsys: pytest.CaptureFixture[str], override: str, message: str) -> None:
     arguments = ("transfer", tiny_kit, "--target", tiny_gemma, "--out", tmp_path / "run", "--set", override)
-    assert message.split(":", maxsplit=1)[0] in fails(capsys, *arguments)
+    assert message in fails(capsys, *arguments)
     assert not (tmp_path / "run").exists()
 
 
@@ -129,17 +143,53 @@ def test_a_run_of_another_recipe_is_refused_by_field(tmp_path: Path, tiny_kit: P
     assert "recipe.training.epochs is 6 there and 3 here" in fails(capsys, *arguments)
 
 
-def test_kits_that_were_changed_are_refused(tmp_path: Path, tiny_kit: Path, tiny_gemma: str, capsys: pytest.CaptureFixture[str]) -> None:
-    import shutil
+def test_an_adapter_of_another_base_of_the_same_shapes_is_refused(tmp_path: Path, tiny_kit: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    twin = save_model(tmp_path / "twin", "llama", seed=7)
+    arguments = ("prepare", write_task(tmp_path / "task"), "--base", twin, "--adapter", tiny_kit / "adapter", "--out", tmp_path / "kit")
+    assert "which is not " + twin in fails(capsys, *arguments)
 
+
+def test_a_base_that_is_not_whole_is_found_before_anything_starts(tmp_path: Path, tiny_kit: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = Path(save_model(tmp_path / "base", "llama"))
+    weights = base / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:5000])
+    arguments = ("transfer", tiny_kit, "--target", base, "--out", tmp_path / "run")
+    assert "model.safetensors can not be read" in fails(capsys, *arguments)
+    weights.write_bytes(whole)
+    (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": "model-00002-of-00002.safetensors"}}))
+    assert "model-00002-of-00002.safetensors can not be read" in fails(capsys, *arguments)
+    (base / "config.json").write_text("{")
+    assert "has no config.json that can be read" in fails(capsys, *arguments)
+    assert not (tmp_path / "run").exists()
+
+
+def test_in_a_job_nothing_is_written_to_its_temporary_directory(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    task = write_task(tmp_path / "task")
+    assert "--out kit would lie in the job's temporary" in fails(capsys, "prepare", task, "--base", "x", "--out", "kit")
+    assert "KIT kit would lie in the job's temporary" in fails(capsys, "transfer", "kit", "--target", "x", "--out", "/run")
+    assert "--out run would lie in the job's temporary" in fails(capsys, "transfer", "/kit", "--target", "x", "--out", "run")
+    assert "--json x.json would lie in the job's temporary" in fails(capsys, "evaluate", "/run", "--data", "d", "--json", "x.json")
+
+
+def test_kits_that_were_changed_are_refused(tmp_path: Path, tiny_kit: Path, tiny_gemma: str, capsys: pytest.CaptureFixture[str]) -> None:
     kit = Path(shutil.copytree(tiny_kit, tmp_path / "kit"))
     shutil.copy(kit / "discriminator" / "adapter_model.safetensors", kit / "adapter")
     assert "is not the adapter that kit.json describes" in fails(capsys, "inspect", kit)
+    facts = json.loads((kit / "kit.json").read_text())
+    (kit / "kit.json").write_text(json.dumps(facts | {"discriminator": None}))
+    assert "was changed after it was made" in fails(capsys, "inspect", kit)
+    (kit / "kit.json").write_text(json.dumps(facts | {"task": facts["task"] | {"newer": 1}}))
+    assert "is damaged" in fails(capsys, "inspect", kit)
     (kit / "kit.json").write_text("{}")
     assert "is damaged" in fails(capsys, "transfer", kit, "--target", tiny_gemma, "--out", tmp_path / "run")
 
 
-def test_vllm_is_refused_in_one_line_where_it_can_not_be_used(tmp_path: Path, tiny_kit: Path, tiny_gemma: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_vllm_is_refused_in_one_line_where_it_is_not_installed(
+    tmp_path: Path, tiny_kit: Path, tiny_gemma: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("translora_ray.engines.select.find_spec", lambda name: None)
     arguments = ("transfer", tiny_kit, "--target", tiny_gemma, "--out", tmp_path / "run", "--engine", "vllm")
     assert "use --engine transformers" in fails(capsys, *arguments)
 

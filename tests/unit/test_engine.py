@@ -6,10 +6,10 @@ import pytest
 import torch
 from peft import PeftModel
 
-from translora_ray.engines.base import AdapterRef, Generate, Sampling, Score
+from translora_ray.engines.base import AdapterRef, Complete, Generate, Sampling, Score
 from translora_ray.engines.transformers import TransformersEngine
 from translora_ray.errors import UsageError
-from translora_ray.prompts import Prompt
+from translora_ray.prompts import Prompt, answer_ids, prompt_ids
 
 PROMPTS = [Prompt(f"Q: {text}\nA:") for text in ("red", "blue and green", "b", "what is black and white?")]
 
@@ -73,6 +73,15 @@ def test_scores_are_log_probabilities_of_the_first_answer_token(engine: Transfor
         logits = engine.model(engine.tokenizer(prompt.text + " ", return_tensors="pt").input_ids).logits[0, -1].log_softmax(-1)
         tokens = [engine.tokenizer(answer).input_ids[0] for answer in "ab"]
         torch.testing.assert_close(torch.tensor(scores), logits[tokens].detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_token_log_probabilities_are_those_of_the_plain_forward(engine: TransformersEngine) -> None:
+    answers = ("red", "a longer one", "b")
+    found = engine.token_logprobs([Complete(prompt, answer) for prompt, answer in zip(PROMPTS, answers, strict=False)])
+    for prompt, answer, logprobs in zip(PROMPTS, answers, found, strict=False):
+        asked, learnt = prompt_ids(engine.tokenizer, prompt), answer_ids(engine.tokenizer, prompt, answer)
+        plain = engine.model(torch.tensor([asked + learnt])).logits[0].log_softmax(-1)[len(asked) - 1 : -1]
+        torch.testing.assert_close(torch.tensor(logprobs), plain[range(len(learnt)), learnt].detach(), rtol=1e-4, atol=1e-4)
 
 
 def test_answers_that_begin_alike_are_refused(engine: TransformersEngine) -> None:

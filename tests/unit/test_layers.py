@@ -38,6 +38,7 @@ def modules() -> dict[str, set[str]]:
             if isinstance(node, ast.Import):
                 imported |= {alias.name for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.module:
+                assert node.level == 0, f"{name}: a relative import is not seen here"
                 imported |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
         found[name] = imported
     return found

@@ -93,6 +93,14 @@ def test_what_exceeds_the_context_is_a_reject_and_no_error(engine: TransformersE
         assert found.candidates[1].reason is None
 
 
+def test_what_the_target_can_not_take_whole_is_a_reject(engine: TransformersEngine, loaded: kit.Kit) -> None:
+    teacher = Teacher(engine, loaded.task, loaded.adapter, lambda prompt, answer: "blue" not in prompt.text)
+    pack = request_pack(0, 0, 2)
+    pack.candidates[0].input, pack.candidates[1].input = "red 1 blue", "red 1 green"
+    teacher.process(pack)
+    assert [candidate.reason for candidate in pack.candidates] == [TOO_LONG, None]
+
+
 def test_an_answer_that_does_not_end_is_a_reject(engine: TransformersEngine, loaded: kit.Kit) -> None:
     found = Teacher(engine, replace(loaded, task=loaded.task.model_copy(update={"max_new_tokens": 1})).task, loaded.adapter).process(prompts(4))
     assert {candidate.reason for candidate in found.candidates} <= {"answer too long", "empty answer"}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -57,12 +57,23 @@ class Score:
     adapter: AdapterRef | None = None
 
 
+@dataclass(frozen=True)
+class Complete:
+    """Log-probability of each token of `completion`, and of the end token after it, given `prompt`."""
+
+    prompt: Prompt
+    completion: str
+    adapter: AdapterRef | None = None
+
+
 class Engine(Protocol):
     """One base model in memory. Requests of one call may name different adapters; results keep the order of requests."""
 
     def generate(self, requests: Sequence[Generate]) -> list[Generation]: ...
 
     def score(self, requests: Sequence[Score]) -> list[tuple[float, ...]]: ...
+
+    def token_logprobs(self, requests: Sequence[Complete]) -> list[tuple[float, ...]]: ...
 
     def count_tokens(self, text: str) -> int: ...
 
@@ -71,3 +82,7 @@ class Engine(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+OpenEngine = Callable[[str, Sequence[AdapterRef]], Engine]
+"""(base, adapters that will be used on it) -> a loaded engine, which the caller closes."""

@@ -10,13 +10,13 @@ import torch
 from transformers import DynamicCache
 
 from translora_ray import adapters
-from translora_ray.engines.base import AdapterRef, Generate, Generation, Sampling, Score
+from translora_ray.engines.base import AdapterRef, Complete, Generate, Generation, Sampling, Score
 from translora_ray.errors import UsageError
 from translora_ray.models import context_of, end_tokens, load_base, load_tokenizer
-from translora_ray.prompts import Prompt, answer_ids, prompt_ids
+from translora_ray.prompts import Prompt, answer_ids, common_length, distinct_tokens, prompt_ids
 
 WORTH_SHARING = 16
-_Request = TypeVar("_Request", Generate, Score)
+_Request = TypeVar("_Request", Generate, Score, Complete)
 _Result = TypeVar("_Result")
 
 
@@ -39,6 +39,9 @@ class TransformersEngine:
 
     def score(self, requests: Sequence[Score]) -> list[tuple[float, ...]]:
         return self._grouped(requests, lambda request: (request.adapter, request.answers), self._score_batch)
+
+    def token_logprobs(self, requests: Sequence[Complete]) -> list[tuple[float, ...]]:
+        return self._grouped(requests, lambda request: request.adapter, self._complete_batch)
 
     def count_tokens(self, text: str) -> int:
         return len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -74,7 +77,7 @@ class TransformersEngine:
         sampling = requests[0].sampling
         if max(map(len, ids)) + sampling.max_tokens > self.context:
             raise UsageError(f"A prompt of {max(map(len, ids))} tokens and {sampling.max_tokens} new ones exceed the context of {self.context}: shorten it.")
-        shared, cache = self._shared_prompt(ids)
+        shared, cache = self._shared_prompt(ids, sampling.max_tokens)
         inputs = self._pad(ids, shared)
         feed, mask, positions = inputs["input_ids"][:, shared:], inputs["attention_mask"], inputs["position_ids"][:, shared:]
         rows = [_Row(self.tokenizer, self.ends, sampling, request.seed) for request in requests]
@@ -96,11 +99,13 @@ class TransformersEngine:
             positions = positions[slots, -1:] + 1
         return [row.result(len(prompt)) for row, prompt in zip(rows, ids, strict=True)]
 
-    def _shared_prompt(self, ids: list[list[int]]) -> tuple[int, DynamicCache]:
-        """(length, keys and values) of the beginning that all prompts have in common, computed once; (0, nothing) if not worth it."""
+    def _shared_prompt(self, ids: list[list[int]], new_tokens: int) -> tuple[int, DynamicCache]:
+        """(length, keys and values) of the beginning that all prompts have in common, computed once; (0, nothing) if not worth it,
+        or where the padding after it would count in a sliding window of attention."""
         cache = DynamicCache(config=self.model.config)
-        shared = min(_common(ids), min(map(len, ids)) - 1) if len(ids) > 1 else 0
-        if shared < WORTH_SHARING:
+        shared = min(common_length(ids), min(map(len, ids)) - 1) if len(ids) > 1 else 0
+        window = getattr(self.model.config.get_text_config(), "sliding_window", None)
+        if shared < WORTH_SHARING or (window and max(map(len, ids)) + new_tokens > window):
             return 0, cache
         self.model(torch.tensor([ids[0][:shared]], device=self.model.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
         cache.batch_repeat_interleave(len(ids))
@@ -111,6 +116,14 @@ class TransformersEngine:
         ids = [prompt + lead for prompt in ids]
         logits = self.model(**self._pad(ids), logits_to_keep=1, use_cache=False).logits[:, -1].float()
         return [tuple(row) for row in logits.log_softmax(-1)[:, answers].tolist()]
+
+    def _complete_batch(self, requests: list[Complete], ids: list[list[int]]) -> list[tuple[float, ...]]:
+        answers = [answer_ids(self.tokenizer, request.prompt, request.completion) for request in requests]
+        longest = max(map(len, answers))
+        batch = self._pad([prompt + answer for prompt, answer in zip(ids, answers, strict=True)])
+        logprobs = self.model(**batch, logits_to_keep=longest + 1, use_cache=False).logits[:, :-1].float().log_softmax(-1)
+        chosen = logprobs.gather(-1, batch["input_ids"][:, -longest:, None])[..., 0].tolist()
+        return [tuple(row[longest - len(answer) :]) for row, answer in zip(chosen, answers, strict=True)]
 
     def _pad(self, ids: list[list[int]], shared: int = 0) -> dict[str, torch.Tensor]:
         """Rows of one length; padding stands after the `shared` first tokens that all rows have in common."""
@@ -136,22 +149,6 @@ class TransformersEngine:
             adapters.prove_live(self.model, self.tokenizer, adapter.path, self._names[adapter.path])
         self.model.base_model.enable_adapter_layers()
         self.model.set_adapter(self._names[adapter.path], inference_mode=True)
-
-
-def distinct_tokens(tokenizer: Any, prompt: Prompt, answers: Sequence[str]) -> tuple[list[int], list[int]]:
-    """(tokens with which all answers begin after `prompt`, the token of each answer that follows them)."""
-    ids = [answer_ids(tokenizer, prompt, answer, end=False) for answer in answers]
-    lead = ids[0][: _common(ids)]
-    tokens = [row[len(lead)] for row in ids if len(row) > len(lead)]
-    if len(set(tokens)) < len(answers):
-        raise UsageError(f"The answers {', '.join(answers)} can not be told apart by one token of {tokenizer.name_or_path}: choose another base.")
-    return lead, tokens
-
-
-def _common(rows: list[list[int]]) -> int:
-    """How many tokens all rows begin with."""
-    first, last = min(rows), max(rows)
-    return next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
 
 
 class _Row:

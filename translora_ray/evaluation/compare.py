@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from translora_ray import kit
+from translora_ray import adapters, kit
 from translora_ray.config import Lora, Task, Training
-from translora_ray.engines.base import AdapterRef, Engine, Generate, Sampling
+from translora_ray.engines.base import AdapterRef, Engine, Generate, OpenEngine, Sampling
 from translora_ray.errors import UsageError
 from translora_ray.evaluation.metrics import METRICS
 from translora_ray.progress import Display
@@ -23,7 +22,7 @@ Z95 = 1.959963984540054
 CHUNK = 128
 
 
-def evaluate(run: str, data: str, oracle: str | None, open_engine: Callable[[str], Engine], display: Display) -> dict[str, Any]:
+def evaluate(run: str, data: str, oracle: str | None, open_engine: OpenEngine, display: Display) -> dict[str, Any]:
     """Accuracy of every arm on `data`, with Wilson's 95 % interval, and recovery where there is an `oracle` training set.
 
     The oracle is an adapter on the target base, trained on the real rows exactly as the transferred one was on synthetic rows.
@@ -40,6 +39,8 @@ def evaluate(run: str, data: str, oracle: str | None, open_engine: Callable[[str
     task = loaded.task
     with tempfile.TemporaryDirectory() as scratch:
         transferred = AdapterRef("transferred", str(store.fetch_folder(ADAPTER, Path(scratch) / ADAPTER)))
+        if adapters.inspect(transferred.path).digest != manifest["adapter_digest"]:
+            raise UsageError(f"The adapter in {run} is not the one its manifest describes: remove the run, and transfer again.")
         bare = [task_prompt(task.prompt, row.input, task.format) for row in rows]
         shots = [(seed.input, seed.target) for seed in loaded.seeds]
         few = [few_shot_prompt(task.prompt, shots, row.input, task.format) for row in rows]
@@ -49,7 +50,8 @@ def evaluate(run: str, data: str, oracle: str | None, open_engine: Callable[[str
             target_arms["oracle"] = (bare, AdapterRef("oracle", _oracle(manifest, task, oracle_rows, Path(scratch), display)))
         scores: dict[str, list[float]] = {}
         for base, arms in ((manifest["source_base"], source_arms), (manifest["target_base"], target_arms)):
-            scores |= _answer(open_engine(base), arms, task, loaded.seeds, rows, display)
+            used = [adapter for _, adapter in arms.values() if adapter]
+            scores |= _answer(open_engine(base, used), arms, task, loaded.seeds, rows, display)
     result = summary(scores, task.metric)
     store.write_json(f"{EVALUATION}/result.json", result)
     return result

@@ -32,7 +32,7 @@ class Discriminator:
         inputs = [candidate.input for candidate in candidates]
         for candidate, verdict in zip(candidates, verdicts(self.engine, self.task_name, inputs, self.adapter), strict=True):
             candidate.verdict = verdict
-            if verdict <= self.threshold:
+            if not verdict > self.threshold:  # a verdict that is not a number accepts nothing
                 candidate.reason = OFF_TASK
         pack.spend(ROLE, len(candidates), time.perf_counter() - began)
         return pack

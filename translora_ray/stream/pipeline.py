@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -18,11 +18,13 @@ import ray
 from ray.data import ActorPoolStrategy, DataContext
 
 from translora_ray.config import Cluster, EngineKind, Recipe
-from translora_ray.engines.base import Engine
+from translora_ray.engines.base import AdapterRef, Engine
 from translora_ray.engines.select import open_engine
 from translora_ray.errors import RunFailed
 from translora_ray.kit import Kit
+from translora_ray.models import describe, load_tokenizer
 from translora_ray.progress import Display, Phase
+from translora_ray.prompts import Prompt, answer_ids, prompt_ids
 from translora_ray.records import Candidate, Pack, pack_to_table, packs_from_table
 from translora_ray.storage import RunStore
 from translora_ray.stream import discriminate, synthesize, teach
@@ -59,12 +61,17 @@ class Plan:
             return [(self.kit.base, True, True)]
         return [(self.target, True, False), (self.kit.base, False, True)]
 
+    def adapters(self, teaches: bool) -> list[AdapterRef]:
+        """The adapters of a pool that judges and teaches, or of one that does not."""
+        judge = [self.kit.discriminator_adapter] if self.kit.discriminator else []
+        return [*judge, self.kit.adapter] if teaches else []
+
 
 class StageActor:
     """What Ray Data keeps in an actor: one engine and the stages that use it."""
 
     def __init__(self, plan: Plan, base: str, generates: bool, teaches: bool, desk: Any) -> None:
-        engine = open_engine(plan.engine, base, device=None if plan.engine_gpus else "cpu")
+        engine = open_engine(plan.engine, base, plan.adapters(teaches), None if plan.engine_gpus else "cpu")
         self.stages = [*_writing(plan, engine)] * generates + [*_judging(plan, engine)] * teaches
         ray.get(desk.loaded.remote(base))
 
@@ -82,7 +89,12 @@ def _writing(plan: Plan, engine: Engine) -> list[Stage]:
 
 def _judging(plan: Plan, engine: Engine) -> list[Stage]:
     kit = plan.kit
-    teacher = teach.Teacher(engine, kit.task, kit.adapter)
+    tokenizer, context = load_tokenizer(plan.target), describe(plan.target).context
+
+    def learnable(prompt: Prompt, answer: str) -> bool:
+        return len(prompt_ids(tokenizer, prompt)) + len(answer_ids(tokenizer, prompt, answer)) <= context
+
+    teacher = teach.Teacher(engine, kit.task, kit.adapter, learnable)
     if kit.discriminator is None:
         return [teacher]
     return [discriminate.Discriminator(engine, kit.task.name, kit.discriminator_adapter, plan.recipe.selection.threshold), teacher]
@@ -188,22 +200,27 @@ def run_stream(plan: Plan, store: RunStore, display: Display) -> Totals:
     desk = Desk.remote(collector.next, cap)  # type: ignore[attr-defined]
     began = time.monotonic()
     tokens = 0
+    packs = open_stream(plan, desk, collector.next)
     context = DataContext.get_current()
     block_size = context.target_max_block_size
     try:
-        for pack in _packs(plan, desk, collector.next, context):
+        for pack in packs:
             tokens += sum(pack.tokens.values())
             collector.take(pack, ray.get(desk.all_loads.remote()))
             _show(phase, collector, tokens / (time.monotonic() - began))
-            ray.get((desk.close if collector.full else desk.arrived).remote())
+            if collector.full:
+                break  # what is under way is not needed
+            ray.get(desk.arrived.remote())
     finally:
+        packs.close()
         context.target_max_block_size = block_size
         ray.kill(desk)
     return collector.totals
 
 
-def _packs(plan: Plan, desk: Any, first: int, context: DataContext) -> Iterator[Pack]:
-    """Finished packs in the order of their completion."""
+def open_stream(plan: Plan, desk: Any, first: int) -> Generator[Pack]:
+    """Finished packs from number `first` on in the order of their completion, as many as the desk lets through."""
+    context = DataContext.get_current()
     context.target_max_block_size = 1  # a pack leaves the source at once; with the default it waits for the source's end
     context.enable_progress_bars = False
     context.execution_options.preserve_order = False

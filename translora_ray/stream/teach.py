@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 from translora_ray.config import Task
 from translora_ray.engines.base import AdapterRef, Engine, Generate, Sampling
@@ -15,8 +16,9 @@ ROLE = "teacher"
 class Teacher:
     """Greedy answers as hard text labels, so the tokenizers of source and target may differ (Trans-LoRA, section 3.3)."""
 
-    def __init__(self, engine: Engine, task: Task, adapter: AdapterRef) -> None:
-        self.engine, self.task, self.adapter = engine, task, adapter
+    def __init__(self, engine: Engine, task: Task, adapter: AdapterRef, learnable: Callable[[Prompt, str], bool] = lambda prompt, answer: True) -> None:
+        """`learnable` says whether the target base can take a prompt and its answer whole."""
+        self.engine, self.task, self.adapter, self.learnable = engine, task, adapter, learnable
 
     def _prompt(self, candidate: Candidate) -> Prompt:
         return task_prompt(self.task.prompt, candidate.input, self.task.format)
@@ -34,5 +36,7 @@ class Teacher:
                 candidate.reason = "answer too long"
             elif not candidate.target:
                 candidate.reason = "empty answer"
+            elif not self.learnable(self._prompt(candidate), candidate.target):
+                candidate.reason = TOO_LONG
         pack.spend(ROLE, sum(answer.tokens for answer in answers), time.perf_counter() - began)
         return pack
