@@ -110,7 +110,7 @@ def _prepare(options: argparse.Namespace) -> int:
             out,
             options.adapter,
             not options.no_discriminator,
-            lambda base, used: open_engine(engine, base, used),
+            lambda base: open_engine(engine, base),
             display,
         )
     show_facts(f"transfer kit {options.out}", {key: facts[key] for key in ("base", "rows", "discriminator", "seconds", "digest")})
@@ -146,7 +146,7 @@ def _evaluate(options: argparse.Namespace) -> int:
             raise UsageError(f"--json {options.json}: this is a directory, or lies in none; name a file in one that exists.")
     engine = choose_engine(options.engine)
     with Display() as display:
-        result = evaluate(options.run, options.data, options.oracle, lambda base, used: open_engine(engine, base, used), display)
+        result = evaluate(options.run, options.data, options.oracle, lambda base: open_engine(engine, base), display)
     text = json.dumps(result, indent=2)
     if options.json == "-":
         print(text)

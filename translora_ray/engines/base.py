@@ -84,5 +84,5 @@ class Engine(Protocol):
     def close(self) -> None: ...
 
 
-OpenEngine = Callable[[str, Sequence[AdapterRef]], Engine]
-"""(base, adapters that will be used on it) -> a loaded engine, which the caller closes."""
+OpenEngine = Callable[[str], Engine]
+"""Base -> a loaded engine, which the caller closes."""

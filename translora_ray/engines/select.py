@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from importlib.util import find_spec
 
 from translora_ray.config import EngineKind
-from translora_ray.engines.base import AdapterRef, Engine
+from translora_ray.engines.base import Engine
 from translora_ray.errors import UsageError
 
 
@@ -18,11 +17,8 @@ def choose_engine(kind: EngineKind) -> EngineKind:
     return "transformers"
 
 
-def open_engine(kind: EngineKind, base: str, used: Sequence[AdapterRef] = (), device: str | None = None) -> Engine:  # noqa: ARG001
-    """Load `base` once, on `device` (None: a GPU if there is one); the caller closes the engine.
-
-    `used` are the adapters that will come, for engines that must make room for them; this one needs not.
-    """
+def open_engine(kind: EngineKind, base: str, device: str | None = None) -> Engine:
+    """Load `base` once, on `device` (None: a GPU if there is one); the caller closes the engine."""
     from translora_ray.engines.transformers import TransformersEngine
 
     choose_engine(kind)

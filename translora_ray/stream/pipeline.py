@@ -18,7 +18,7 @@ import ray
 from ray.data import ActorPoolStrategy, DataContext
 
 from translora_ray.config import Cluster, EngineKind, Recipe
-from translora_ray.engines.base import AdapterRef, Engine
+from translora_ray.engines.base import Engine
 from translora_ray.engines.select import open_engine
 from translora_ray.errors import RunFailed
 from translora_ray.kit import Kit
@@ -61,17 +61,12 @@ class Plan:
             return [(self.kit.base, True, True)]
         return [(self.target, True, False), (self.kit.base, False, True)]
 
-    def adapters(self, teaches: bool) -> list[AdapterRef]:
-        """The adapters of a pool that judges and teaches, or of one that does not."""
-        judge = [self.kit.discriminator_adapter] if self.kit.discriminator else []
-        return [*judge, self.kit.adapter] if teaches else []
-
 
 class StageActor:
     """What Ray Data keeps in an actor: one engine and the stages that use it."""
 
     def __init__(self, plan: Plan, base: str, generates: bool, teaches: bool, desk: Any) -> None:
-        engine = open_engine(plan.engine, base, plan.adapters(teaches), None if plan.engine_gpus else "cpu")
+        engine = open_engine(plan.engine, base, None if plan.engine_gpus else "cpu")
         self.stages = [*_writing(plan, engine)] * generates + [*_judging(plan, engine)] * teaches
         ray.get(desk.loaded.remote(base))
 
