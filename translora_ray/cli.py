@@ -8,10 +8,15 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from translora_ray import __version__
 from translora_ray.errors import TransLoraError, UsageError, first_line
+
+if TYPE_CHECKING:
+    from translora_ray.config import EngineKind
+    from translora_ray.engines.base import OpenEngine
+    from translora_ray.progress import Display
 
 ENGINES = ("auto", "transformers", "vllm")
 REF = "a hub id, a directory, a .gguf file, or packaged:smollm2-135m-instruct, packaged:gemma-3-270m"
@@ -50,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
     inspect = commands.add_parser("inspect", help="say what a kit, adapter, run or model is, and whether it is sound")
     inspect.add_argument("path", metavar="PATH", nargs="+", help="one path or model reference; two models are checked as a pair")
     for command in (prepare, transfer, evaluate):
-        command.add_argument("--engine", choices=ENGINES, default="auto", help="auto: transformers")
+        command.add_argument("--engine", choices=ENGINES, default="auto", help="auto: vllm where it is installed")
     return root
 
 
@@ -92,13 +97,20 @@ def _place(path: str, name: str) -> str:
     return str(Path(path).resolve())
 
 
+def _opener(kind: EngineKind, display: Display) -> OpenEngine:
+    """Opens engines of the kind that was chosen, or of the one that can serve the adapters."""
+    from translora_ray.engines.select import engine_for, open_engine
+
+    return lambda base, used: open_engine(engine_for(kind, used, display.say), base, used)
+
+
 def _prepare(options: argparse.Namespace) -> int:
     from translora_ray.config import load_task
 
     task = load_task(options.task)
     out = _place(options.out, "--out")
     from translora_ray import kit
-    from translora_ray.engines.select import choose_engine, open_engine
+    from translora_ray.engines.select import choose_engine
     from translora_ray.evaluation.report import show_facts
     from translora_ray.progress import Display
 
@@ -110,7 +122,7 @@ def _prepare(options: argparse.Namespace) -> int:
             out,
             options.adapter,
             not options.no_discriminator,
-            lambda base: open_engine(engine, base),
+            _opener(engine, display),
             display,
         )
     show_facts(f"transfer kit {options.out}", {key: facts[key] for key in ("base", "rows", "discriminator", "seconds", "digest")})
@@ -135,7 +147,7 @@ def _transfer(options: argparse.Namespace) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    from translora_ray.engines.select import choose_engine, open_engine
+    from translora_ray.engines.select import choose_engine
     from translora_ray.evaluation.compare import evaluate
     from translora_ray.evaluation.report import show_evaluation
     from translora_ray.progress import Display
@@ -146,7 +158,7 @@ def _evaluate(options: argparse.Namespace) -> int:
             raise UsageError(f"--json {options.json}: this is a directory, or lies in none; name a file in one that exists.")
     engine = choose_engine(options.engine)
     with Display() as display:
-        result = evaluate(options.run, options.data, options.oracle, lambda base: open_engine(engine, base), display)
+        result = evaluate(options.run, options.data, options.oracle, _opener(engine, display), display)
     text = json.dumps(result, indent=2)
     if options.json == "-":
         print(text)

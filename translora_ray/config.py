@@ -113,6 +113,27 @@ class Recipe(Section):
         return hashlib.sha256(json.dumps(self.model_dump(), sort_keys=True).encode()).hexdigest()[:16]
 
 
+class Vllm(Section):
+    """Engines on vLLM (its engine arguments, docs.vllm.ai/en/stable/configuration/engine_args); unused by the transformers engine."""
+
+    tensor_parallel_size: int = Field(1, ge=1)
+    """GPUs that one engine spreads over."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """What the base computes in. auto: as its configuration says, but float32 on CPUs that do not compute in bf16."""
+    memory_share: float | None = Field(None, gt=0, le=1)
+    """Part of each GPU's memory that an engine takes. None: 0.9 of its share of the GPU."""
+    cpu_cache_gib: float = Field(1.0, gt=0)
+    """GiB for keys and values where vLLM computes on CPUs."""
+    context: int | None = Field(None, ge=1)
+    """Most tokens of a prompt and its answer. None: the base's own, or what the memory holds."""
+    adapters: int | None = Field(None, ge=1)
+    """Most different adapters in one batch. None: as many as the engine's roles name, at most 8."""
+    rank: int | None = Field(None, ge=1, le=512)
+    """Largest rank of an adapter. None: the largest that the engine's roles name."""
+    packs: int = Field(2, ge=1)
+    """Packs that one engine computes at the same time, in one batch: while one is read, another is written."""
+
+
 class Cluster(Section):
     """Where and how widely a run is computed. Never part of a run's identity."""
 
@@ -132,6 +153,7 @@ class Cluster(Section):
     """CPUs of one engine. None: an even share of the machine on a local Ray, 1 on a cluster."""
     engine_gpus: float | None = Field(None, ge=0)
     """GPUs of one engine. None: an even share of the machine's on a local Ray, at most 1; 0 on a cluster."""
+    vllm: Vllm = Vllm()
     workers: int = Field(1, ge=1)
     """Training workers. The number does not change which rows a step learns from, nor its gradient (but for dropout's draws)."""
     worker_cpus: float | None = Field(None, gt=0)

@@ -19,3 +19,7 @@ class UsageError(TransLoraError):
 
 class RunFailed(TransLoraError):
     """Work that began and could not be finished, though the input was sound: exit code 1, committed work stays."""
+
+
+class EngineDied(RunFailed):
+    """The process behind an engine ended: this engine never answers again, a new one may."""

@@ -139,7 +139,7 @@ def prepare(task: Task, base: str, out: str | Path, adapter: str | None, discrim
         if adapter:
             training.copy_adapter(adapter, scratch / ADAPTER, base)
             copied = AdapterRef(ADAPTER, str(scratch / ADAPTER))
-            engine = open_engine(base)
+            engine = open_engine(base, [copied])
             engine.score([Score(Prompt("Is it live?"), (YES, NO), copied)])
             engine.close()
         else:
@@ -192,7 +192,7 @@ def _discriminator(
     held = max(1, round(len(rows) * HELD_OUT))
     real = [row.input for row in random.Random(derive_seed(task.seed, "held out")).sample(list(rows), len(rows))]
     began = time.perf_counter()
-    engine = open_engine(base)
+    engine = open_engine(base, [])
     negatives = _negatives(task, engine, seeds, len(rows), progress.phase("negatives"))
     engine.close()
     facts["seconds"]["negatives"] = round(time.perf_counter() - began, 1)
@@ -210,7 +210,7 @@ def _discriminator(
     )
     facts["seconds"][DISCRIMINATOR] = round(time.perf_counter() - began, 1)
     judge = AdapterRef(DISCRIMINATOR, str(scratch / DISCRIMINATOR))
-    engine = open_engine(base)
+    engine = open_engine(base, [judge])
     accepted = [sum(verdict > 0 for verdict in verdicts(engine, task.name, texts, judge)) for texts in (real[:held], negatives[:held])]
     engine.close()
     return {

@@ -166,6 +166,13 @@ def load_tokenizer(reference: str) -> Any:
     return tokenizer
 
 
+def computes_in_bf16(device: str) -> bool:
+    """Whether the hardware behind a torch device computes in bf16; where it does not, bf16 is many times slower than float32."""
+    import torch
+
+    return bool(torch.cuda.is_bf16_supported() if device.startswith("cuda") else torch.cpu._is_avx512_bf16_supported())
+
+
 def load_base(reference: str, device: str | None = None) -> Any:
     """The base's weights on `device` (default: a GPU if there is one), in bf16 where the hardware computes in it, frozen.
 
@@ -177,8 +184,7 @@ def load_base(reference: str, device: str | None = None) -> Any:
 
     logging.disable_progress_bar()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    fast = torch.cuda.is_bf16_supported() if device.startswith("cuda") else torch.cpu._is_avx512_bf16_supported()
-    dtype = torch.bfloat16 if fast else torch.float32
+    dtype = torch.bfloat16 if computes_in_bf16(device) else torch.float32
     attention = "eager" if device == "cpu" else None
     model = AutoModelForCausalLM.from_pretrained(resolve(reference), dtype=dtype, attn_implementation=attention, use_safetensors=True, trust_remote_code=False)
     model.requires_grad_(False)

