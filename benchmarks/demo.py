@@ -15,8 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
-BEGIN, END = "<!-- demo:begin -->", "<!-- demo:end -->"
+import results
 
 
 def tree(root: int) -> set[int]:
@@ -61,7 +60,7 @@ def watched(command: list[str], folder: Path, environment: dict[str, str]) -> tu
 
 def main() -> None:
     clone = Path(tempfile.mkdtemp(prefix="translora-demo-")) / "translora_ray"
-    subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
+    subprocess.run(["git", "clone", "--quiet", str(results.ROOT), str(clone)], check=True)
     print(f"demo in {clone}", flush=True)
     environment = {**os.environ, "TRANSLORA_CACHE": str(clone.parent / "cache")}
     installing, _ = watched(["make", "install"], clone, environment)
@@ -79,11 +78,8 @@ def main() -> None:
         ("engine loads in the stream", str(loads[0]), "one per actor: 2"),
         *((f"accuracy, {arm.replace('_', ' ')}", f"{value['accuracy']:.3f} ({value['low']:.3f} to {value['high']:.3f})", "") for arm, value in arms.items()),
     ]
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=clone, capture_output=True, text=True, check=True).stdout.strip()
-    lines = [f"Commit {commit}; one run.", "", "| | measured | wanted |", "|---|---|---|", *(f"| {' | '.join(row)} |" for row in rows)]
-    path = ROOT / "benchmarks" / "RESULTS.md"
-    before, _, rest = path.read_text().partition(BEGIN)
-    path.write_text(before + "\n".join([BEGIN, *lines, END]) + rest.partition(END)[2])
+    lines = [f"Commit {results.commit()}; one run.", "", "| | measured | wanted |", "|---|---|---|", *(f"| {' | '.join(row)} |" for row in rows)]
+    results.replace("demo", "\n".join(lines))
     print("\n".join(lines))
 
 
