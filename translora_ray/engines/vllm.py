@@ -41,6 +41,8 @@ def engine_arguments(base: str, used: Sequence[AdapterRef], settings: Vllm, gpus
         "max_model_len": settings.context or -1,  # -1: the base's own, or as much as the memory holds
         "enable_prefix_caching": True,
         "trust_remote_code": False,
+        # Left open, an engine on several GPUs inside an actor would ask Ray for workers beside those the actor holds.
+        "distributed_executor_backend": "mp" if settings.tensor_parallel_size > 1 else None,
         "load_format": "safetensors",
         "use_tqdm_on_load": False,
         "disable_log_stats": True,
