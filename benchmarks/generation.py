@@ -1,6 +1,6 @@
 """What the stream adds to vLLM, what one engine for two adapters saves, and what transfers gain that share an engine.
 
-    make bench-generation      (or: python benchmarks/generation.py [stream] [adapters] [transfers] --rounds 5)
+    make bench-generation      (or: python benchmarks/generation.py [stream] [choices] [adapters] [transfers] --base REF)
 
 Every comparison alternates its sides, round by round, in one run; engines are loaded before the first round and each side is warmed up.
 Nothing else may run on the machine. The tables go to benchmarks/RESULTS.md.
@@ -100,6 +100,7 @@ def bare(base: str, packs: int, size: int, pipe: Any) -> None:
             if output.outputs[0].finish_reason != "stop" or not candidate.input:
                 candidate.reason = "unfinished or empty"
         pipe.send((seconds, sum(len(output.outputs[0].token_ids) for output in outputs), kept([copies.process(pack) for pack in work])))
+    llm.llm_engine.engine_core.shutdown()
 
 
 def streamed(base: str, packs: int, size: int, pipe: Any) -> None:
@@ -180,33 +181,39 @@ def table(measured: dict[str, list[tuple[float, int, int]]], against: str) -> li
     return lines
 
 
-def stream(rounds: int, requests: int) -> list[str]:
-    """What the stream adds, and what other prompts and samplings would give: a bare engine with all prompts at once is the measure."""
-    lines = ["### The stream against a bare `vllm.LLM`", ""]
-    for base in (SOURCE, TARGET):
-        size = requests // 2
-        engine, ours = Side(bare, base, 2, size), Side(streamed, base, 2, size)
-        sides = {f"vllm.LLM, {name}": engine.round(name) for name in VARIANTS} | {"the stream": ours.round("")}
-        measured = alternate(sides, rounds)
-        engine.close()
-        ours.close()
-        lines += [f"{base}, 2 packs of {size} prompts a round; wanted of the stream: ratios of at least 0.95.", "", *table(measured, next(iter(sides))), ""]
-    return lines
+def stream(rounds: int, requests: int, base: str) -> list[str]:
+    """What the stream adds: a bare engine with all prompts at once is the measure."""
+    size = requests // 2
+    engine, ours = Side(bare, base, 2, size), Side(streamed, base, 2, size)
+    first = next(iter(VARIANTS))
+    measured = alternate({"vllm.LLM": engine.round(first), "the stream": ours.round("")}, rounds)
+    engine.close()
+    ours.close()
+    head = f"{base}, 2 packs of {size} prompts a round, both waiting for the round's last one; wanted of the stream: ratios of at least 0.95."
+    return ["### The stream against a bare `vllm.LLM`", "", head, "", *table(measured, "vllm.LLM"), ""]
 
 
-def random_adapter(base: Any, folder: Path, seed: int) -> AdapterRef:
+def choices(rounds: int, requests: int, base: str) -> list[str]:
+    """What other prompts and samplings would give."""
+    engine = Side(bare, base, 2, requests // 2)
+    measured = alternate({name: engine.round(name) for name in VARIANTS}, rounds)
+    engine.close()
+    return ["### Prompts and sampling", "", f"{base}, bare `vllm.LLM`.", "", *table(measured, next(iter(VARIANTS))), ""]
+
+
+def random_adapter(model: Any, base: str, folder: Path, seed: int) -> AdapterRef:
     """An adapter of the usual size that changes something: what it has learnt costs nothing."""
-    model = adapters.create(base, 16, 32.0, 0.0, seed)
-    for name, weight in model.named_parameters():
+    adapted = adapters.create(model, 16, 32.0, 0.0, seed)
+    for name, weight in adapted.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(weight, std=0.002)
-    adapters.save(model, folder, SOURCE)
-    model.unload()
+    adapters.save(adapted, folder, base)
+    adapted.unload()
     return AdapterRef(folder.name, str(folder))
 
 
-def made_adapters(folder: Path, count: int) -> list[AdapterRef]:
-    return [random_adapter(models.load_base(SOURCE, "cpu"), folder / f"adapter{number}", number) for number in range(count)]
+def made_adapters(base: str, folder: Path, count: int) -> list[AdapterRef]:
+    return [random_adapter(models.load_base(base, "cpu"), base, folder / f"adapter{number}", number) for number in range(count)]
 
 
 def judge_and_answer(judging: Engine, answering: Engine, judge: AdapterRef, teacher: AdapterRef, kit: Kit, packs: Sequence[Pack], at_once: int) -> Round:
@@ -224,7 +231,7 @@ def judge_and_answer(judging: Engine, answering: Engine, judge: AdapterRef, teac
     return run
 
 
-def two_adapters(rounds: int, requests: int) -> list[str]:
+def two_adapters(rounds: int, requests: int, base: str) -> list[str]:
     from translora_ray.engines.vllm import VllmEngine
 
     kit, size = example_kit(), requests // 4
@@ -234,11 +241,11 @@ def two_adapters(rounds: int, requests: int) -> list[str]:
         for candidate in pack.candidates:
             candidate.input = rows[candidate.index % len(rows)].input
     with tempfile.TemporaryDirectory() as scratch:
-        judge, teacher = made_adapters(Path(scratch), 2)
+        judge, teacher = made_adapters(base, Path(scratch), 2)
         before = memory(tree(multiprocessing.current_process().pid or 0))
-        one = VllmEngine(SOURCE, [judge, teacher], SETTINGS)
+        one = VllmEngine(base, [judge, teacher], SETTINGS)
         shared = memory(tree(multiprocessing.current_process().pid or 0)) - before
-        first, second = VllmEngine(SOURCE, [judge], SETTINGS), VllmEngine(SOURCE, [teacher], SETTINGS)
+        first, second = VllmEngine(base, [judge], SETTINGS), VllmEngine(base, [teacher], SETTINGS)
         separate = memory(tree(multiprocessing.current_process().pid or 0)) - before - shared
         sides = {
             "one engine": judge_and_answer(one, one, judge, teacher, kit, packs, 4),
@@ -248,21 +255,21 @@ def two_adapters(rounds: int, requests: int) -> list[str]:
         for engine in (one, first, second):
             engine.close()
     seconds = {name: results.spread([found[0] for found in found_rounds], 1) for name, found_rounds in measured.items()}
-    lines = ["### Discriminator and teacher: one engine with two adapters, or an engine each", "", f"{SOURCE}, {requests} prompts a round.", ""]
+    lines = ["### Discriminator and teacher: one engine with two adapters, or an engine each", "", f"{base}, {requests} prompts a round.", ""]
     lines += ["| | memory, GiB | seconds a round |", "|---|---|---|"]
     lines += [f"| {name} | {size / 2**30:.1f} | {seconds[name]} |" for name, size in (("one engine", shared), ("two engines", separate))]
     return [*lines, ""]
 
 
-def eight_transfers(rounds: int, requests: int) -> list[str]:
+def eight_transfers(rounds: int, requests: int, base: str) -> list[str]:
     """Eight transfers with two adapters each on one engine: a thread each, or one after the other, `Vllm.packs` packs at a time."""
     from translora_ray.engines.vllm import VllmEngine
 
     kit, count = example_kit(), 8
     size = max(4, requests // count // 2)
     with tempfile.TemporaryDirectory() as scratch:
-        made = made_adapters(Path(scratch), 2 * count)
-        engine = VllmEngine(SOURCE, made, SETTINGS.model_copy(update={"adapters": 2 * count}))
+        made = made_adapters(base, Path(scratch), 2 * count)
+        engine = VllmEngine(base, made, SETTINGS.model_copy(update={"adapters": 2 * count}))
         synthesis = Synthesis(pack_size=size)
         chains = []
         for judge, teacher in zip(made[::2], made[1::2], strict=True):
@@ -293,22 +300,23 @@ def eight_transfers(rounds: int, requests: int) -> list[str]:
     pairs = [(set(accepted["in turn"][turn]), set(accepted["interleaved"][turn])) for turn in accepted["in turn"]]
     same = [len(ours & theirs) / max(1, len(ours)) for ours, theirs in pairs]
     lines = ["### Eight transfers on one engine: interleaved, or in turn", ""]
-    lines += [f"{SOURCE}, {count} transfers with two adapters each, two packs of {size} a round and transfer; wanted: 1.5 times the throughput.", ""]
+    lines += [f"{base}, {count} transfers with two adapters each, two packs of {size} a round and transfer; wanted: 1.5 times the throughput.", ""]
     lines += [*table(measured, "in turn"), "", f"Rows (prompt and answer) that are the same both ways: {statistics.mean(same):.1%}.", ""]
     return lines
 
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = {"stream": stream, "adapters": two_adapters, "transfers": eight_transfers}
+    parts = {"stream": stream, "choices": choices, "adapters": two_adapters, "transfers": eight_transfers}
     options.add_argument("parts", nargs="*", choices=[*parts, []], help="default: all")
     options.add_argument("--rounds", type=int, default=5)
     options.add_argument("--requests", type=int, default=128, help="prompts a round")
+    options.add_argument("--base", choices=[SOURCE, TARGET], default=SOURCE)
     chosen = options.parse_args()
     os.environ["OMP_NUM_THREADS"] = str(CPUS)
     for name in chosen.parts or parts:
         head = f"Commit {results.commit()}; medians of {chosen.rounds} rounds (least to most), {chosen.requests} prompts each."
-        text = "\n".join([head, "", *parts[name](chosen.rounds, chosen.requests)])
+        text = "\n".join([head, "", *parts[name](chosen.rounds, chosen.requests, chosen.base)])
         results.replace(f"generation-{name}", text)
         print(text, flush=True)
 
