@@ -226,7 +226,7 @@ def judge_and_answer(judging: Engine, answering: Engine, judge: AdapterRef, teac
         began = time.perf_counter()
         with ThreadPoolExecutor(at_once) as threads:
             done = list(threads.map(lambda pack: answers.process(discriminator.process(pack)), fresh))
-        return time.perf_counter() - began, sum(pack.tokens["teacher"] for pack in done), kept(done)
+        return time.perf_counter() - began, sum(pack.tokens["teacher"] for pack in done), sum(len(pack.candidates) for pack in done)
 
     return run
 
@@ -275,7 +275,7 @@ def eight_transfers(rounds: int, requests: int, base: str) -> list[str]:
         for judge, teacher in zip(made[::2], made[1::2], strict=True):
             writer = Synthesizer(engine, synthesis, kit.seed_inputs)
             chains.append([writer, Discriminator(engine, kit.task.name, judge, float("-inf")), Teacher(engine, kit.task, teacher)])
-        accepted: dict[str, dict[int, list[tuple[str, str | None]]]] = {"interleaved": {}, "in turn": {}}
+        answered: dict[str, dict[int, list[tuple[str, str | None]]]] = {"interleaved": {}, "in turn": {}}
 
         def through(work: tuple[list[Any], Pack]) -> Pack:
             stages, pack = work
@@ -290,14 +290,14 @@ def eight_transfers(rounds: int, requests: int, base: str) -> list[str]:
                 began = time.perf_counter()
                 with ThreadPoolExecutor(at_once) as threads:
                     done = list(threads.map(through, work))
-                accepted[name][turn] = [(row.input, row.target) for pack in done for row in pack.open()]
-                return time.perf_counter() - began, sum(sum(pack.tokens.values()) for pack in done), kept(done)
+                answered[name][turn] = [(row.input, row.target) for pack in done for row in pack.candidates if row.target is not None]
+                return time.perf_counter() - began, sum(sum(pack.tokens.values()) for pack in done), len(answered[name][turn])
 
             return measure
 
         measured = alternate({"in turn": run("in turn", SETTINGS.packs), "interleaved": run("interleaved", SETTINGS.packs * count)}, rounds)
         engine.close()
-    pairs = [(set(accepted["in turn"][turn]), set(accepted["interleaved"][turn])) for turn in accepted["in turn"]]
+    pairs = [(set(answered["in turn"][turn]), set(answered["interleaved"][turn])) for turn in answered["in turn"]]
     same = [len(ours & theirs) / max(1, len(ours)) for ours, theirs in pairs]
     lines = ["### Eight transfers on one engine: interleaved, or in turn", ""]
     lines += [f"{base}, {count} transfers with two adapters each, two packs of {size} a round and transfer; wanted: 1.5 times the throughput.", ""]
