@@ -6,7 +6,7 @@ TARGET := packaged:gemma-3-270m
 EXAMPLE := examples/support_routing
 DEMO := runs/demo
 
-.PHONY: install install-vllm-cpu demo test test-vllm lint types bench-transfer bench-generation bench-demo clean
+.PHONY: install install-vllm-cpu demo test test-vllm lint types bench-transfer bench-generation bench-sharing bench-demo clean
 
 install: .venv/.installed
 
@@ -54,6 +54,9 @@ bench-transfer: install
 
 bench-generation: install-vllm-cpu
 	$(BIN)/python benchmarks/generation.py
+
+bench-sharing: install-vllm-cpu
+	$(BIN)/python benchmarks/sharing.py
 
 bench-demo:
 	$(PYTHON) benchmarks/demo.py
