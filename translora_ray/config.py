@@ -34,6 +34,8 @@ class Training(Section):
     """Rows per optimiser step over all workers together."""
     learning_rate: float = Field(5e-4, gt=0)
     """Peak rate, decayed linearly to 0."""
+    max_gradient_norm: float = Field(1.0, gt=0)
+    """A step's gradient that is longer is shortened to this: now and then one is a hundred times the median."""
 
 
 class Lora(Section):

@@ -95,8 +95,8 @@ class Loop:
         self._forward = torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model
         self.steps_per_epoch = -(-len(rows) // settings.batch_size)
         total = self.steps_per_epoch * settings.epochs
-        weights = [weight for weight in model.parameters() if weight.requires_grad]
-        self.optimizer = torch.optim.AdamW(weights, lr=settings.learning_rate, weight_decay=0.0)
+        self._weights = [weight for weight in model.parameters() if weight.requires_grad]
+        self.optimizer = torch.optim.AdamW(self._weights, lr=settings.learning_rate, weight_decay=0.0)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: max(0.0, 1.0 - step / total))
         self.epoch = 0
         self.tokens = 0
@@ -129,6 +129,7 @@ class Loop:
         with autocast(self.device):
             loss = label_loss(self._forward, self.model.get_output_embeddings(), collate(mine, self.pad_id, self.device)) / labels
         (loss * self.world).backward()  # type: ignore[no-untyped-call]  # DDP averages gradients over workers
+        torch.nn.utils.clip_grad_norm_(self._weights, self.settings.max_gradient_norm)
         self.optimizer.step()
         self.schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
