@@ -144,20 +144,19 @@ class Cluster(Section):
     engines: tuple[int, int] = Field((1, 1), strict=False)
     """(least, most) actors of each pool."""
 
-    @field_validator("engines")
-    @classmethod
-    def _ordered(cls, engines: tuple[int, int]) -> tuple[int, int]:
-        if not 1 <= engines[0] <= engines[1]:
-            raise ValueError("the least must be 1 or more and no more than the most")
-        return engines
-
     engine_cpus: float | None = Field(None, gt=0)
     """CPUs of one engine. None: an even share of the machine on a local Ray, 1 on a cluster."""
     engine_gpus: float | None = Field(None, ge=0)
     """GPUs of one engine. None: an even share of the machine's on a local Ray, at most 1; 0 on a cluster."""
     vllm: Vllm = Vllm()
-    workers: int = Field(1, ge=1)
-    """Training workers. The number does not change which rows a step learns from, nor its gradient (but for dropout's draws)."""
+    workers: tuple[int, int] = Field((1, 1), strict=False)
+    """(least, most) training workers, or one number. It does not change which rows a step learns from, nor its gradient (but for dropout's draws)."""
+    rows_at_once: int | None = Field(None, ge=1)
+    """Rows that one worker computes together; their gradients add up to a step's. None: its whole share of the batch."""
+    recompute: bool = False
+    """Training keeps few activations and computes the others twice: less memory, about a third more time."""
+    checkpoint_seconds: float = Field(60, ge=0)
+    """Least time between two checkpoints inside an epoch: what the death of a worker can cost. One more comes at the end of each epoch."""
     worker_cpus: float | None = Field(None, gt=0)
     """CPUs of one training worker. None: as for engines."""
     worker_gpus: float | None = Field(None, ge=0)
@@ -166,6 +165,18 @@ class Cluster(Section):
     """Least time between two shards: what a kill can cost."""
     start_timeout_s: int = Field(600, ge=1)
     """Seconds to wait for engines and workers to start."""
+
+    @field_validator("workers", mode="before")
+    @classmethod
+    def _one_number(cls, workers: Any) -> Any:
+        return (workers, workers) if isinstance(workers, int) else workers
+
+    @field_validator("engines", "workers")
+    @classmethod
+    def _ordered(cls, count: tuple[int, int]) -> tuple[int, int]:
+        if not 1 <= count[0] <= count[1]:
+            raise ValueError("the least must be 1 or more and no more than the most")
+        return count
 
 
 class Config(Section):

@@ -23,3 +23,7 @@ class RunFailed(TransLoraError):
 
 class EngineDied(RunFailed):
     """The process behind an engine ended: this engine never answers again, a new one may."""
+
+
+class Diverged(RunFailed):
+    """A training step's loss or gradient is not a number: it would be so again."""

@@ -53,8 +53,8 @@ def transfer(kit_path: str, target: str, out: str, config: Config, engine: Engin
     with ray_session(config.cluster) as local:
         plan = _plan(loaded, target, config, engine, local)
         worker = _Resources(
-            config.cluster.worker_cpus or _share("CPU", local, config.cluster.workers),
-            _given(config.cluster.worker_gpus, _share("GPU", local, config.cluster.workers)),
+            config.cluster.worker_cpus or _share("CPU", local, config.cluster.workers[1]),
+            _given(config.cluster.worker_gpus, _share("GPU", local, config.cluster.workers[1])),
         )
         _check_resources(plan, worker)
         with store.lock(), ray_failures():
@@ -182,7 +182,7 @@ def _check_resources(plan: Plan, worker: _Resources) -> None:
     """Raise `UsageError` when the least that the stream or the training asks for is more than the cluster's nodes have now."""
     needs = [
         ("engines", plan.cluster.engines[0] * len(plan.pools()), _Resources(plan.engine_cpus, plan.engine_gpus)),
-        ("training workers", plan.cluster.workers, worker),
+        ("training workers", plan.cluster.workers[0], worker),
     ]
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     for who, count, each in needs:
@@ -205,7 +205,7 @@ def _train(plan: Plan, store: RunStore, worker: _Resources, display: Display) ->
     lora = adapters.inherit(adapters.inspect(plan.kit.adapter.path), plan.recipe.lora)
     display.say(f"target adapter: LoRA rank {lora.rank}, alpha {lora.alpha:g}, dropout {lora.dropout:g}, all linear layers")
     steps = Desk.remote(0, 0)  # type: ignore[attr-defined]
-    job = Job(plan.kit.task, plan.target, lora, plan.recipe.training, plan.recipe.seed, steps)
+    job = Job(plan.kit.task, plan.target, lora, plan.recipe.training, plan.recipe.seed, plan.cluster, steps)
     with _watching(steps, display):
         facts = train_target(job, store, plan.cluster, worker.cpus, worker.gpus)
     facts["lora"] = lora.model_dump()

@@ -124,9 +124,44 @@ def test_killed_in_the_stream_and_in_training_the_rows_and_the_adapter_are_the_s
     assert rows(run) == rows(calm)
     manifests = [json.loads((place / "manifest.json").read_text()) for place in (run, calm)]
     assert len(manifests[0]["counts"]["engine_loads"]) == 2
-    assert manifests[0]["training"]["started_at_epochs"][0] == 0 < manifests[0]["training"]["started_at_epochs"][-1]
+    assert manifests[0]["training"]["started_at_steps"][0] == 0 < manifests[0]["training"]["started_at_steps"][-1]
     assert manifests[0]["training"]["epoch_losses"] == pytest.approx(manifests[1]["training"]["epoch_losses"], rel=1e-3)
     same_weights(run, calm)
+
+
+def test_a_worker_killed_inside_an_epoch_goes_on_from_there(calm: Path, tiny_kit: Path, tiny_gemma: str, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    shutil.copytree(calm / "shards", run / "shards")  # the same rows as the calm run, trained again
+    shutil.copy(calm / "run.json", run)
+    killed: list[int] = []
+
+    def kill_a_worker_once() -> None:
+        while not _has_checkpoint(run):
+            time.sleep(0.02)
+        killed.extend(processes(b"ray::RayTrainWorker"))
+        os.kill(killed[0], signal.SIGKILL)
+
+    thread = threading.Thread(target=kill_a_worker_once, daemon=True)
+    thread.start()
+    assert main(arguments(tiny_kit, tiny_gemma, run, "cluster.workers=2", "cluster.checkpoint_seconds=0", "cluster.worker_cpus=0.5")) == 0
+    thread.join(5)
+    assert len(killed) == 2
+    manifests = [json.loads((place / "manifest.json").read_text()) for place in (run, calm)]
+    (first, again) = manifests[0]["training"]["started_at_steps"]
+    assert (first, again % 10 > 0) == (0, True)  # 10 steps an epoch
+    assert manifests[0]["training"]["tokens"] == manifests[1]["training"]["tokens"]  # no row twice, none left out
+    assert manifests[0]["training"]["epoch_losses"] == pytest.approx(manifests[1]["training"]["epoch_losses"], rel=1e-3)
+    same_weights(run, calm)
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run_and_names_the_step(
+    tiny_kit: Path, tiny_gemma: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    assert main(arguments(tiny_kit, tiny_gemma, run, "training.learning_rate=1e38", "training.max_gradient_norm=1e38", "selection.quota=8")) == 1
+    assert "is not a number in step 2 (epoch 1, rows" in capsys.readouterr().err
+    assert not (run / "adapter").exists()
 
 
 def test_an_engine_that_dies_is_replaced_and_no_row_changes(calm: Path, tiny_kit: Path, tiny_gemma: str, tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """The loop: labelled positions only, every row once an epoch, the same mathematics for any number of workers."""
 
+import contextlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,10 +11,10 @@ from torch.nn import functional
 from tests.conftest import save_model
 from translora_ray import adapters, models
 from translora_ray.config import Lora, Training
-from translora_ray.errors import UsageError
+from translora_ray.errors import Diverged, RunFailed, UsageError
 from translora_ray.prompts import Prompt
 from translora_ray.training import loop
-from translora_ray.training.task import encode, train_adapter
+from translora_ray.training.task import encode, start, train_adapter
 
 ROWS = [loop.Encoded([5, 6, 7, 8, 2], 2), loop.Encoded([9, 10, 2], 1), loop.Encoded([11, 12, 13, 14, 15, 16, 2], 3)]
 
@@ -60,21 +62,75 @@ def test_every_row_once_an_epoch_and_each_epoch_another_order() -> None:
     assert first == loop.epoch_batches(lengths, 8, seed=3, epoch=0)
 
 
-def test_training_resumes_to_the_same_weights(tiny_llama: str, tmp_path: Path) -> None:
-    def fresh() -> loop.Loop:
-        return loop.Loop(adapters.create(models.load_base(tiny_llama), 4, 8.0, 0.0, 1), ROWS * 5, 0, Training(epochs=2, batch_size=4), 5)
+def fresh(base: str, rows: list[loop.Encoded], **settings: Any) -> loop.Loop:
+    model = adapters.create(models.load_base(base).float(), 4, 8.0, 0.0, 1)
+    return loop.Loop(model, rows, 0, Training(**{"epochs": 2, "batch_size": 4, **settings}), 5)
 
-    whole = fresh()
+
+def test_training_resumes_inside_an_epoch_to_the_same_weights(tiny_llama: str, tmp_path: Path) -> None:
+    whole = fresh(tiny_llama, ROWS * 5)
     loop.train(whole)
-    half = fresh()
-    list(half.run_epoch())
-    adapters.save(half.model, tmp_path / "a", tiny_llama)
-    resumed = fresh()
+    broken = fresh(tiny_llama, ROWS * 5)
+    list(broken.run_epoch())
+    next(broken.run_epoch())
+    assert (broken.epoch, broken.position, broken.step) == (1, 1, 5)
+    adapters.save(broken.model, tmp_path / "a", tiny_llama)
+    resumed = fresh(tiny_llama, ROWS * 5)
     adapters.load_weights(resumed.model, tmp_path / "a")
-    resumed.load_state_dict(half.state_dict())
+    resumed.load_state_dict(broken.state_dict())
     loop.train(resumed)
+    assert resumed.tokens == whole.tokens
     for (name, ours), theirs in zip(resumed.model.named_parameters(), whole.model.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, msg=name)
+
+
+def test_gradients_that_add_up_are_those_of_all_rows_together(tiny_llama: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "autocast", lambda device: contextlib.nullcontext())
+    whole, parts = fresh(tiny_llama, ROWS), fresh(tiny_llama, ROWS)
+    parts.at_once = 2
+    losses = [float(one._gradients(ROWS, 6)) for one in (whole, parts)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    for ours, theirs in zip(whole._weights, parts._weights, strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_memory_that_runs_out_halves_the_rows_at_once_until_one_is_too_many(tiny_llama: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "autocast", lambda device: contextlib.nullcontext())
+    calm, poor = fresh(tiny_llama, ROWS * 3), fresh(tiny_llama, ROWS * 3)
+    room = 2
+
+    def refuse(_module: torch.nn.Module, _args: object, kwargs: dict[str, torch.Tensor]) -> None:
+        if len(kwargs["input_ids"]) > room:
+            raise torch.OutOfMemoryError
+
+    poor.model.register_forward_pre_hook(refuse, with_kwargs=True)
+    losses = [[step.loss for step in one.run_epoch()] for one in (calm, poor)]
+    assert poor.at_once == 2
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    room = 0
+    with pytest.raises(RunFailed, match="does not hold 1 rows"):
+        poor._step([0])
+
+
+def test_a_step_whose_loss_is_not_a_number_names_its_rows_and_changes_nothing(tiny_llama: str) -> None:
+    training = fresh(tiny_llama, ROWS * 2)
+    bad = next(weight for name, weight in training.model.named_parameters() if "lora_A" in name)
+    with torch.no_grad():
+        bad.fill_(float("nan"))
+    before = [weight.clone() for weight in training.model.parameters()]
+    with pytest.raises(Diverged, match=r"in step 1 \(epoch 1, rows \d, \d, \d, \d\): lower the learning rate"):
+        loop.train(training)
+    for ours, theirs in zip(training.model.parameters(), before, strict=True):
+        torch.testing.assert_close(ours, theirs, equal_nan=True)
+
+
+def test_recomputed_activations_give_the_same_step(tiny_llama: str) -> None:
+    pairs = [(Prompt(f"Q: {word}\nA:"), "a") for word in ("red", "blue", "green")]
+    lora = Lora(rank=4, alpha=8.0, dropout=0.0)
+    plain, saving = (start(tiny_llama, pairs, lora, Training(epochs=1, batch_size=2), 0, recompute=recompute) for recompute in (False, True))
+    assert saving.model.is_gradient_checkpointing
+    losses = [[step.loss for step in one.run_epoch()] for one in (plain, saving)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
 def test_training_learns_and_saves_an_adapter_that_peft_loads(tiny_llama: str, tmp_path: Path) -> None:

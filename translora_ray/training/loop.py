@@ -17,6 +17,7 @@ import torch
 from torch.nn import functional
 
 from translora_ray.config import Training
+from translora_ray.errors import Diverged, RunFailed
 from translora_ray.models import computes_in_bf16
 from translora_ray.records import Step, derive_seed
 
@@ -82,15 +83,27 @@ def autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
 
 
 class Loop:
-    """A model with trainable adapter weights, its optimiser and schedule. `run_epoch` is called for each epoch in turn.
+    """A model with trainable adapter weights, its optimiser, schedule and place in the data: what a checkpoint holds (`state_dict`).
 
-    Kept as an object because its state is what a checkpoint holds (`state_dict`, `load_state_dict`); position inside an epoch is
-    not part of it: an interrupted epoch starts over.
+    `run_epoch` is called for each epoch in turn. A step's rows and random numbers derive from its number, so a loop that goes on
+    from a state makes the steps that an undisturbed one would.
+    `at_once` is the most rows that a worker computes together, whose gradients add up to a step's; alone, it is halved when memory runs out.
     """
 
-    def __init__(self, model: Any, rows: Sequence[Encoded], pad_id: int, settings: Training, seed: int, rank: int = 0, world: int = 1) -> None:
+    def __init__(
+        self,
+        model: Any,
+        rows: Sequence[Encoded],
+        pad_id: int,
+        settings: Training,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+        at_once: int | None = None,
+    ) -> None:
         self.model, self.rows, self.pad_id, self.settings, self.seed = model, rows, pad_id, settings, seed
         self.rank, self.world = rank, world
+        self.at_once = min(at_once or settings.batch_size, settings.batch_size)
         self.device = next(model.parameters()).device
         self._forward = torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model
         self.steps_per_epoch = -(-len(rows) // settings.batch_size)
@@ -99,44 +112,85 @@ class Loop:
         self.optimizer = torch.optim.AdamW(self._weights, lr=settings.learning_rate, weight_decay=0.0)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: max(0.0, 1.0 - step / total))
         self.epoch = 0
+        self.position = 0
+        """Steps of the epoch that are done."""
         self.tokens = 0
 
+    @property
+    def step(self) -> int:
+        """Steps done in all."""
+        return self.epoch * self.steps_per_epoch + self.position
+
     def state_dict(self) -> dict[str, Any]:
-        return {"optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict(), "epoch": self.epoch, "tokens": self.tokens}
+        place = {"epoch": self.epoch, "position": self.position, "tokens": self.tokens}
+        return {"optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict(), **place}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
-        self.epoch, self.tokens = state["epoch"], state["tokens"]
+        self.epoch, self.position, self.tokens = state["epoch"], state["position"], state["tokens"]
 
     def run_epoch(self) -> Iterator[Step]:
-        """Train one epoch, yielding a `Step` after each optimiser step; afterwards `epoch` is one higher."""
+        """Train what is left of the epoch, yielding a `Step` after each optimiser step; afterwards `epoch` is one higher."""
         self.model.train()
-        torch.manual_seed(derive_seed(self.seed, "epoch", self.epoch))
         lengths = [len(row.ids) for row in self.rows]
         batches = epoch_batches(lengths, self.settings.batch_size, self.seed, self.epoch)
         began, before = time.perf_counter(), self.tokens
-        for number, indices in enumerate(batches):
-            loss = self._step([self.rows[i] for i in indices])
+        for indices in batches[self.position :]:
+            torch.manual_seed(derive_seed(self.seed, "step", self.step, self.rank))
+            loss = self._step(indices)
             self.tokens += sum(lengths[i] for i in indices)
-            step = self.epoch * self.steps_per_epoch + number + 1
-            yield Step(step, self.steps_per_epoch * self.settings.epochs, loss, self.tokens - before, time.perf_counter() - began)
-        self.epoch += 1
+            self.position += 1
+            yield Step(self.step, self.steps_per_epoch * self.settings.epochs, loss, self.tokens - before, time.perf_counter() - began)
+        self.epoch, self.position = self.epoch + 1, 0
 
-    def _step(self, rows: list[Encoded]) -> float:
-        labels = sum(row.labels for row in rows)
+    def any_worker(self, condition: bool) -> bool:
+        """Whether the condition holds on any worker; all of them must ask."""
+        if self.world == 1:
+            return condition
+        votes = torch.tensor(float(condition), device=self.device)
+        torch.distributed.all_reduce(votes)
+        return bool(votes)
+
+    def _step(self, indices: Sequence[int]) -> float:
+        """One optimiser step on the rows; returns their mean loss per label. Raises `Diverged`, weights untouched, where that is not a number."""
+        rows = [self.rows[i] for i in indices]
         mine = rows[self.rank :: self.world] or [Encoded(rows[0].ids, 0)]
-        with autocast(self.device):
-            loss = label_loss(self._forward, self.model.get_output_embeddings(), collate(mine, self.pad_id, self.device)) / labels
-        (loss * self.world).backward()  # type: ignore[no-untyped-call]  # DDP averages gradients over workers
-        torch.nn.utils.clip_grad_norm_(self._weights, self.settings.max_gradient_norm)
+        total = self._gradients(mine, sum(row.labels for row in rows))
+        if self.world > 1:
+            torch.distributed.all_reduce(total)
+        norm = torch.nn.utils.clip_grad_norm_(self._weights, self.settings.max_gradient_norm)
+        if not (total.isfinite() and norm.isfinite()):
+            self.optimizer.zero_grad(set_to_none=True)
+            where = f"step {self.step + 1} (epoch {self.epoch + 1}, rows {', '.join(map(str, sorted(indices)))})"
+            raise Diverged(f"The training loss or its gradient is not a number in {where}: lower the learning rate.")
         self.optimizer.step()
         self.schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
-        total = loss.detach()
-        if self.world > 1:
-            torch.distributed.all_reduce(total)
         return float(total)
+
+    def _gradients(self, rows: Sequence[Encoded], labels: int) -> torch.Tensor:
+        """Add up the gradients of the rows, `at_once` at a time; returns their share of the mean loss over all `labels` of the step."""
+        while True:
+            parts = [rows[i : i + self.at_once] for i in range(0, len(rows), self.at_once)]
+            try:
+                return sum((self._part(part, labels, last=part is parts[-1]) for part in parts), torch.zeros((), device=self.device))
+            except torch.OutOfMemoryError:
+                self.optimizer.zero_grad(set_to_none=True)
+                held = min(self.at_once, len(rows))
+                if held == 1 or self.world > 1:
+                    raise RunFailed(f"Memory does not hold {held} rows of training at once: lower cluster.rows_at_once, or add workers.") from None
+                self.at_once = held // 2
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def _part(self, rows: Sequence[Encoded], labels: int, last: bool) -> torch.Tensor:
+        together = contextlib.nullcontext() if last or self.world == 1 else self._forward.no_sync()
+        with together:
+            with autocast(self.device):
+                loss = label_loss(self._forward, self.model.get_output_embeddings(), collate(rows, self.pad_id, self.device)) / labels
+            (loss * self.world).backward()  # type: ignore[no-untyped-call]  # DDP averages gradients over workers
+        return loss.detach()
 
 
 def train(training: Loop, on_step: Callable[[Step], None] = lambda step: None) -> float:

@@ -12,7 +12,7 @@ from typing import Any
 
 from translora_ray import adapters, models
 from translora_ray.config import Lora, Task, Training
-from translora_ray.errors import RunFailed, UsageError
+from translora_ray.errors import UsageError
 from translora_ray.prompts import Prompt, answer_ids, prompt_ids, task_prompt
 from translora_ray.records import Step, TaskRow, derive_seed
 from translora_ray.training import loop
@@ -35,22 +35,37 @@ def encode(tokenizer: Any, pairs: Sequence[Pair], context: int) -> list[loop.Enc
     return rows
 
 
-def start(base: str, pairs: Sequence[Pair], lora: Lora, settings: Training, seed: int, rank: int = 0, world: int = 1, device: str | None = None) -> loop.Loop:
-    """Load the base, put a fresh adapter on it and encode the rows. `lora` must be fully set."""
+def start(
+    base: str,
+    pairs: Sequence[Pair],
+    lora: Lora,
+    settings: Training,
+    seed: int,
+    rank: int = 0,
+    world: int = 1,
+    device: str | None = None,
+    at_once: int | None = None,
+    recompute: bool = False,
+) -> loop.Loop:
+    """Load the base, put a fresh adapter on it and encode the rows. `lora` must be fully set.
+
+    `recompute` keeps few activations and computes the others again for the gradients (torch's gradient checkpointing).
+    """
     if lora.rank is None or lora.alpha is None or lora.dropout is None:
         raise ValueError("rank, alpha and dropout must be set before training")
     tokenizer = models.load_tokenizer(base)
     model = adapters.create(models.load_base(base, device), lora.rank, lora.alpha, lora.dropout, derive_seed(seed, "adapter"))
+    if recompute:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     rows = encode(tokenizer, pairs, models.context_of(model))
-    return loop.Loop(model, rows, tokenizer.pad_token_id, settings, derive_seed(seed, "order"), rank, world)
+    return loop.Loop(model, rows, tokenizer.pad_token_id, settings, derive_seed(seed, "order"), rank, world, at_once)
 
 
 def train_adapter(base: str, pairs: Sequence[Pair], lora: Lora, settings: Training, seed: int, out: Path, on_step: Callable[[Step], None]) -> float:
     """Train an adapter on `base` and save it at `out`; returns the last epoch's mean loss."""
     training = start(base, pairs, lora, settings, seed)
     loss = loop.train(training, on_step)
-    if loss != loss:
-        raise RunFailed(f"The loss of the adapter for {base} is not a number: lower the learning rate.")
     adapters.save(training.model, out, base)
     return loss
 

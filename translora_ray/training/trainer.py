@@ -1,9 +1,10 @@
-"""The target adapter on Ray Train: shards in through Ray Data, one checkpoint an epoch out. The mathematics is in `loop.py`."""
+"""The target adapter on Ray Train: shards in through Ray Data, checkpoints out. The mathematics is in `loop.py`."""
 
 from __future__ import annotations
 
 import os
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,11 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from translora_ray import adapters
 from translora_ray.config import Cluster, Lora, Task, Training
-from translora_ray.errors import RunFailed
+from translora_ray.errors import Diverged, RunFailed
 from translora_ray.records import TaskRow
 from translora_ray.storage import ADAPTER, TRAIN, RunStore
 from translora_ray.training import task as task_training
+from translora_ray.training.loop import Loop
 
 STATE = "state.pt"
 MAX_FAILURES = 3
@@ -35,18 +37,20 @@ class Job:
     lora: Lora
     training: Training
     seed: int
+    cluster: Cluster
     steps: Any
 
 
 def train_target(job: Job, store: RunStore, cluster: Cluster, cpus: float, gpus: float) -> dict[str, Any]:
-    """Train on the committed shards, going on from the last committed epoch, and commit `adapter/`; returns facts."""
+    """Train on the committed shards, going on from the last checkpoint, and commit `adapter/`; returns facts."""
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(cluster.start_timeout_s)
     rows = ray.data.read_parquet(store.shard_paths(), filesystem=store.fs, columns=["index", "input", "target", "reason"], override_num_blocks=1, num_cpus=0)
+    least, most = cluster.workers
     trainer = TorchTrainer(
         _worker,
         train_loop_config={"job": job},
         scaling_config=ScalingConfig(
-            num_workers=cluster.workers,
+            num_workers=least if least == most else (least, most),
             use_gpu=gpus > 0,
             resources_per_worker={"CPU": cpus, **({"GPU": gpus} if gpus else {})},
         ),
@@ -62,15 +66,15 @@ def train_target(job: Job, store: RunStore, cluster: Cluster, cpus: float, gpus:
         ),
     )
     result = trainer.fit()
+    if result.return_value:
+        raise RunFailed(f"{result.return_value} The last good checkpoint is in {store.path(TRAIN)}.")
     if result.checkpoint is None or result.metrics is None:
         raise RunFailed("Training ended without a checkpoint: look at Ray's logs, then run the same command again.")
-    if result.metrics["loss"] != result.metrics["loss"]:
-        raise RunFailed("The training loss is not a number: lower training.learning_rate, in a new --out.")
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(result.checkpoint.to_directory(scratch))
         (folder / STATE).unlink()
         store.write_folder(ADAPTER, folder, marker=adapters.CONFIG)
-    return {key: result.metrics[key] for key in ("loss", "rows", "tokens", "seconds", "epoch_losses", "started_at_epochs")}
+    return {key: result.metrics[key] for key in ("loss", "rows", "tokens", "seconds", "epoch_losses", "started_at_steps", "rows_at_once")}
 
 
 def _accepted_rows() -> list[TaskRow]:
@@ -84,37 +88,53 @@ def _accepted_rows() -> list[TaskRow]:
     return [TaskRow(text, target) for _, text, target in sorted(found)]
 
 
-def _worker(config: dict[str, Any]) -> None:
-    """One worker's life: load, catch up with the last checkpoint, train the epochs that are left."""
+def _worker(config: dict[str, Any]) -> str | None:
+    """One worker's life: load, catch up with the last checkpoint, train what is left. Returns why that would be in vain, if it would."""
     job: Job = config["job"]
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     pairs = task_training.task_pairs(job.task, _accepted_rows())
-    loop = task_training.start(job.target, pairs, job.lora, job.training, job.seed, rank, world, str(ray.train.torch.get_device()))
-    history: dict[str, Any] = {"epoch_losses": [], "seconds": 0.0, "started_at_epochs": []}
+    device, cluster = str(ray.train.torch.get_device()), job.cluster
+    loop = task_training.start(job.target, pairs, job.lora, job.training, job.seed, rank, world, device, cluster.rows_at_once, cluster.recompute)
+    history: dict[str, Any] = {"losses": [], "epoch_losses": [], "seconds": 0.0, "started_at_steps": []}
     if checkpoint := ray.train.get_checkpoint():
         with checkpoint.as_directory() as folder:
             adapters.load_weights(loop.model, folder)
             state = torch.load(Path(folder) / STATE, map_location="cpu", weights_only=True)
             loop.load_state_dict(state["loop"])
             history = state["history"]
-    history["started_at_epochs"].append(loop.epoch)
-    if loop.epoch >= job.training.epochs:  # finished before, and only the commit of the adapter is missing
-        _report(loop, job, history, rank)
-    while loop.epoch < job.training.epochs:
-        losses = []
-        step = None
-        for step in loop.run_epoch():
-            losses.append(step.loss)
-            if rank == 0:
-                job.steps.step.remote(step)
-        history["epoch_losses"].append(sum(losses) / len(losses))
-        history["seconds"] += step.seconds if step else 0.0
+    history["started_at_steps"].append(loop.step)
+    try:
+        while loop.epoch < job.training.epochs:
+            _epoch(loop, job, history, rank)
+    except Diverged as failure:  # on all workers at once, and after every restart: not raised, so that Ray does not try again
+        return str(failure)
+    _report(loop, job, history, rank)
+    return None
+
+
+def _epoch(loop: Loop, job: Job, history: dict[str, Any], rank: int) -> None:
+    """What is left of an epoch, with a checkpoint whenever one is due."""
+    reported = began = time.monotonic()
+    for step in loop.run_epoch():
+        history["losses"].append(step.loss)
+        if rank == 0:
+            job.steps.step.remote(step)
+        if loop.any_worker(rank == 0 and time.monotonic() - reported >= job.cluster.checkpoint_seconds):
+            history["seconds"], began = history["seconds"] + time.monotonic() - began, time.monotonic()
+            _report(loop, job, history, rank)
+            reported = time.monotonic()
+    history["seconds"] += time.monotonic() - began
+    history["epoch_losses"].append(sum(history["losses"]) / len(history["losses"]))
+    history["losses"] = []
+    if loop.epoch < job.training.epochs:
         _report(loop, job, history, rank)
 
 
-def _report(loop: Any, job: Job, history: dict[str, Any], rank: int) -> None:
-    metrics = {"loss": history["epoch_losses"][-1], "rows": len(loop.rows), "tokens": loop.tokens, **history}
+def _report(loop: Loop, job: Job, history: dict[str, Any], rank: int) -> None:
+    """Commit a checkpoint; all workers must come here."""
+    metrics = {"loss": history["epoch_losses"][-1] if history["epoch_losses"] else None, "rows": len(loop.rows), "tokens": loop.tokens}
+    metrics |= {"rows_at_once": loop.at_once, **history}
     if rank > 0:
         ray.train.report(metrics)
         return
