@@ -11,6 +11,7 @@ from typing import Any
 import results
 
 from translora_ray.config import Recipe, Vllm, load_task
+from translora_ray.engines.base import AdapterRef
 from translora_ray.kit import Kit, choose_seeds
 from translora_ray.records import Pack, read_rows, request_pack
 
@@ -51,7 +52,8 @@ class Side:
 def example_kit() -> Kit:
     task = load_task(EXAMPLE / "task.yaml")
     rows = read_rows(task.train)
-    return Kit("", task, SOURCE, "", len(rows), choose_seeds(rows, task.seeds, 0), None, "")
+    nothing = AdapterRef("", "")
+    return Kit("", task, SOURCE, "", len(rows), choose_seeds(rows, task.seeds, 0), None, "", nothing, SOURCE, "", nothing)
 
 
 def packs_of(turn: int, packs: int, size: int) -> list[Pack]:

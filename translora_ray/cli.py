@@ -40,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
     prepare.add_argument("--no-discriminator", action="store_true", help="leave the discriminator out")
 
     transfer = commands.add_parser("transfer", help="move a kit's adapter to another base")
-    transfer.add_argument("kit", metavar="KIT")
+    transfer.add_argument("kit", metavar="KIT", help="a transfer kit, or a finished run whose adapter moves on")
     transfer.add_argument("--target", required=True, metavar="REF", help=f"target base: {REF}")
     transfer.add_argument("--out", required=True, metavar="RUN", help="run directory; an interrupted run goes on")
     transfer.add_argument("--recipe", metavar="R.yaml")

@@ -47,7 +47,13 @@ def _run(store: RunStore) -> tuple[str, dict[str, Any]]:
         manifest = store.read_json(MANIFEST)
         if adapters.inspect(store.path(ADAPTER)).digest != manifest["adapter_digest"]:
             raise UsageError(f"The adapter in {store.uri} is not the one its manifest describes: do not use it.")
-        facts |= {"source": manifest["source_base"], "target": manifest["target_base"], "counts": manifest["counts"], "seconds": manifest["seconds"]}
+        facts |= {
+            "source": manifest["source_base"],
+            "target": manifest["target_base"],
+            "adapters before it": manifest["lineage"],
+            "counts": manifest["counts"],
+            "seconds": manifest["seconds"],
+        }
     return "run, sound", facts
 
 

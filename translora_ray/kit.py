@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from translora_ray.errors import RunFailed, UsageError, first_line
 from translora_ray.progress import Display, Phase
 from translora_ray.prompts import NO, YES, Prompt, discriminator_prompt
 from translora_ray.records import TaskRow, derive_seed, read_rows, request_pack
-from translora_ray.storage import RunStore, commit_folder
+from translora_ray.storage import MANIFEST, RunStore, commit_folder
 from translora_ray.stream.dedup import SeedFilter, Seen
 from translora_ray.stream.discriminate import verdicts
 from translora_ray.stream.synthesize import Synthesizer
@@ -40,7 +40,11 @@ NEGATIVE_TRIES = 4
 
 @dataclass(frozen=True)
 class Kit:
-    """A loaded kit. `rows` is how many rows the task had; `digest` covers everything that decides a transfer."""
+    """A loaded kit. `rows` is how many rows the task had; `digest` covers everything that decides a transfer.
+
+    The teacher is the source adapter, or, where a finished run stands for the kit, that run's adapter on its target base; the
+    discriminator and the seeds stay those of the kit that the first run was made from. `lineage`: digests of the adapters before the teacher.
+    """
 
     path: str
     task: Task
@@ -50,14 +54,16 @@ class Kit:
     seeds: list[TaskRow]
     discriminator: dict[str, Any] | None
     digest: str
+    adapter: AdapterRef
+    teacher_base: str
+    teacher_fingerprint: str
+    discriminator_adapter: AdapterRef
+    lineage: tuple[str, ...] = ()
 
     @property
-    def adapter(self) -> AdapterRef:
-        return AdapterRef("teacher", str(Path(self.path) / ADAPTER))
-
-    @property
-    def discriminator_adapter(self) -> AdapterRef:
-        return AdapterRef("discriminator", str(Path(self.path) / DISCRIMINATOR))
+    def bases(self) -> dict[str, str]:
+        """Each base that the kit needs, and its fingerprint."""
+        return {self.base: self.base_fingerprint, self.teacher_base: self.teacher_fingerprint}
 
     @property
     def seed_inputs(self) -> list[str]:
@@ -65,8 +71,10 @@ class Kit:
 
 
 def load(path: str | Path) -> Kit:
-    """Read a kit and check its adapters against the digests in it."""
+    """Read a kit, or a finished run in its place, and check the adapters against the digests that are written there."""
     folder = Path(path)
+    if (folder / MANIFEST).exists():
+        return _hop(folder)
     if not (folder / FACTS).exists():
         raise UsageError(f"{folder} is not a transfer kit: it has no {FACTS}; make one with `translora prepare`.")
     try:
@@ -80,6 +88,10 @@ def load(path: str | Path) -> Kit:
             seeds=read_rows(folder / SEEDS),
             discriminator=facts["discriminator"],
             digest=facts["digest"],
+            adapter=AdapterRef("teacher", str(folder.resolve() / ADAPTER)),
+            teacher_base=facts["base"],
+            teacher_fingerprint=facts["base_fingerprint"],
+            discriminator_adapter=AdapterRef("discriminator", str(folder.resolve() / DISCRIMINATOR)),
         )
         digests = facts["adapters"]
         whole = _digest(facts, (folder / SEEDS).read_text(encoding="utf-8")) == facts["digest"]
@@ -91,6 +103,28 @@ def load(path: str | Path) -> Kit:
         if adapters.inspect(folder / name).digest != wanted:
             raise UsageError(f"{folder / name} is not the adapter that {FACTS} describes: copy the kit again.")
     return kit
+
+
+def _hop(folder: Path) -> Kit:
+    """The kit of a finished run, with the run's adapter as the teacher (Trans-LoRA, section 4.4: the discriminator serves every later transfer)."""
+    manifest = RunStore(str(folder)).read_json(MANIFEST)
+    before = load(manifest["kit_path"])
+    if before.digest != manifest["kit"]:
+        raise UsageError(f"The kit at {before.path} is not the one {folder} was made from: bring back the original.")
+    adapter = AdapterRef("teacher", str(folder.resolve() / ADAPTER))
+    if adapters.inspect(adapter.path).digest != manifest["adapter_digest"]:
+        raise UsageError(f"The adapter in {folder} is not the one its manifest describes: remove the run, and transfer again.")
+    lineage = (*before.lineage, adapters.digest(before.adapter.path))
+    digest = hashlib.sha256(json.dumps([before.digest, manifest["adapter_digest"], manifest["target"]]).encode()).hexdigest()[:16]
+    return replace(
+        before,
+        path=str(folder.resolve()),
+        digest=digest,
+        adapter=adapter,
+        teacher_base=manifest["target_base"],
+        teacher_fingerprint=manifest["target"],
+        lineage=lineage,
+    )
 
 
 def choose_seeds(rows: Sequence[TaskRow], count: int, seed: int) -> list[TaskRow]:

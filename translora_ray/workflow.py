@@ -86,11 +86,12 @@ def _check_identity(store: RunStore, identity: dict[str, Any]) -> None:
 
 
 def _check_models(loaded: kit.Kit, target: str) -> None:
-    if models.fingerprint(loaded.base) != loaded.base_fingerprint:
-        raise UsageError(f"The base {loaded.base} is not the one the kit was prepared on: bring back that version of it.")
-    adapters.check_fits(adapters.inspect(loaded.adapter.path), loaded.base, models.linear_shapes(loaded.base))
-    if obstacle := models.pair_obstacle(models.describe(loaded.base), models.describe(target), loaded.task.format):
-        raise UsageError(obstacle)
+    for base, fingerprint in loaded.bases.items():
+        if models.fingerprint(base) != fingerprint:
+            raise UsageError(f"The base {base} is not the one the kit was prepared on: bring back that version of it.")
+        if obstacle := models.pair_obstacle(models.describe(base), models.describe(target), loaded.task.format):
+            raise UsageError(obstacle)
+    adapters.check_fits(adapters.inspect(loaded.adapter.path), loaded.teacher_base, models.linear_shapes(loaded.teacher_base))
 
 
 @contextlib.contextmanager
@@ -245,7 +246,8 @@ def _finish(plan: Plan, store: RunStore, identity: dict[str, Any], totals: Total
         **identity,
         "task": plan.kit.task.model_dump(),
         "kit_path": plan.kit.path,
-        "source_base": plan.kit.base,
+        "source_base": plan.kit.teacher_base,
+        "lineage": [*plan.kit.lineage, adapters.digest(plan.kit.adapter.path)],
         "target_base": plan.target,
         "engine": plan.engine,
         "adapter_digest": info.digest,

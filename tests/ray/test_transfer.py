@@ -17,7 +17,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.conftest import processes
+from tests.conftest import processes, task_rows
+from translora_ray.adapters import digest
 from translora_ray.cli import main
 from translora_ray.records import Candidate
 from translora_ray.storage import RunStore
@@ -217,7 +218,7 @@ def test_two_pools_two_workers_and_the_target_as_generator(tiny_kit: Path, tiny_
     same_weights(run, alone)
 
 
-def accuracy(base: str, adapter: Path | None, part: list[dict[str, str]]) -> float:
+def answers(base: str, adapter: Path | None, inputs: list[str]) -> list[str]:
     """Greedy answers of plain transformers and peft, row by row."""
     from peft import PeftModel
 
@@ -226,17 +227,40 @@ def accuracy(base: str, adapter: Path | None, part: list[dict[str, str]]) -> flo
     tokenizer, model = load_tokenizer(base), load_base(base)
     if adapter:
         model = PeftModel.from_pretrained(model, adapter)
-    right = 0
-    for row in part:
-        ids = torch.tensor([tokenizer(f"Q: {row['input']}\nA:").input_ids])
+    found = []
+    for text in inputs:
+        ids = torch.tensor([tokenizer(f"Q: {text}\nA:").input_ids])
         output = model.generate(input_ids=ids, max_new_tokens=4, do_sample=False, eos_token_id=2, pad_token_id=0)[0, ids.shape[1] :]
-        right += tokenizer.decode(output, skip_special_tokens=True).split("\n")[0].strip() == row["target"]
-    return right / len(part)
+        found.append(tokenizer.decode(output, skip_special_tokens=True).split("\n")[0].strip())
+    return found
+
+
+def accuracy(base: str, adapter: Path | None, part: list[dict[str, str]]) -> float:
+    found = answers(base, adapter, [row["input"] for row in part])
+    return sum(answer == row["target"] for answer, row in zip(found, part, strict=True)) / len(part)
+
+
+def test_a_finished_run_stands_for_a_kit_and_the_teacher_is_its_adapter(calm: Path, tiny_kit: Path, tiny_llama: str, tiny_gemma: str, tmp_path: Path) -> None:
+    first = json.loads((calm / "manifest.json").read_text())
+    back = tmp_path / "back"
+    command = arguments(calm, tiny_llama, back, "selection.quota=8", "training.epochs=1", "cluster.engine_cpus=0.5")
+    assert main(command) == 0
+    manifest = json.loads((back / "manifest.json").read_text())
+    assert (manifest["source_base"], manifest["target_base"]) == (tiny_gemma, tiny_llama)
+    assert manifest["lineage"] == [digest(tiny_kit / "adapter"), first["adapter_digest"]]
+    assert first["lineage"] == manifest["lineage"][:1]
+    (loads,) = manifest["counts"]["engine_loads"].values()
+    assert sorted(loads) == sorted([tiny_llama, tiny_gemma])
+    written = {row.index: row.input for row in rows(calm)}
+    assert all(row.input == written[row.index] for row in rows(back) if row.index in written)  # the kit's own base and seeds wrote them
+    accepted = [row for row in rows(back) if row.accepted]
+    right = [row.target == answer for row, answer in zip(accepted, answers(tiny_gemma, calm / "adapter", [row.input for row in accepted]), strict=True)]
+    assert sum(right) >= 7  # of 8; in bf16 a batch may break a tie
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in task_rows(4)))
+    assert main(["evaluate", str(back), "--data", str(tmp_path / "test.jsonl")]) == 0
 
 
 def test_evaluate_measures_every_arm(calm: Path, tiny_kit: Path, tiny_llama: str, tiny_gemma: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from tests.conftest import task_rows
-
     for name, part in (("test", task_rows(90)[60:]), ("train", task_rows(60))):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
     command = ["evaluate", str(calm), "--data", str(tmp_path / "test.jsonl"), "--oracle", str(tmp_path / "train.jsonl"), "--json", str(tmp_path / "out.json")]

@@ -61,16 +61,20 @@ class Plan:
         return self.cluster.vllm.packs if pool.engine == "vllm" else 1
 
     def pools(self) -> list[Pool]:
-        """One pool when the source base generates, else two; one more where vLLM can not serve the teacher's adapter."""
+        """One pool when the source base generates, else two; one more where the teacher is on another base, or vLLM can not serve its adapter."""
         kit = self.kit
-        judge = () if kit.discriminator is None else (discriminate.ROLE,)
-        teacher = engine_for(self.engine, [kit.adapter], lambda message: None)
-        pools = [Pool(self.engine, kit.base, (*judge, teach.ROLE))] if teacher == self.engine else []
-        if not pools:
-            pools = [*([Pool(self.engine, kit.base, judge)] if judge else []), Pool(teacher, kit.base, (teach.ROLE,))]
-        if self.recipe.synthesis.generator == "target":
-            return [Pool(self.engine, self.target, (synthesize.ROLE,)), *pools]
-        return [Pool(pools[0].engine, kit.base, (synthesize.ROLE, *pools[0].roles)), *pools[1:]]
+        writer = self.target if self.recipe.synthesis.generator == "target" else kit.base
+        places = [(self.engine, writer, synthesize.ROLE)]
+        if kit.discriminator is not None:
+            places.append((self.engine, kit.base, discriminate.ROLE))
+        places.append((engine_for(self.engine, [kit.adapter], lambda message: None), kit.teacher_base, teach.ROLE))
+        pools: list[Pool] = []
+        for engine, base, role in places:
+            if pools and (pools[-1].engine, pools[-1].base) == (engine, base):
+                pools[-1] = Pool(engine, base, (*pools[-1].roles, role))
+            else:
+                pools.append(Pool(engine, base, (role,)))
+        return pools
 
 
 @dataclass(frozen=True)
