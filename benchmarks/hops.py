@@ -37,12 +37,12 @@ def hop(seed: int, chosen: argparse.Namespace, threads: int) -> tuple[dict[str, 
     data, work = chosen.data.resolve(), chosen.work.resolve()
     arms = transfer.run(TASK, seed, data, work, threads)["evaluation"]["arms"]
     here = work / f"{TASK.split('/')[1]}-{seed}"
-    transfer.translora(
-        here, threads, "transfer", str(here / "run"), "--target", transfer.SOURCE, "--out", str(here / "back"), "--recipe", str(here / "recipe.yaml")
-    )
-    if not (here / "back.json").exists():
-        transfer.translora(here, threads, "evaluate", str(here / "back"), "--data", str(data / TASK / "test.jsonl"), "--json", str(here / "back.json"))
-    return arms, json.loads((here / "back.json").read_text())["arms"]
+    back, result = here / "back", here / "back.json"
+    there = ("--target", transfer.SOURCE, "--out", str(back), "--recipe", str(here / "recipe.yaml"))
+    transfer.translora(here, threads, "transfer", str(here / "run"), *there)
+    if not result.exists():
+        transfer.translora(here, threads, "evaluate", str(back), "--data", str(data / TASK / "test.jsonl"), "--json", str(result))
+    return arms, json.loads(result.read_text())["arms"]
 
 
 if __name__ == "__main__":
