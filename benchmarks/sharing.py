@@ -22,8 +22,8 @@ import torch
 from demo import memory, tree
 from rounds import SETTINGS, Round, alternate, example_kit, packs_of, run_parts, table
 
-from translora_ray import adapters, models
-from translora_ray.config import Synthesis
+from translora_ray import adapting, models
+from translora_ray.config import Adapter, Synthesis
 from translora_ray.engines.base import AdapterRef, Engine
 from translora_ray.kit import Kit
 from translora_ray.records import Pack, derive_seed, read_rows, request_pack
@@ -34,11 +34,11 @@ from translora_ray.stream.teach import Teacher
 
 def random_adapter(model: Any, base: str, folder: Path, seed: int) -> AdapterRef:
     """An adapter of the usual size that changes something: what it has learnt costs nothing."""
-    adapted = adapters.create(model, 16, 32.0, 0.0, seed)
+    adapted = adapting.create(model, Adapter(type="lora", rank=16, alpha=32.0, dropout=0.0, modules="all-linear"), seed)
     for name, weight in adapted.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(weight, std=0.002)
-    adapters.save(adapted, folder, base)
+    adapting.save(adapted, folder, base)
     adapted.unload()
     return AdapterRef(folder.name, str(folder))
 

@@ -17,14 +17,14 @@ from typing import Any
 import results
 from rounds import CPUS, EXAMPLE, Side, alternate, run_parts
 
-from translora_ray import adapters, models
-from translora_ray.config import Training, load_task
+from translora_ray import adapting, models, references
+from translora_ray.config import Adapter, Training, load_task
 from translora_ray.records import read_rows
 from translora_ray.training import loop
 from translora_ray.training.task import encode, task_pairs
 
 SETTINGS = Training(epochs=1, batch_size=8, learning_rate=5e-4)
-RANK, ALPHA = 16, 32.0
+LORA = Adapter(type="lora", rank=16, alpha=32.0, dropout=0.0, modules="all-linear")
 Epoch = Callable[[Any, list[loop.Encoded], int, int], list[float]]
 """(base with a fresh adapter, rows, padding token, seed) -> the loss of each step."""
 
@@ -99,8 +99,8 @@ def side(name: str, base: str, count: int, pipe: Any) -> None:
     rows = encode(tokenizer, task_pairs(task, read_rows(task.train)[:count]), models.context_of(model))
     pipe.send("ready")
     while (turn := pipe.recv()) is not None:
-        adapted = adapters.create(model, RANK, ALPHA, 0.0, turn[1])
-        adapted.peft_config["default"].base_model_name_or_path = models.resolve(base)
+        adapted = adapting.create(model, LORA, turn[1])
+        adapted.peft_config["default"].base_model_name_or_path = references.resolve(base)
         began = time.perf_counter()
         losses = SIDES[name](adapted, rows, tokenizer.pad_token_id, turn[1])
         seconds = time.perf_counter() - began
@@ -113,7 +113,7 @@ def loops(rounds: int, requests: int, base: str) -> list[str]:
     measured: dict[str, list[Any]] = alternate({name: each.round(name) for name, each in sides.items()}, rounds)
     for each in sides.values():
         each.close()
-    lines = [f"Rows of {EXAMPLE.name}, batches of {SETTINGS.batch_size}, LoRA of rank {RANK}; wanted: 2.5 times both on Gemma, 1.2 on SmolLM2."]
+    lines = [f"Rows of {EXAMPLE.name}, batches of {SETTINGS.batch_size}, LoRA of rank {LORA.rank}; wanted: 2.5 times both on Gemma, 1.2 on SmolLM2."]
     lines += ["", "| | tokens/s | our loop is faster by | loss, first quarter | loss, last quarter | peak memory, GiB |", "|---|---|---|---|---|---|"]
     for name, found in measured.items():
         faster = results.spread([theirs[0] / own[0] for theirs, own in zip(found, measured["our loop"], strict=True)], 2)

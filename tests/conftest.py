@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from translora_ray.config import Adapter
+
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # small models are compared with plain CPU computations
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads of one process must not starve another's on two cores
 collect_ignore = [] if find_spec("vllm") else ["vllm"]  # `make test-vllm` fails where it finds no tests
@@ -52,6 +54,10 @@ def save_model(folder: Path, family: str, seed: int = 0) -> str:
         model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=2048, **tokens))
     model.save_pretrained(folder)
     return str(folder)
+
+
+def lora(rank: int = 4, alpha: float = 8.0) -> Adapter:
+    return Adapter(type="lora", rank=rank, alpha=alpha, dropout=0.0, modules="all-linear")
 
 
 def processes(name: bytes) -> list[int]:

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from translora_ray.errors import UsageError
 
 EngineKind = Literal["auto", "transformers", "vllm"]
+AdapterType = Literal["lora", "rslora", "dora", "prompt_tuning", "ia3"]
 
 
 class Section(BaseModel):
@@ -36,14 +37,43 @@ class Training(Section):
     """Peak rate, decayed linearly to 0."""
     max_gradient_norm: float = Field(1.0, gt=0)
     """A step's gradient that is longer is shortened to this: now and then one is a hundred times the median."""
+    held_out: float = Field(0.0, ge=0, le=0.5)
+    """Share of the rows that is not trained on: the epoch, and the learning rate, with the least loss on them are taken. A transfer's rows are
+    synthetic, so no real row decides anything. 0: the last epoch is taken."""
+    patience: int | None = Field(None, ge=1)
+    """Epochs without a lower loss on the rows held out after which training stops. None: it goes on to the end."""
+    base_bits: Literal[4, 8] | None = None
+    """Bits per weight of the frozen base while it trains (bitsandbytes, the extra `quantized`; 4 is QLoRA's NF4, arXiv 2305.14314). None: as it is."""
+    learning_rates: list[float] | None = Field(None, min_length=2)
+    """Rates to try in turn in place of `learning_rate`, each from a fresh adapter; the rows held out choose."""
+
+    @model_validator(mode="after")
+    def _chooses_by_something(self) -> Training:
+        if (self.patience or self.learning_rates) and not self.held_out:
+            raise ValueError("patience and learning_rates choose by rows held out: set held_out")
+        return self
+
+    @property
+    def trials(self) -> list[Training]:
+        """This section for each of the learning rates to try."""
+        rates = self.learning_rates or [self.learning_rate]
+        return [self.model_copy(update={"learning_rate": rate, "learning_rates": None}) for rate in rates]
 
 
-class Lora(Section):
-    """Size of a LoRA adapter on all linear layers (arXiv 2106.09685). None: what the source adapter has."""
+class Adapter(Section):
+    """An adapter's type and size. None: what the source adapter has; keys that a type has no use for are not read."""
 
+    type: AdapterType | None = None
+    """LoRA (arXiv 2106.09685), rsLoRA (2312.03732), DoRA (2402.09353), prompt tuning (2104.08691; it wants a higher learning rate, in the paper
+    2e-3) or IA3 (2205.05638, on the modules that peft names for the base's family). vLLM serves the first two."""
     rank: int | None = Field(None, ge=1)
     alpha: float | None = Field(None, gt=0)
+    """With another rank than the source adapter's, None keeps alpha / rank."""
     dropout: float | None = Field(None, ge=0, lt=1)
+    modules: Literal["all-linear"] | list[str] | None = Field(None, min_length=1)
+    """Names of the linear layers that LoRA goes on, as they end (`q_proj`). None: those that do what the source adapter's do."""
+    virtual_tokens: int | None = Field(None, ge=1)
+    """Of prompt tuning; 20 where the source adapter has none."""
 
 
 class Task(Section):
@@ -66,8 +96,8 @@ class Task(Section):
     """Random seed of `prepare`."""
     source_training: Training = Training()
     """For the source adapter; unused with `--adapter`."""
-    source_lora: Lora = Lora()
-    """Size of the source adapter and of the discriminator; None means rank 16, alpha 32, dropout 0."""
+    source_adapter: Adapter = Adapter()
+    """Type and size of the source adapter; None means LoRA of rank 16, alpha twice the rank, dropout 0, all linear layers."""
     discriminator_training: Training = Training(epochs=3)
 
 
@@ -108,8 +138,8 @@ class Recipe(Section):
     synthesis: Synthesis = Synthesis()
     selection: Selection = Selection()
     training: Training = Training()
-    lora: Lora = Lora()
-    """Size of the target adapter; None inherits from the source adapter."""
+    adapter: Adapter = Adapter()
+    """Type and size of the target adapter; None inherits from the source adapter."""
 
     def digest(self) -> str:
         return hashlib.sha256(json.dumps(self.model_dump(), sort_keys=True).encode()).hexdigest()[:16]
@@ -153,6 +183,8 @@ class Cluster(Section):
     """(least, most) training workers, or one number. It does not change which rows a step learns from, nor its gradient (but for dropout's draws)."""
     rows_at_once: int | None = Field(None, ge=1)
     """Rows that one worker computes together; their gradients add up to a step's. None: its whole share of the batch."""
+    spread_base: bool = False
+    """Spreads the frozen base over the training workers (torch's FSDP2), for bases that one GPU does not hold. The adapter stays whole on each."""
     recompute: bool = False
     """Training keeps few activations and computes the others twice: less memory, about a third more time."""
     checkpoint_seconds: float = Field(60, ge=0)
@@ -260,4 +292,6 @@ def _validate(section: type[_S], tree: dict[str, Any], where: str, prefix: str =
             raise UsageError(f"{where}: unknown key {key}; remove it or correct its spelling.") from None
         if first["type"] == "missing":
             raise UsageError(f"{where}: the key {key} is missing; add it.") from None
+        if first["type"] == "value_error":
+            raise UsageError(f"{where}: {key}: {first['msg'].removeprefix('Value error, ')}.") from None
         raise UsageError(f"{where}: {key}: {first['msg']}, not {first['input']!r}.") from None

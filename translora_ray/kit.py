@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from translora_ray import __version__, adapters, models
-from translora_ray.config import Lora, Synthesis, Task
+from translora_ray.config import Adapter, Synthesis, Task
 from translora_ray.engines.base import AdapterRef, Engine, OpenEngine, Score
 from translora_ray.errors import RunFailed, UsageError, first_line
 from translora_ray.progress import Display, Phase
@@ -36,6 +36,8 @@ ADAPTER = "adapter"
 DISCRIMINATOR = "discriminator"
 HELD_OUT = 0.1
 NEGATIVE_TRIES = 4
+NO_SOURCE = adapters.AdapterInfo(path="", base="", type="lora", parameters=0, digest="", shapes={})
+"""What source adapter and discriminator take over from: nothing."""
 
 
 @dataclass(frozen=True)
@@ -177,10 +179,9 @@ def prepare(task: Task, base: str, out: str | Path, adapter: str | None, discrim
             engine.score([Score(Prompt("Is it live?"), (YES, NO), copied)])
             engine.close()
         else:
-            pairs = training.task_pairs(task, rows)
-            facts["source_loss"] = training.train_adapter(
-                base, pairs, _sized(task.source_lora), task.source_training, task.seed, scratch / ADAPTER, progress.phase("source adapter").step
-            )
+            pairs, wanted = training.task_pairs(task, rows), adapters.inherit(NO_SOURCE, task.source_adapter, models.linear_shapes(base))
+            shown = progress.phase("source adapter").step
+            facts["source_loss"] = training.train_adapter(base, pairs, wanted, task.source_training, task.seed, scratch / ADAPTER, shown)
         facts["seconds"]["source adapter"] = round(time.perf_counter() - began, 1)
         facts["discriminator"] = _discriminator(task, base, rows, seeds, scratch, open_engine, progress, facts) if discriminate else None
         names = [name for name in (ADAPTER, DISCRIMINATOR) if (scratch / name).exists()]
@@ -202,7 +203,7 @@ def prepare(task: Task, base: str, out: str | Path, adapter: str | None, discrim
 def _check_adapter(adapter: str, base: str, progress: Display) -> None:
     """Raise `UsageError` unless the adapter is one for `base`, as far as names, shapes and, where its own base is at hand, weights tell."""
     info = adapters.inspect(adapter)
-    adapters.check_fits(info, base, models.linear_shapes(base))
+    adapters.check_fits(info, base, models.linear_shapes(base), models.width(base))
     if info.base == base:
         return
     if info.base.startswith("packaged:") or Path(info.base, "config.json").is_file():
@@ -236,7 +237,7 @@ def _discriminator(
     training.train_adapter(
         base,
         pairs,
-        _sized(task.source_lora),
+        adapters.inherit(NO_SOURCE, Adapter(), models.linear_shapes(base)),
         task.discriminator_training,
         derive_seed(task.seed, DISCRIMINATOR),
         scratch / DISCRIMINATOR,
@@ -272,10 +273,6 @@ def _negatives(task: Task, engine: Engine, seeds: list[TaskRow], wanted: int, ph
         if len(found) >= wanted:
             return found[:wanted]
     raise RunFailed(f"The base wrote only {len(found)} of {wanted} distinct prompts from the seeds: use --no-discriminator, or other rows.")
-
-
-def _sized(lora: Lora) -> Lora:
-    return Lora(rank=lora.rank or 16, alpha=lora.alpha or 32.0, dropout=lora.dropout or 0.0)
 
 
 def _digest(facts: dict[str, Any], seeds: str) -> str:

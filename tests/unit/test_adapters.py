@@ -8,9 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from translora_ray import adapters, models
-from translora_ray.config import Lora
-from translora_ray.engines.base import AdapterRef, Score
+from tests.conftest import lora, save_model
+from translora_ray import adapters, adapting, models
+from translora_ray.config import Adapter, AdapterType
+from translora_ray.engines.base import AdapterRef, Generate, Sampling, Score
 from translora_ray.engines.transformers import TransformersEngine
 from translora_ray.errors import RunFailed, UsageError
 from translora_ray.prompts import Prompt
@@ -29,18 +30,18 @@ def rename_modules(adapter: Path, old: str, new: str) -> None:
 def test_a_sound_adapter_fits_its_base(adapter: Path, tiny_llama: str) -> None:
     info = adapters.inspect(adapter)
     assert (info.rank, info.alpha, len(info.shapes)) == (16, 32.0, 14)
-    adapters.check_fits(info, tiny_llama, models.linear_shapes(tiny_llama))
+    adapters.check_fits(info, tiny_llama, models.linear_shapes(tiny_llama), 32)
 
 
 def test_another_base_is_told_by_shape(adapter: Path, tiny_gemma: str) -> None:
     with pytest.raises(UsageError, match=r"shape 64x32 at model\.layers\.0\.mlp\.down_proj, .* has 64x48"):
-        adapters.check_fits(adapters.inspect(adapter), tiny_gemma, models.linear_shapes(tiny_gemma))
+        adapters.check_fits(adapters.inspect(adapter), tiny_gemma, models.linear_shapes(tiny_gemma), 48)
 
 
 def test_unknown_modules_are_named(adapter: Path, tiny_llama: str) -> None:
     rename_modules(adapter, "q_proj", "query")
     with pytest.raises(UsageError, match=r"model\.layers\.0\.self_attn\.query"):
-        adapters.check_fits(adapters.inspect(adapter), tiny_llama, models.linear_shapes(tiny_llama))
+        adapters.check_fits(adapters.inspect(adapter), tiny_llama, models.linear_shapes(tiny_llama), 32)
 
 
 def test_corrupt_pickled_and_missing_weights(adapter: Path) -> None:
@@ -62,8 +63,8 @@ def test_corrupt_pickled_and_missing_weights(adapter: Path) -> None:
 
 
 def test_another_kind_of_adapter_is_refused(adapter: Path) -> None:
-    (adapter / adapters.CONFIG).write_text(json.dumps({"peft_type": "IA3"}))
-    with pytest.raises(UsageError, match="is a IA3 adapter: only LoRA"):
+    (adapter / adapters.CONFIG).write_text(json.dumps({"peft_type": "LOHA"}))
+    with pytest.raises(UsageError, match="is a LOHA adapter: only LoRA"):
         adapters.inspect(adapter)
 
 
@@ -74,10 +75,33 @@ def test_a_configuration_that_peft_can_not_use_is_one_sentence(adapter: Path, ti
         TransformersEngine(tiny_llama).score([Score(Prompt("Q"), ("a", "b"), AdapterRef("x", str(adapter)))])
 
 
-def test_size_is_inherited_where_the_recipe_is_silent(adapter: Path) -> None:
-    info = adapters.inspect(adapter)
-    assert adapters.inherit(info, Lora()) == Lora(rank=16, alpha=32.0, dropout=0.0)
-    assert adapters.inherit(info, Lora(rank=4)) == Lora(rank=4, alpha=8.0, dropout=0.0)
+def test_size_is_inherited_where_the_recipe_is_silent(adapter: Path, tiny_llama: str) -> None:
+    info, shapes = adapters.inspect(adapter), models.linear_shapes(tiny_llama)
+    assert adapters.inherit(info, Adapter(), shapes) == lora(16, 32.0)
+    assert adapters.inherit(info, Adapter(rank=4), shapes) == lora(4, 8.0)
+    assert adapters.inherit(info, Adapter(type="prompt_tuning"), shapes) == Adapter(type="prompt_tuning", virtual_tokens=20)
+
+
+@pytest.mark.parametrize(
+    ("given", "family", "expected"),
+    [
+        (["q_proj", "v_proj"], "gemma", ["q_proj", "v_proj"]),
+        (["q_proj", "v_proj"], "gpt2", ["c_attn"]),
+        (["gate_proj", "up_proj"], "gpt2", ["c_fc"]),
+        (["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], "gpt2", "all-linear"),
+        (["something"], "gpt2", "all-linear"),
+    ],
+)
+def test_kinds_of_modules_are_mapped_to_the_targets_names(tmp_path: Path, given: list[str], family: str, expected: object) -> None:
+    info = adapters.AdapterInfo("", "", "lora", 0, "", {f"model.layers.0.{name}": (8, 8) for name in given}, 4, 8.0)
+    shapes = models.linear_shapes(save_model(tmp_path / family, family))
+    assert adapters.inherit(info, Adapter(), shapes).modules == expected
+
+
+def test_modules_that_match_nothing_are_named_with_those_that_exist(adapter: Path, tiny_llama: str) -> None:
+    wanted = Adapter(modules=["q_proj", "c_attn"])
+    with pytest.raises(UsageError, match="no linear layer named c_attn; there are down_proj, gate_proj, k_proj"):
+        adapters.inherit(adapters.inspect(adapter), wanted, models.linear_shapes(tiny_llama))
 
 
 def test_an_adapter_that_is_dropped_in_silence_is_found_out(adapter: Path, tiny_llama: str) -> None:
@@ -94,18 +118,49 @@ def test_an_adapter_that_changes_nothing_is_found_out(adapter: Path, tiny_llama:
         TransformersEngine(tiny_llama).score([Score(Prompt("Q"), ("a", "b"), AdapterRef("x", str(adapter)))])
 
 
-def test_a_dora_serves_as_source_adapter(tiny_llama: str, tmp_path: Path) -> None:
-    from peft import LoraConfig, get_peft_model
+@pytest.mark.parametrize("kind", ["lora", "rslora", "dora", "prompt_tuning", "ia3"])
+@pytest.mark.parametrize("family", ["llama", "gemma"])
+def test_every_type_is_made_saved_read_and_answers_as_peft_does(kind: AdapterType, family: str, tmp_path: Path) -> None:
+    from peft import PeftModel
 
-    model = get_peft_model(
-        models.load_base(tiny_llama, "cpu"), LoraConfig(r=4, lora_alpha=8, use_dora=True, target_modules="all-linear", task_type="CAUSAL_LM")
-    )
-    for name, weight in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(weight.data, std=0.1)
-    adapters.save(model, tmp_path / "dora", tiny_llama)
-    info = adapters.inspect(tmp_path / "dora")
-    assert info.dora and len(info.shapes) == 14
-    reference = AdapterRef("dora", str(tmp_path / "dora"))
-    engine = TransformersEngine(tiny_llama)
-    assert engine.score([Score(Prompt("Q"), ("a", "b"), reference)]) != engine.score([Score(Prompt("Q"), ("a", "b"))])
+    base = save_model(tmp_path / family, family)
+    wanted = adapters.inherit(adapters.AdapterInfo("", "", "lora", 0, "", {}), Adapter(type=kind, rank=4, virtual_tokens=6), models.linear_shapes(base))
+    model = adapting.create(models.load_base(base).float(), wanted, 1)
+    torch.manual_seed(2)
+    for weight in model.parameters():
+        if weight.requires_grad:
+            torch.nn.init.normal_(weight.data, mean=float(kind == "ia3"), std=0.1)
+    adapting.save(model, tmp_path / "adapter", base)
+    info = adapters.inspect(tmp_path / "adapter")
+    assert (info.type, info.rank, info.virtual_tokens) == (kind, 4 if wanted.rank else 0, wanted.virtual_tokens or 0)
+    adapters.check_fits(info, base, models.linear_shapes(base), models.width(base))
+
+    engine = TransformersEngine(base)
+    engine.model.float()
+    reference = AdapterRef(kind, str(tmp_path / "adapter"))
+    prompts = [Prompt("Q"), Prompt("Q: a longer one than the other\nA:")]
+    plain = PeftModel.from_pretrained(models.load_base(base).float(), tmp_path / "adapter").eval()
+    for prompt, scores, bare in zip(
+        prompts, engine.score([Score(p, ("a", "b"), reference) for p in prompts]), engine.score([Score(p, ("a", "b")) for p in prompts]), strict=True
+    ):
+        ids = engine.tokenizer(prompt.text + " ", return_tensors="pt").input_ids
+        logits = plain(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, -1].float().log_softmax(-1)
+        expected = [float(logits[engine.tokenizer.convert_tokens_to_ids(answer)]) for answer in "ab"]
+        assert list(scores) == pytest.approx(expected, abs=2e-3)
+        assert list(scores) != pytest.approx(list(bare), abs=1e-3)
+    written = engine.generate([Generate(prompt, Sampling(6), reference) for prompt in prompts])
+    for prompt, answer in zip(prompts, written, strict=True):
+        ids = engine.tokenizer(prompt.text, return_tensors="pt").input_ids
+        for _ in range(6):
+            ids = torch.cat([ids, plain(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, -1:].argmax(-1)], dim=1)
+            if ids[0, -1] == 2:
+                break
+        assert answer.text == engine.tokenizer.decode(ids[0, -answer.tokens :], skip_special_tokens=True)
+
+
+def test_virtual_tokens_of_another_width_are_told(tiny_llama: str, tiny_gemma: str, tmp_path: Path) -> None:
+    adapting.save(adapting.create(models.load_base(tiny_llama), Adapter(type="prompt_tuning", virtual_tokens=3), 0), tmp_path / "prompt", tiny_llama)
+    with pytest.raises(UsageError, match=r"virtual tokens of width 32, .* embeds in 48"):
+        adapters.check_fits(adapters.inspect(tmp_path / "prompt"), tiny_gemma, models.linear_shapes(tiny_gemma), models.width(tiny_gemma))
+    with pytest.raises(UsageError, match="its base embeds in 48"):
+        TransformersEngine(tiny_gemma).score([Score(Prompt("Q"), ("a", "b"), AdapterRef("prompt", str(tmp_path / "prompt")))])

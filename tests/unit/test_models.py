@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from translora_ray import models
+from translora_ray import models, references
 from translora_ray.errors import UsageError
 
 TWO_AT_ONCE = """
 import sys, time
 from pathlib import Path
-from translora_ray import models
+from translora_ray import references
 
 def make(target):
     with open(sys.argv[1], "a") as log:
@@ -24,7 +24,7 @@ def make(target):
     target.mkdir()
     (target / "config.json").write_text("{}")
 
-print(models._once("model", make))
+print(references._once("model", make))
 """
 
 
@@ -41,7 +41,7 @@ def test_a_conversion_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pyt
     broken = tmp_path / "broken.gguf"
     broken.write_bytes(b"GGUF but not really")
     with pytest.raises(UsageError, match=r"broken\.gguf can not be read"):
-        models.resolve(str(broken))
+        references.resolve(str(broken))
     assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".lock"]
 
 

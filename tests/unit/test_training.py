@@ -6,16 +6,18 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.nn import functional
 
-from tests.conftest import save_model
-from translora_ray import adapters, models
-from translora_ray.config import Lora, Training
+from tests.conftest import lora, save_model
+from translora_ray import adapters, adapting, models
+from translora_ray.config import Adapter, Training
 from translora_ray.errors import Diverged, RunFailed, UsageError
 from translora_ray.prompts import Prompt
 from translora_ray.training import loop
 from translora_ray.training.task import encode, start, train_adapter
 
+PAIRS = [(Prompt(f"Q: {word}\nA:"), answer) for word, answer in (("red", "a"), ("blue", "b"), ("green", "c"), ("grey one", "a"), ("pink", "b"))] * 3
 ROWS = [loop.Encoded([5, 6, 7, 8, 2], 2), loop.Encoded([9, 10, 2], 1), loop.Encoded([11, 12, 13, 14, 15, 16, 2], 3)]
 
 
@@ -32,7 +34,7 @@ def plain_loss(model: torch.nn.Module, rows: list[loop.Encoded]) -> torch.Tensor
 @pytest.mark.parametrize("family", ["llama", "gemma", "qwen", "gpt2"])
 def test_label_loss_and_gradients_equal_the_plain_forward(tmp_path: Path, family: str) -> None:
     base = models.load_base(save_model(tmp_path / family, family)).float()
-    model = adapters.create(base, rank=4, alpha=8.0, dropout=0.0, seed=1)
+    model = adapting.create(base, lora(), 1)
     weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     for weight in weights.values():  # LoRA's B is zero at first, which would hide half of the gradients
         torch.nn.init.normal_(weight, std=0.1)
@@ -44,8 +46,20 @@ def test_label_loss_and_gradients_equal_the_plain_forward(tmp_path: Path, family
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4, msg=name)
 
 
+def test_virtual_tokens_stand_before_the_labels(tiny_gemma: str) -> None:
+    model = adapting.create(models.load_base(tiny_gemma).float(), Adapter(type="prompt_tuning", virtual_tokens=5), 1)
+    found = loop.label_loss(model, model.get_output_embeddings(), loop.collate(ROWS, 0, torch.device("cpu")))
+    expected = torch.zeros(())
+    for row in ROWS:
+        logits = model(input_ids=torch.tensor([row.ids]), attention_mask=torch.ones((1, len(row.ids)))).logits[0, :-1].float()
+        expected = expected + functional.cross_entropy(logits[-row.labels :], torch.tensor(row.ids[-row.labels :]), reduction="sum")
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+    prompt = model.prompt_encoder["default"].embedding.weight
+    torch.testing.assert_close(*(torch.autograd.grad(loss, prompt)[0] for loss in (found, expected)), rtol=1e-3, atol=1e-5)
+
+
 def test_an_empty_share_of_a_batch_has_zero_loss_and_gradients(tiny_llama: str) -> None:
-    model = adapters.create(models.load_base(tiny_llama), 4, 8.0, 0.0, 1)
+    model = adapting.create(models.load_base(tiny_llama), lora(), 1)
     batch = loop.collate([loop.Encoded([5, 6], 0)], 0, torch.device("cpu"))
     loss = loop.label_loss(model, model.get_output_embeddings(), batch)
     loss.backward()
@@ -63,7 +77,7 @@ def test_every_row_once_an_epoch_and_each_epoch_another_order() -> None:
 
 
 def fresh(base: str, rows: list[loop.Encoded], **settings: Any) -> loop.Loop:
-    model = adapters.create(models.load_base(base).float(), 4, 8.0, 0.0, 1)
+    model = adapting.create(models.load_base(base).float(), lora(), 1)
     return loop.Loop(model, rows, 0, Training(**{"epochs": 2, "batch_size": 4, **settings}), 5)
 
 
@@ -74,14 +88,78 @@ def test_training_resumes_inside_an_epoch_to_the_same_weights(tiny_llama: str, t
     list(broken.run_epoch())
     next(broken.run_epoch())
     assert (broken.epoch, broken.position, broken.step) == (1, 1, 5)
-    adapters.save(broken.model, tmp_path / "a", tiny_llama)
+    adapting.save(broken.model, tmp_path / "a", tiny_llama)
     resumed = fresh(tiny_llama, ROWS * 5)
-    adapters.load_weights(resumed.model, tmp_path / "a")
+    adapting.load_weights(resumed.model, tmp_path / "a")
     resumed.load_state_dict(broken.state_dict())
     loop.train(resumed)
     assert resumed.tokens == whole.tokens
     for (name, ours), theirs in zip(resumed.model.named_parameters(), whole.model.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, msg=name)
+
+
+def test_rows_held_out_choose_the_epoch_and_end_the_training(tiny_llama: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = fresh(tiny_llama, ROWS * 4, epochs=9, held_out=0.25, patience=2)
+    assert (len(chosen.rows), len(chosen.held_out)) == (9, 3)
+    losses = iter([3.0, 1.0, 2.0, 2.0])
+    monkeypatch.setattr(chosen, "_held_out_loss", lambda: next(losses))
+    after: list[list[torch.Tensor]] = []
+    while not chosen.done:
+        list(chosen.run_epoch())
+        after.append([weight.detach().clone() for weight in chosen._weights])
+    assert (chosen.epoch, chosen.best_epoch, chosen.held_out_losses) == (4, 2, [3.0, 1.0, 2.0, 2.0])
+    chosen.use_best()
+    for weight, second, last in zip(chosen._weights, after[1], after[3], strict=True):
+        assert torch.equal(weight, second) and not torch.equal(weight, last)
+    resumed = fresh(tiny_llama, ROWS * 4, epochs=9, held_out=0.25, patience=2)
+    resumed.load_state_dict(chosen.state_dict())
+    assert resumed.done and resumed.best_epoch == 2
+
+
+def test_the_loss_of_rows_held_out_is_the_plain_one(tiny_llama: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "autocast", lambda device: contextlib.nullcontext())
+    training = fresh(tiny_llama, ROWS * 4, held_out=0.4)
+    assert training.held_out and training._held_out_loss() == pytest.approx(
+        float(plain_loss(training.model, training.held_out)) / sum(row.labels for row in training.held_out), rel=1e-5
+    )
+
+
+def in_float32() -> None:
+    """So that sums in another order are nearly the same."""
+    models.computes_in_bf16 = loop.computes_in_bf16 = lambda device: False
+
+
+def one_of_two(rank: int, base: str, folder: str, spread: bool) -> None:
+    """A worker of two, on gloo; the first saves what it learnt and its losses."""
+    in_float32()
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    settings = Training(epochs=2, batch_size=4, learning_rate=0.01, held_out=0.2)
+    training = start(base, PAIRS, lora(), settings, 0, rank, 2, "cpu", spread=spread)
+    if spread:
+        base_weights = [weight for weight in training.model.parameters() if not weight.requires_grad]
+        assert 2 * sum(weight.to_local().numel() for weight in base_weights) == sum(weight.numel() for weight in base_weights)
+    losses = [step.loss for _ in range(2) for step in training.run_epoch()]
+    if rank == 0:
+        adapting.save(training.model, f"{folder}/adapter", base)
+        torch.save((losses, training.held_out_losses), f"{folder}/losses")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("spread", [False, True])
+def test_two_workers_take_the_steps_of_one_with_the_base_whole_or_spread(
+    tiny_gemma: str, tmp_path: Path, spread: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (models, loop):
+        monkeypatch.setattr(module, "computes_in_bf16", lambda device: False)
+    torch.multiprocessing.spawn(one_of_two, (tiny_gemma, str(tmp_path), spread), nprocs=2)
+    losses, held_out = torch.load(tmp_path / "losses")
+    alone = start(tiny_gemma, PAIRS, lora(), Training(epochs=2, batch_size=4, learning_rate=0.01, held_out=0.2), 0)
+    assert [step.loss for _ in range(2) for step in alone.run_epoch()] == pytest.approx(losses, rel=1e-4)
+    assert alone.held_out_losses == pytest.approx(held_out, rel=1e-4)
+    adapting.save(alone.model, tmp_path / "alone", tiny_gemma)
+    ours, theirs = (load_file(tmp_path / name / adapters.WEIGHTS) for name in ("adapter", "alone"))
+    for name, weight in ours.items():
+        torch.testing.assert_close(weight, theirs[name], rtol=1e-3, atol=1e-4, msg=name)
 
 
 def test_gradients_that_add_up_are_those_of_all_rows_together(tiny_llama: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,11 +204,20 @@ def test_a_step_whose_loss_is_not_a_number_names_its_rows_and_changes_nothing(ti
 
 def test_recomputed_activations_give_the_same_step(tiny_llama: str) -> None:
     pairs = [(Prompt(f"Q: {word}\nA:"), "a") for word in ("red", "blue", "green")]
-    lora = Lora(rank=4, alpha=8.0, dropout=0.0)
-    plain, saving = (start(tiny_llama, pairs, lora, Training(epochs=1, batch_size=2), 0, recompute=recompute) for recompute in (False, True))
+    plain, saving = (start(tiny_llama, pairs, lora(), Training(epochs=1, batch_size=2), 0, recompute=recompute) for recompute in (False, True))
     assert saving.model.is_gradient_checkpointing
     losses = [[step.loss for step in one.run_epoch()] for one in (plain, saving)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+def test_a_base_in_eight_bits_learns_what_the_whole_one_does(tiny_llama: str) -> None:
+    settings = Training(epochs=6, batch_size=4, learning_rate=0.01)
+    losses = []
+    for one in (settings, settings.model_copy(update={"base_bits": 8})):
+        training = start(tiny_llama, PAIRS, lora(), one, 0)
+        losses.append(loop.train(training))
+        assert any("8bit" in type(module).__name__ for module in training.model.modules()) == (one.base_bits == 8)
+    assert losses[0] == pytest.approx(losses[1], abs=0.3) and losses[1] < 1.5
 
 
 def test_training_learns_and_saves_an_adapter_that_peft_loads(tiny_llama: str, tmp_path: Path) -> None:
@@ -142,7 +229,7 @@ def test_training_learns_and_saves_an_adapter_that_peft_loads(tiny_llama: str, t
     train_adapter(
         tiny_llama,
         pairs,
-        Lora(rank=8, alpha=16.0, dropout=0.0),
+        lora(8, 16.0),
         Training(epochs=10, learning_rate=0.01),
         0,
         tmp_path / "a",

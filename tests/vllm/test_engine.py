@@ -16,8 +16,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
+from tests.conftest import lora
 from tests.unit.test_adapters import rename_modules
-from translora_ray import adapters, models
+from translora_ray import adapters, adapting, models
 from translora_ray.config import Vllm
 from translora_ray.engines.base import AdapterRef, Complete, Generate, Sampling, Score
 from translora_ray.engines.transformers import TransformersEngine
@@ -104,7 +105,7 @@ def test_a_prompt_over_the_context_is_refused(engine: VllmEngine) -> None:
 
 
 def test_a_rank_over_the_largest_is_refused(engine: VllmEngine, tiny_llama: str, tmp_path: Path) -> None:
-    adapters.save(adapters.create(models.load_base(tiny_llama), 32, 32.0, 0.0, 0), tmp_path / "large", tiny_llama)
+    adapting.save(adapting.create(models.load_base(tiny_llama), lora(32, 32.0), 0), tmp_path / "large", tiny_llama)
     with pytest.raises(UsageError, match=r"has rank 32, the engine takes 16 at most: raise cluster\.vllm\.rank"):
         engine.score([Score(PROMPTS[0], ("a", "b"), AdapterRef("large", str(tmp_path / "large")))])
 

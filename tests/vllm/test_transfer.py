@@ -17,7 +17,7 @@ from peft import LoraConfig, get_peft_model
 from tests.conftest import processes, write_task
 from tests.e2e.test_real_models import EXAMPLE, SOURCE, TARGET
 from tests.ray.test_transfer import arguments, rows
-from translora_ray import adapters, models
+from translora_ray import adapting, models
 from translora_ray.cli import main
 from translora_ray.config import Vllm
 from translora_ray.engines.base import AdapterRef, Complete
@@ -106,7 +106,7 @@ def test_transformers_serves_the_role_that_vllm_can_not_and_says_so(
 ) -> None:
     torch.manual_seed(0)
     config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], use_dora=True, init_lora_weights=False, task_type="CAUSAL_LM")
-    adapters.save(get_peft_model(models.load_base(tiny_llama), config), tmp_path / "dora", tiny_llama)
+    adapting.save(get_peft_model(models.load_base(tiny_llama), config), tmp_path / "dora", tiny_llama)
     made = ["prepare", str(write_task(tmp_path)), "--base", tiny_llama, "--out", str(tmp_path / "kit"), "--adapter", str(tmp_path / "dora")]
     assert main([*made, "--engine", "transformers"]) == 0
     run = tmp_path / "run"

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from transformers import DynamicCache
 
-from translora_ray import adapters
+from translora_ray import adapters, adapting
 from translora_ray.engines.base import AdapterRef, Complete, Generate, Generation, Sampling, Score
 from translora_ray.errors import UsageError
 from translora_ray.models import context_of, end_tokens, load_base, load_tokenizer
@@ -33,6 +33,9 @@ class TransformersEngine:
         self.context = context_of(self.model)
         self.ends = end_tokens(self.model, self.tokenizer)
         self._names: dict[str, str] = {}
+        self._prompts: dict[str, torch.Tensor] = {}
+        self._virtual: torch.Tensor | None = None
+        """Vectors before each prompt, (virtual tokens, hidden), where a prompt-tuning adapter answers."""
 
     def generate(self, requests: Sequence[Generate]) -> list[Generation]:
         return self._grouped(requests, lambda request: (request.adapter, request.sampling), self._generate_batch)
@@ -79,14 +82,13 @@ class TransformersEngine:
             raise UsageError(f"A prompt of {max(map(len, ids))} tokens and {sampling.max_tokens} new ones exceed the context of {self.context}: shorten it.")
         shared, cache = self._shared_prompt(ids, sampling.max_tokens)
         inputs = self._pad(ids, shared)
-        feed, mask, positions = inputs["input_ids"][:, shared:], inputs["attention_mask"], inputs["position_ids"][:, shared:]
+        mask, positions = inputs["attention_mask"], inputs["position_ids"][:, shared:]
+        feed = {name: inputs[name][:, shared:] for name in ("input_ids", "inputs_embeds") if name in inputs}
         rows = [_Row(self.tokenizer, self.ends, sampling, request.seed) for request in requests]
         alive = list(range(len(rows)))
         for _ in range(sampling.max_tokens):
-            logits = self.model(input_ids=feed, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[
-                :, -1
-            ]
-            tokens = _choose(logits.float(), sampling, [rows[i].generator for i in alive])
+            logits = self.model(**feed, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+            tokens = _choose(logits[:, -1].float(), sampling, [rows[i].generator for i in alive])
             keep = [slot for slot, (i, token) in enumerate(zip(alive, tokens, strict=True)) if rows[i].add(token)]
             if not keep:
                 break
@@ -94,18 +96,18 @@ class TransformersEngine:
             slots = torch.tensor(keep, device=mask.device)
             if len(keep) < len(tokens):
                 cache.batch_select_indices(slots)
-            feed = torch.tensor([[rows[i].tokens[-1]] for i in alive], device=mask.device)
-            mask = torch.cat([mask[slots], torch.ones_like(feed)], dim=1)
+            feed = {"input_ids": torch.tensor([[rows[i].tokens[-1]] for i in alive], device=mask.device)}
+            mask = torch.cat([mask[slots], torch.ones_like(feed["input_ids"])], dim=1)
             positions = positions[slots, -1:] + 1
         return [row.result(len(prompt)) for row, prompt in zip(rows, ids, strict=True)]
 
     def _shared_prompt(self, ids: list[list[int]], new_tokens: int) -> tuple[int, DynamicCache]:
         """(length, keys and values) of the beginning that all prompts have in common, computed once; (0, nothing) if not worth it,
-        or where the padding after it would count in a sliding window of attention."""
+        where the padding after it would count in a sliding window of attention, or where virtual tokens come first."""
         cache = DynamicCache(config=self.model.config)
         shared = min(common_length(ids), min(map(len, ids)) - 1) if len(ids) > 1 else 0
         window = getattr(self.model.config.get_text_config(), "sliding_window", None)
-        if shared < WORTH_SHARING or (window and max(map(len, ids)) + new_tokens > window):
+        if shared < WORTH_SHARING or self._virtual is not None or (window and max(map(len, ids)) + new_tokens > window):
             return 0, cache
         self.model(torch.tensor([ids[0][:shared]], device=self.model.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
         cache.batch_repeat_interleave(len(ids))
@@ -122,31 +124,42 @@ class TransformersEngine:
         longest = max(map(len, answers))
         batch = self._pad([prompt + answer for prompt, answer in zip(ids, answers, strict=True)])
         logprobs = self.model(**batch, logits_to_keep=longest + 1, use_cache=False).logits[:, :-1].float().log_softmax(-1)
-        chosen = logprobs.gather(-1, batch["input_ids"][:, -longest:, None])[..., 0].tolist()
+        wanted = torch.tensor([[0] * (longest - len(answer)) + answer for answer in answers], device=logprobs.device)
+        chosen = logprobs.gather(-1, wanted[..., None])[..., 0].tolist()
         return [tuple(row[longest - len(answer) :]) for row, answer in zip(chosen, answers, strict=True)]
 
     def _pad(self, ids: list[list[int]], shared: int = 0) -> dict[str, torch.Tensor]:
-        """Rows of one length; padding stands after the `shared` first tokens that all rows have in common."""
+        """Rows of one length; padding stands after the `shared` first tokens that all rows have in common. Virtual tokens make embeddings of the rows."""
+        pad, virtual = self.tokenizer.pad_token_id, self._virtual
+        if virtual is not None:
+            ids = [[pad] * len(virtual) + row for row in ids]
         width = max(map(len, ids))
         if width > self.context:
             raise UsageError(f"A prompt of {width} tokens exceeds the base's context of {self.context}: shorten the inputs.")
-        pad = self.tokenizer.pad_token_id
         rows = [row[:shared] + [pad] * (width - len(row)) + row[shared:] for row in ids]
         mask = [[1] * shared + [0] * (width - len(row)) + [1] * (len(row) - shared) for row in ids]
         inputs = {"input_ids": torch.tensor(rows), "attention_mask": torch.tensor(mask)}
         inputs["position_ids"] = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
-        return {name: tensor.to(self.model.device) for name, tensor in inputs.items()}
+        inputs = {name: tensor.to(self.model.device) for name, tensor in inputs.items()}
+        if virtual is not None:
+            inputs["inputs_embeds"] = self.model.get_input_embeddings()(inputs.pop("input_ids"))
+            for embedded, row in zip(inputs["inputs_embeds"], ids, strict=True):
+                embedded[width - len(row) : width - len(row) + len(virtual)] = virtual
+        return inputs
 
     def _activate(self, adapter: AdapterRef | None) -> None:
         """Make one adapter, or the bare base, the one that answers. A new adapter is proved live before its first answer."""
-        if adapter is None:
+        if adapter and adapter.path not in self._prompts and adapters.inspect(adapter.path).type == "prompt_tuning":
+            self._prompts[adapter.path] = adapting.virtual_tokens(self.model, adapter.path)
+        self._virtual = self._prompts.get(adapter.path) if adapter else None
+        if adapter is None or self._virtual is not None:
             if self._names:
                 self.model.base_model.disable_adapter_layers()
             return
         if adapter.path not in self._names:
             self._names[adapter.path] = f"adapter{len(self._names)}"
-            self.model = adapters.attach(self.model, adapter.path, self._names[adapter.path])
-            adapters.prove_live(self.model, self.tokenizer, adapter.path, self._names[adapter.path])
+            self.model = adapting.attach(self.model, adapter.path, self._names[adapter.path])
+            adapting.prove_live(self.model, self.tokenizer, adapter.path, self._names[adapter.path])
         self.model.base_model.enable_adapter_layers()
         self.model.set_adapter(self._names[adapter.path], inference_mode=True)
 

@@ -21,8 +21,9 @@ from translora_ray import adapters
 from translora_ray.config import Vllm
 from translora_ray.engines.base import AdapterRef, Complete, Generate, Generation, Sampling, Score
 from translora_ray.errors import EngineDied, RunFailed, UsageError, first_line
-from translora_ray.models import computes_in_bf16, context_of, linear_shapes, load_tokenizer, resolve, skeleton
+from translora_ray.models import computes_in_bf16, context_of, linear_shapes, load_tokenizer, skeleton
 from translora_ray.prompts import Prompt, answer_ids, distinct_tokens, prompt_ids
+from translora_ray.references import resolve
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Ranks that vLLM makes room for."""

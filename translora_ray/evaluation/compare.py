@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from translora_ray import adapters, kit
-from translora_ray.config import Lora, Task, Training
+from translora_ray.config import Adapter, Task, Training
 from translora_ray.engines.base import AdapterRef, Engine, Generate, OpenEngine, Sampling
 from translora_ray.errors import UsageError
 from translora_ray.evaluation.metrics import METRICS
@@ -81,9 +81,8 @@ def _oracle(manifest: dict[str, Any], task: Task, rows: list[TaskRow], scratch: 
     out = scratch / "oracle"
     settings = Training(**manifest["recipe"]["training"])
     pairs = task_pairs(task, rows)
-    train_adapter(
-        manifest["target_base"], pairs, Lora(**manifest["training"]["lora"]), settings, manifest["recipe"]["seed"], out, display.phase("oracle training").step
-    )
+    adapter = Adapter(**manifest["training"]["adapter"])
+    train_adapter(manifest["target_base"], pairs, adapter, settings, manifest["recipe"]["seed"], out, display.phase("oracle training").step)
     return str(out)
 
 

@@ -65,11 +65,16 @@ def label_loss(model: torch.nn.Module, output: torch.nn.Module, batch: dict[str,
     """Summed cross-entropy over the labels of a batch from `collate`, computed in float32.
 
     `output` is the model's output embedding. A hook before it lets through the hidden states that predict a label, as (1, labels, hidden); what the family
-    does to logits afterwards (soft-capping, scaling) acts on each position by itself and stays its own.
+    does to logits afterwards (soft-capping, scaling) acts on each position by itself and stays its own. Virtual tokens stand before the rows.
     """
     labels = batch["labels"]
     rows, columns = (labels != IGNORE).nonzero(as_tuple=True)
-    hook = output.register_forward_pre_hook(lambda module, args: (args[0][rows, columns - 1].unsqueeze(0),))
+
+    def labelled(_module: torch.nn.Module, args: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+        virtual = args[0].shape[1] - labels.shape[1]
+        return (args[0][rows, columns + virtual - 1].unsqueeze(0),)
+
+    hook = output.register_forward_pre_hook(labelled)
     try:
         logits = model(**{name: tensor for name, tensor in batch.items() if name != "labels"}, use_cache=False).logits[0]
     finally:
@@ -82,11 +87,17 @@ def autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     return torch.autocast(device.type, dtype=torch.bfloat16) if computes_in_bf16(device.type) else contextlib.nullcontext()
 
 
+def hold_out(rows: Sequence[Encoded], share: float, seed: int) -> tuple[list[Encoded], list[Encoded]]:
+    """(rows to train on, rows to choose epoch and learning rate by): `share` of the rows, one at least, drawn by `seed`; none where it is 0."""
+    held = set(random.Random(f"{seed}/held out").sample(range(len(rows)), max(1, round(share * len(rows))) if share else 0))
+    return [row for i, row in enumerate(rows) if i not in held], [rows[i] for i in sorted(held)]
+
+
 class Loop:
     """A model with trainable adapter weights, its optimiser, schedule and place in the data: what a checkpoint holds (`state_dict`).
 
-    `run_epoch` is called for each epoch in turn. A step's rows and random numbers derive from its number, so a loop that goes on
-    from a state makes the steps that an undisturbed one would.
+    `run_epoch` is called for each epoch in turn until `done`. A step's rows and random numbers derive from its number, so a loop that goes on
+    from a state makes the steps that an undisturbed one would. Each worker has all trainable weights, and adds up its gradients with the others'.
     `at_once` is the most rows that a worker computes together, whose gradients add up to a step's; alone, it is halved when memory runs out.
     """
 
@@ -101,14 +112,17 @@ class Loop:
         world: int = 1,
         at_once: int | None = None,
     ) -> None:
-        self.model, self.rows, self.pad_id, self.settings, self.seed = model, rows, pad_id, settings, seed
+        self.model, self.pad_id, self.settings, self.seed = model, pad_id, settings, seed
+        self.rows, self.held_out = hold_out(rows, settings.held_out, seed)
         self.rank, self.world = rank, world
         self.at_once = min(at_once or settings.batch_size, settings.batch_size)
         self.device = next(model.parameters()).device
-        self._forward = torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model
-        self.steps_per_epoch = -(-len(rows) // settings.batch_size)
+        self.steps_per_epoch = -(-len(self.rows) // settings.batch_size)
         total = self.steps_per_epoch * settings.epochs
         self._weights = [weight for weight in model.parameters() if weight.requires_grad]
+        self.held_out_losses: list[float] = []
+        """Mean loss per label of the rows held out, after each epoch."""
+        self._best: list[torch.Tensor] = []
         self.optimizer = torch.optim.AdamW(self._weights, lr=settings.learning_rate, weight_decay=0.0)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: max(0.0, 1.0 - step / total))
         self.epoch = 0
@@ -122,13 +136,32 @@ class Loop:
         return self.epoch * self.steps_per_epoch + self.position
 
     def state_dict(self) -> dict[str, Any]:
-        place = {"epoch": self.epoch, "position": self.position, "tokens": self.tokens}
+        place = {"epoch": self.epoch, "position": self.position, "tokens": self.tokens, "held_out_losses": self.held_out_losses, "best": self._best}
         return {"optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict(), **place}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         self.epoch, self.position, self.tokens = state["epoch"], state["position"], state["tokens"]
+        self.held_out_losses, self._best = state["held_out_losses"], state["best"]
+
+    @property
+    def best_epoch(self) -> int:
+        """The epoch whose weights `use_best` takes: that of the least held-out loss, or the last."""
+        return 1 + self.held_out_losses.index(min(self.held_out_losses)) if self.held_out_losses else self.epoch
+
+    @property
+    def done(self) -> bool:
+        """Whether all epochs are trained, or the held-out loss has not fallen for `patience` epochs."""
+        patience = self.settings.patience or self.settings.epochs
+        return self.epoch >= self.settings.epochs or (bool(self.held_out_losses) and self.epoch - self.best_epoch >= patience)
+
+    def use_best(self) -> None:
+        """Take the weights of the best epoch."""
+        if self._best:
+            with torch.no_grad():
+                for weight, best in zip(self._weights, self._best, strict=True):
+                    weight.copy_(best)
 
     def run_epoch(self) -> Iterator[Step]:
         """Train what is left of the epoch, yielding a `Step` after each optimiser step; afterwards `epoch` is one higher."""
@@ -143,6 +176,29 @@ class Loop:
             self.position += 1
             yield Step(self.step, self.steps_per_epoch * self.settings.epochs, loss, self.tokens - before, time.perf_counter() - began)
         self.epoch, self.position = self.epoch + 1, 0
+        if self.held_out:
+            self.held_out_losses.append(self._held_out_loss())
+            if self.best_epoch == self.epoch:
+                self._best = [weight.detach().cpu().clone() for weight in self._weights]
+
+    def _held_out_loss(self) -> float:
+        self.model.eval()
+        total = torch.zeros((), device=self.device)
+        shares = [self.held_out[start + self.rank :: self.world][: self.at_once] for start in range(0, len(self.held_out), self.at_once * self.world)]
+        with torch.no_grad(), autocast(self.device):
+            for rows in shares:
+                total += label_loss(self.model, self._output, collate(rows or self._empty(), self.pad_id, self.device))
+        if self.world > 1:
+            torch.distributed.all_reduce(total)
+        return float(total) / sum(row.labels for row in self.held_out)
+
+    def _empty(self) -> list[Encoded]:
+        """A row without labels, for a worker whose share is empty: where the base is spread over workers, all must compute."""
+        return [Encoded(self.rows[0].ids, 0)]
+
+    @property
+    def _output(self) -> torch.nn.Module:
+        return self.model.get_output_embeddings()  # type: ignore[no-any-return]
 
     def any_worker(self, condition: bool) -> bool:
         """Whether the condition holds on any worker; all of them must ask."""
@@ -155,10 +211,10 @@ class Loop:
     def _step(self, indices: Sequence[int]) -> float:
         """One optimiser step on the rows; returns their mean loss per label. Raises `Diverged`, weights untouched, where that is not a number."""
         rows = [self.rows[i] for i in indices]
-        mine = rows[self.rank :: self.world] or [Encoded(rows[0].ids, 0)]
+        mine = rows[self.rank :: self.world] or self._empty()
         total = self._gradients(mine, sum(row.labels for row in rows))
         if self.world > 1:
-            torch.distributed.all_reduce(total)
+            total = self._add_up(total)
         norm = torch.nn.utils.clip_grad_norm_(self._weights, self.settings.max_gradient_norm)
         if not (total.isfinite() and norm.isfinite()):
             self.optimizer.zero_grad(set_to_none=True)
@@ -174,7 +230,7 @@ class Loop:
         while True:
             parts = [rows[i : i + self.at_once] for i in range(0, len(rows), self.at_once)]
             try:
-                return sum((self._part(part, labels, last=part is parts[-1]) for part in parts), torch.zeros((), device=self.device))
+                return sum((self._part(part, labels) for part in parts), torch.zeros((), device=self.device))
             except torch.OutOfMemoryError:
                 self.optimizer.zero_grad(set_to_none=True)
                 held = min(self.at_once, len(rows))
@@ -184,21 +240,30 @@ class Loop:
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
 
-    def _part(self, rows: Sequence[Encoded], labels: int, last: bool) -> torch.Tensor:
-        together = contextlib.nullcontext() if last or self.world == 1 else self._forward.no_sync()
-        with together:
-            with autocast(self.device):
-                loss = label_loss(self._forward, self.model.get_output_embeddings(), collate(rows, self.pad_id, self.device)) / labels
-            (loss * self.world).backward()  # type: ignore[no-untyped-call]  # DDP averages gradients over workers
+    def _part(self, rows: Sequence[Encoded], labels: int) -> torch.Tensor:
+        with autocast(self.device):
+            loss = label_loss(self.model, self._output, collate(rows, self.pad_id, self.device)) / labels
+        loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach()
+
+    def _add_up(self, loss: torch.Tensor) -> torch.Tensor:
+        """Sum loss and gradients over the workers, in one message: adapters are small."""
+        gradients = [weight.grad for weight in self._weights if weight.grad is not None]
+        message = torch.cat([loss.reshape(1), *(gradient.flatten() for gradient in gradients)])
+        torch.distributed.all_reduce(message)
+        parts = torch.split(message[1:], [gradient.numel() for gradient in gradients])
+        for gradient, part in zip(gradients, parts, strict=True):
+            gradient.copy_(part.view_as(gradient))
+        return message[0]
 
 
 def train(training: Loop, on_step: Callable[[Step], None] = lambda step: None) -> float:
     """Run the epochs that are left; returns the mean loss of the last epoch."""
     losses: list[float] = []
-    while training.epoch < training.settings.epochs:
+    while not training.done:
         losses = []
         for step in training.run_epoch():
             losses.append(step.loss)
             on_step(step)
+    training.use_best()
     return sum(losses) / max(1, len(losses))

@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from translora_ray import adapters, models
-from translora_ray.config import Lora, Task, Training
+from translora_ray import adapters, adapting, models
+from translora_ray.config import Adapter, Task, Training
 from translora_ray.errors import UsageError
 from translora_ray.prompts import Prompt, answer_ids, prompt_ids, task_prompt
 from translora_ray.records import Step, TaskRow, derive_seed
@@ -38,7 +38,7 @@ def encode(tokenizer: Any, pairs: Sequence[Pair], context: int) -> list[loop.Enc
 def start(
     base: str,
     pairs: Sequence[Pair],
-    lora: Lora,
+    adapter: Adapter,
     settings: Training,
     seed: int,
     rank: int = 0,
@@ -46,27 +46,45 @@ def start(
     device: str | None = None,
     at_once: int | None = None,
     recompute: bool = False,
+    spread: bool = False,
 ) -> loop.Loop:
-    """Load the base, put a fresh adapter on it and encode the rows. `lora` must be fully set.
+    """Load the base, put a fresh adapter on it and encode the rows. `adapter` must be fully set.
 
-    `recompute` keeps few activations and computes the others again for the gradients (torch's gradient checkpointing).
+    `recompute` keeps few activations and computes the others again for the gradients (torch's gradient checkpointing). `spread` leaves each of
+    the `world` workers a part of the base.
     """
-    if lora.rank is None or lora.alpha is None or lora.dropout is None:
-        raise ValueError("rank, alpha and dropout must be set before training")
+    spread = spread and world > 1
     tokenizer = models.load_tokenizer(base)
-    model = adapters.create(models.load_base(base, device), lora.rank, lora.alpha, lora.dropout, derive_seed(seed, "adapter"))
+    model = adapting.create(models.load_base(base, "cpu" if spread else device, settings.base_bits), adapter, derive_seed(seed, "adapter"))
     if recompute:
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if spread:
+        _spread(model, device or "cpu", world)
     rows = encode(tokenizer, pairs, models.context_of(model))
     return loop.Loop(model, rows, tokenizer.pad_token_id, settings, derive_seed(seed, "order"), rank, world, at_once)
 
 
-def train_adapter(base: str, pairs: Sequence[Pair], lora: Lora, settings: Training, seed: int, out: Path, on_step: Callable[[Step], None]) -> float:
+def _spread(model: Any, device: str, world: int) -> None:
+    """Give each worker a part of the frozen base; layers come together when they compute (docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html)."""
+    import torch
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    adapter = {weight for weight in model.parameters() if weight.requires_grad}
+    for weight in adapter:
+        weight.data = weight.data.to(device)
+    mesh = init_device_mesh(torch.device(device).type, (world,))
+    layers = set(model.get_base_model()._no_split_modules or ())
+    for module in [*(module for module in model.modules() if type(module).__name__ in layers), model]:
+        fully_shard(module, mesh=mesh, ignored_params=adapter)
+
+
+def train_adapter(base: str, pairs: Sequence[Pair], adapter: Adapter, settings: Training, seed: int, out: Path, on_step: Callable[[Step], None]) -> float:
     """Train an adapter on `base` and save it at `out`; returns the last epoch's mean loss."""
-    training = start(base, pairs, lora, settings, seed)
+    training = start(base, pairs, adapter, settings, seed)
     loss = loop.train(training, on_step)
-    adapters.save(training.model, out, base)
+    adapting.save(training.model, out, base)
     return loss
 
 

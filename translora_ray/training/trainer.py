@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,8 @@ import torch
 from ray.train import Checkpoint, CheckpointConfig, DataConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from translora_ray import adapters
-from translora_ray.config import Cluster, Lora, Task, Training
+from translora_ray import adapters, adapting
+from translora_ray.config import Adapter, Cluster, Task, Training
 from translora_ray.errors import Diverged, RunFailed
 from translora_ray.records import TaskRow
 from translora_ray.storage import ADAPTER, TRAIN, RunStore
@@ -26,15 +26,16 @@ from translora_ray.training.loop import Loop
 
 STATE = "state.pt"
 MAX_FAILURES = 3
+FACTS = ("loss", "rows", "tokens", "seconds", "epoch_losses", "started_at_steps", "rows_at_once", "learning_rate", "best_epoch", "held_out_losses")
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a worker needs to know. `lora` is fully set; `steps` receives `Step`s (an actor handle)."""
+    """What a worker needs to know. `adapter` is fully set; `steps` receives `Step`s (an actor handle)."""
 
     task: Task
     target: str
-    lora: Lora
+    adapter: Adapter
     training: Training
     seed: int
     cluster: Cluster
@@ -42,8 +43,25 @@ class Job:
 
 
 def train_target(job: Job, store: RunStore, cluster: Cluster, cpus: float, gpus: float) -> dict[str, Any]:
-    """Train on the committed shards, going on from the last checkpoint, and commit `adapter/`; returns facts."""
+    """Train on the committed shards, going on from the last checkpoint, and commit `adapter/`; returns facts.
+
+    With several learning rates to try, each is a run of its own, and the one with the least held-out loss is committed.
+    """
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(cluster.start_timeout_s)
+    results = [_fit(replace(job, training=trial), f"target{number}", store, cluster, cpus, gpus) for number, trial in enumerate(job.training.trials)]
+    best = min(results, key=lambda result: min(result.metrics["held_out_losses"], default=0.0))
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(best.checkpoint.to_directory(scratch))
+        (folder / STATE).unlink()
+        store.write_folder(ADAPTER, folder, marker=adapters.CONFIG)
+    facts = {key: best.metrics[key] for key in FACTS}
+    if len(results) > 1:
+        facts["trials"] = [{"learning_rate": one.metrics["learning_rate"], "held_out_losses": one.metrics["held_out_losses"]} for one in results]
+    return facts
+
+
+def _fit(job: Job, name: str, store: RunStore, cluster: Cluster, cpus: float, gpus: float) -> Any:
+    """One run of Ray Train; returns its result."""
     rows = ray.data.read_parquet(store.shard_paths(), filesystem=store.fs, columns=["index", "input", "target", "reason"], override_num_blocks=1, num_cpus=0)
     least, most = cluster.workers
     trainer = TorchTrainer(
@@ -58,7 +76,7 @@ def train_target(job: Job, store: RunStore, cluster: Cluster, cpus: float, gpus:
         datasets={"train": rows},
         dataset_config=DataConfig(datasets_to_split=[]),  # an equal split would drop the remainder; workers slice by rank instead
         run_config=RunConfig(
-            name="target",
+            name=name,
             storage_path=store.path(TRAIN),
             storage_filesystem=store.fs,
             checkpoint_config=CheckpointConfig(num_to_keep=1),
@@ -70,11 +88,7 @@ def train_target(job: Job, store: RunStore, cluster: Cluster, cpus: float, gpus:
         raise RunFailed(f"{result.return_value} The last good checkpoint is in {store.path(TRAIN)}.")
     if result.checkpoint is None or result.metrics is None:
         raise RunFailed("Training ended without a checkpoint: look at Ray's logs, then run the same command again.")
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(result.checkpoint.to_directory(scratch))
-        (folder / STATE).unlink()
-        store.write_folder(ADAPTER, folder, marker=adapters.CONFIG)
-    return {key: result.metrics[key] for key in ("loss", "rows", "tokens", "seconds", "epoch_losses", "started_at_steps", "rows_at_once")}
+    return result
 
 
 def _accepted_rows() -> list[TaskRow]:
@@ -95,20 +109,22 @@ def _worker(config: dict[str, Any]) -> str | None:
     rank, world = context.get_world_rank(), context.get_world_size()
     pairs = task_training.task_pairs(job.task, _accepted_rows())
     device, cluster = str(ray.train.torch.get_device()), job.cluster
-    loop = task_training.start(job.target, pairs, job.lora, job.training, job.seed, rank, world, device, cluster.rows_at_once, cluster.recompute)
+    memory = (cluster.rows_at_once, cluster.recompute, cluster.spread_base)
+    loop = task_training.start(job.target, pairs, job.adapter, job.training, job.seed, rank, world, device, *memory)
     history: dict[str, Any] = {"losses": [], "epoch_losses": [], "seconds": 0.0, "started_at_steps": []}
     if checkpoint := ray.train.get_checkpoint():
         with checkpoint.as_directory() as folder:
-            adapters.load_weights(loop.model, folder)
+            adapting.load_weights(loop.model, folder)
             state = torch.load(Path(folder) / STATE, map_location="cpu", weights_only=True)
             loop.load_state_dict(state["loop"])
             history = state["history"]
     history["started_at_steps"].append(loop.step)
     try:
-        while loop.epoch < job.training.epochs:
+        while not loop.done:
             _epoch(loop, job, history, rank)
     except Diverged as failure:  # on all workers at once, and after every restart: not raised, so that Ray does not try again
         return str(failure)
+    loop.use_best()
     _report(loop, job, history, rank)
     return None
 
@@ -127,18 +143,19 @@ def _epoch(loop: Loop, job: Job, history: dict[str, Any], rank: int) -> None:
     history["seconds"] += time.monotonic() - began
     history["epoch_losses"].append(sum(history["losses"]) / len(history["losses"]))
     history["losses"] = []
-    if loop.epoch < job.training.epochs:
+    if not loop.done:
         _report(loop, job, history, rank)
 
 
 def _report(loop: Loop, job: Job, history: dict[str, Any], rank: int) -> None:
     """Commit a checkpoint; all workers must come here."""
     metrics = {"loss": history["epoch_losses"][-1] if history["epoch_losses"] else None, "rows": len(loop.rows), "tokens": loop.tokens}
-    metrics |= {"rows_at_once": loop.at_once, **history}
+    chosen = {"learning_rate": job.training.learning_rate, "best_epoch": loop.best_epoch, "held_out_losses": loop.held_out_losses}
+    metrics |= {"rows_at_once": loop.at_once, **chosen, **history}
     if rank > 0:
         ray.train.report(metrics)
         return
     with tempfile.TemporaryDirectory() as folder:
-        adapters.save(loop.model, folder, job.target)
+        adapting.save(loop.model, folder, job.target)
         torch.save({"loop": loop.state_dict(), "history": history}, Path(folder) / STATE)
         ray.train.report(metrics, checkpoint=Checkpoint.from_directory(folder))
