@@ -140,7 +140,7 @@ def test_what_vllm_does_not_know_is_told(engine: VllmEngine, adapter: Path, keys
 def test_an_adapter_with_a_vocabulary_of_its_own_is_refused(engine: VllmEngine, adapter: Path) -> None:
     weights = load_file(adapter / adapters.WEIGHTS)
     save_file(weights | {"base_model.model.model.embed_tokens.weight": torch.zeros(70, 32)}, adapter / adapters.WEIGHTS)
-    with pytest.raises(UsageError, match=r"holds the tensor base_model\.model\.model\.embed_tokens\.weight, which is not a LoRA factor"):
+    with pytest.raises(UsageError, match=r"holds the tensor base_model\.model\.model\.embed_tokens\.weight, which is no part of such an adapter"):
         engine.score([Score(PROMPTS[0], ("a", "b"), AdapterRef("vocabulary", str(adapter)))])
 
 
