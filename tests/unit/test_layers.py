@@ -16,7 +16,7 @@ LAYERS = [
     {"engines.select"},
     {"training.loop"},
     {"training.task"},
-    {"evaluation.metrics", "stream.synthesize", "stream.dedup", "stream.discriminate", "stream.teach"},
+    {"evaluation.metrics", "evaluation.statistics", "stream.synthesize", "stream.dedup", "stream.discriminate", "stream.teach"},
     {"kit"},
     {"stream.requests", "evaluation.compare"},
     {"stream.pipeline", "training.trainer"},

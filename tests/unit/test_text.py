@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from translora_ray.errors import UsageError
-from translora_ray.evaluation.compare import recovery, wilson
+from translora_ray.evaluation.compare import recovery, summary
 from translora_ray.evaluation.metrics import choice, code, exact_match, number, rouge_l
+from translora_ray.evaluation.statistics import flips, mcnemar, paired_interval, wilson
 from translora_ray.kit import choose_seeds
 from translora_ray.models import load_tokenizer
 from translora_ray.prompts import Prompt, answer_ids, few_shot_prompt, parse_synthesis, prompt_ids, synthesis_prompt, synthesis_stops, task_prompt
@@ -117,9 +118,34 @@ def test_metrics() -> None:
     assert code("def f(): return 3", "assert f() == 3") == 1 and code("def f(): return 4", "assert f() == 3") == 0
 
 
-def test_intervals_and_recovery() -> None:
+def test_intervals() -> None:
     low, high = wilson(8, 10)
     assert low == pytest.approx(0.4902, abs=1e-4) and high == pytest.approx(0.9433, abs=1e-4)
+    ours, theirs = [1.0] * 60 + [0.0] * 40, [0.0] * 10 + [1.0] * 50 + [0.0] * 40
+    difference, low, high = paired_interval(ours, theirs)
+    assert difference == pytest.approx(0.1)
+    assert (low, high) == pytest.approx((0.05, 0.16), abs=0.011)  # 10 of 100 rows differ, all one way: a binomial's 2.5 % tails are 0.05 and 0.16
+    assert paired_interval(ours, theirs) == (difference, low, high)
+    assert paired_interval(ours, ours) == (0.0, 0.0, 0.0)
+
+
+def test_mcnemar_and_flips() -> None:
+    ours, theirs = [1.0] * 9 + [0.0] * 1 + [1.0] * 5, [0.0] * 9 + [1.0] * 1 + [1.0] * 5
+    assert mcnemar(ours, theirs) == mcnemar(theirs, ours) == pytest.approx(2 * 11 / 1024)  # 9 against 1: 2 (C(10,0) + C(10,1)) / 2^10
+    assert mcnemar(ours, ours) == 1.0
+    assert flips(theirs, ours) == [9]
+
+
+def test_a_summary_compares_with_the_better_of_source_adapter_and_bare_target() -> None:
+    scores = {"source_base": [0.0] * 4, "source_adapter": [1.0, 1.0, 1.0, 0.0], "target_base": [0.0, 0.0, 0.0, 1.0], "transferred": [1.0, 1.0, 0.0, 0.0]}
+    result = summary(scores, "exact_match")
+    assert result["n"] == 4 and result["arms"]["transferred"]["accuracy"] == 0.5
+    assert (result["against"]["arm"], result["against"]["difference"], result["negative_flips"]) == ("source_adapter", -0.25, 1)
+    scores["target_base"] = [1.0] * 4
+    assert summary(scores, "exact_match")["against"]["arm"] == "target_base"
+
+
+def test_recovery() -> None:
     arms = {name: {"accuracy": accuracy} for name, accuracy in (("target_base", 0.1), ("transferred", 0.7), ("oracle", 0.9))}
     assert recovery(arms) == pytest.approx(0.75)
     assert recovery({name: arm for name, arm in arms.items() if name != "oracle"}) is None

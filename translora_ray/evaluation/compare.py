@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -12,13 +11,13 @@ from translora_ray.config import Adapter, Task, Training
 from translora_ray.engines.base import AdapterRef, Engine, Generate, OpenEngine, Sampling
 from translora_ray.errors import UsageError
 from translora_ray.evaluation.metrics import METRICS
+from translora_ray.evaluation.statistics import flips, mcnemar, paired_interval, wilson
 from translora_ray.progress import Display
 from translora_ray.prompts import Prompt, few_shot_prompt, task_prompt
 from translora_ray.records import TaskRow, read_rows
 from translora_ray.storage import ADAPTER, EVALUATION, MANIFEST, RunStore
 from translora_ray.training.task import task_pairs, train_adapter
 
-Z95 = 1.959963984540054
 CHUNK = 128
 
 
@@ -87,12 +86,21 @@ def _oracle(manifest: dict[str, Any], task: Task, rows: list[TaskRow], scratch: 
 
 
 def summary(scores: dict[str, list[float]], metric: str) -> dict[str, Any]:
-    """The stable `--json` output from scores per arm and row."""
+    """The stable `--json` output from scores per arm and row.
+
+    `against` compares transferred with the better of source adapter and bare target, row by row: the mean difference with its 95 % interval, and
+    McNemar's p. `negative_flips` counts rows that the bare target got right and the transferred adapter gets wrong.
+    """
     arms = {}
     for arm, values in scores.items():
         low, high = wilson(sum(values), len(values))
         arms[arm] = {"accuracy": sum(values) / len(values), "low": low, "high": high}
-    return {"n": len(scores["transferred"]), "metric": metric, "arms": arms, "recovery": recovery(arms)}
+    ours = scores["transferred"]
+    against = max(("source_adapter", "target_base"), key=lambda arm: arms[arm]["accuracy"])
+    difference, low, high = paired_interval(ours, scores[against])
+    paired = {"arm": against, "difference": difference, "low": low, "high": high, "p": mcnemar(ours, scores[against])}
+    flipped = len(flips(scores["target_base"], ours))
+    return {"n": len(ours), "metric": metric, "arms": arms, "recovery": recovery(arms), "against": paired, "negative_flips": flipped}
 
 
 def recovery(arms: dict[str, dict[str, float]]) -> float | None:
@@ -101,10 +109,3 @@ def recovery(arms: dict[str, dict[str, float]]) -> float | None:
         return None
     bare = arms["target_base"]["accuracy"]
     return (arms["transferred"]["accuracy"] - bare) / (arms["oracle"]["accuracy"] - bare)
-
-
-def wilson(successes: float, n: int) -> tuple[float, float]:
-    """Wilson's 95 % score interval of a share (E. B. Wilson, 1927): never outside 0..1, fair at the ends."""
-    share, spread = successes / n, Z95 * Z95 / n
-    middle, half = share + spread / 2, Z95 * math.sqrt(share * (1 - share) / n + spread / (4 * n))
-    return max(0.0, (middle - half) / (1 + spread)), min(1.0, (middle + half) / (1 + spread))

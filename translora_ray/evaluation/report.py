@@ -27,8 +27,13 @@ def show_evaluation(result: dict[str, Any]) -> None:
     for arm, value in result["arms"].items():
         table.add_row(ARMS[arm], f"{value['accuracy']:.3f}", f"{value['low']:.3f} to {value['high']:.3f}")
     Console().print(table)
+    against = result["against"]
+    interval = f"{against['low']:+.3f} to {against['high']:+.3f}, McNemar p {against['p']:.2g}"
+    lines = [f"transferred minus {ARMS[against['arm']]}: {against['difference']:+.3f} ({interval})"]
+    lines.append(f"negative flips: {result['negative_flips']} of {result['n']} rows were right on the bare target and are wrong now")
     if result["recovery"] is not None:
-        Console().print(f"recovery: {result['recovery']:.3f} of what training on the real rows gains")
+        lines.append(f"recovery: {result['recovery']:.3f} of what training on the real rows gains")
+    Console().print("\n".join(lines), markup=False, highlight=False)
 
 
 def show_facts(title: str, facts: dict[str, Any]) -> None:

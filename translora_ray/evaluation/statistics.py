@@ -1,0 +1,43 @@
+"""Is a difference real? Two arms on the same rows, compared row by row. Nothing here knows what the arms are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy
+
+Z95 = 1.959963984540054
+DRAWS = 10_000
+
+
+def wilson(successes: float, n: int) -> tuple[float, float]:
+    """Wilson's 95 % score interval of a share (E. B. Wilson, 1927): never outside 0..1, fair at the ends."""
+    share, spread = successes / n, Z95 * Z95 / n
+    middle, half = share + spread / 2, Z95 * math.sqrt(share * (1 - share) / n + spread / (4 * n))
+    return max(0.0, (middle - half) / (1 + spread)), min(1.0, (middle + half) / (1 + spread))
+
+
+def paired_interval(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float, float]:
+    """(mean of ours minus theirs, low, high): 95 % percentile bootstrap over rows, the same rows drawn for both (Efron and Tibshirani, 1993).
+
+    The draws are the same ones every time, so the same scores give the same interval.
+    """
+    differences = numpy.asarray(ours, dtype=float) - numpy.asarray(theirs, dtype=float)
+    chosen = numpy.random.default_rng(0).integers(0, len(differences), size=(DRAWS, len(differences)), dtype=numpy.int32)
+    low, high = numpy.percentile(differences[chosen].mean(axis=1), [2.5, 97.5])
+    return float(differences.mean()), float(low), float(high)
+
+
+def mcnemar(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    """Exact two-sided p of McNemar's test on right and wrong (a score of 0.5 or more is right): the rows on which the arms differ fall either way
+    with equal chance where neither is better. 1 where they differ nowhere."""
+    won = sum(a >= 0.5 > b for a, b in zip(ours, theirs, strict=True))
+    lost = sum(b >= 0.5 > a for a, b in zip(ours, theirs, strict=True))
+    tail = sum(math.comb(won + lost, k) for k in range(min(won, lost) + 1)) / (1 << (won + lost))
+    return min(1.0, 2 * tail)
+
+
+def flips(before: Sequence[float], after: Sequence[float]) -> list[int]:
+    """Rows that were right before and are wrong after."""
+    return [row for row, (a, b) in enumerate(zip(before, after, strict=True)) if a >= 0.5 > b]
