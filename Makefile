@@ -56,7 +56,7 @@ bench-hops: install
 	$(BIN)/python benchmarks/hops.py
 
 bench-types: install
-	$(BIN)/python benchmarks/types.py
+	$(BIN)/python benchmarks/adapter_types.py
 
 bench-workers: install
 	$(BIN)/python benchmarks/workers.py --base $(TARGET) --requests 200

@@ -86,7 +86,8 @@ def streamed(base: str, packs: int, size: int, pipe: Any) -> None:
     """A process with the transfer's own stream on a local Ray: source, gate, actor with one engine, packs back in the driver."""
     import ray
 
-    from translora_ray.stream.pipeline import Plan, Pool, open_stream
+    from translora_ray.stream.pipeline import open_stream
+    from translora_ray.stream.plan import Plan, Pool
     from translora_ray.stream.synthesize import ROLE
     from translora_ray.workflow import ray_session
 

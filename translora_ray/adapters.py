@@ -20,6 +20,8 @@ LORA_TYPES = ("lora", "rslora", "dora")
 SERVED_BY_VLLM = ("lora", "rslora")
 NAMES: dict[AdapterType, str] = {"lora": "LoRA", "rslora": "rsLoRA", "dora": "DoRA", "prompt_tuning": "prompt-tuning", "ia3": "IA3"}
 PROMPT = "prompt_embeddings"
+HARMLESS = ("gaussian", "eva", "orthogonal")
+"""Beginnings of a LoRA that leave the base as it is (peft, LoraConfig.init_lora_weights)."""
 _MAGNITUDE = re.compile(r"^base_model\.model\..+\.lora_magnitude_vector(\.weight)?$")
 _LORA = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight$")
 _IA3 = re.compile(r"^base_model\.model\.(?P<module>.+)\.ia3_l$")
@@ -98,6 +100,10 @@ def _lora(folder: Path, config: dict[str, Any], tensors: dict[str, list[int]]) -
         halves.append("magnitude vectors of DoRA")
     if halves or not sides:
         raise UsageError(f"{folder / WEIGHTS} is incomplete: {', '.join(halves) or 'no LoRA factors in it'}; save the adapter again.")
+    if config.get("init_lora_weights") not in (None, True, False, *HARMLESS):
+        raise UsageError(
+            f"{folder / CONFIG} has init_lora_weights {config['init_lora_weights']!r}, which changes the base's own weights: convert it to a plain LoRA first."
+        )
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if not isinstance(rank, int) or not isinstance(alpha, int | float) or config.get("rank_pattern"):
         raise UsageError(f"{folder / CONFIG} does not give one rank and one alpha for all modules: only such adapters can be moved.")
@@ -198,6 +204,14 @@ def title(adapter: Adapter) -> str:
         return "IA3 on the modules that peft names for this family"
     modules = "all linear layers" if adapter.modules == ALL else ", ".join(adapter.modules or ())
     return f"{NAMES[adapter.type or 'lora']} rank {adapter.rank}, alpha {adapter.alpha:g}, dropout {adapter.dropout:g}, {modules}"
+
+
+def has_effect(path: str | Path) -> bool:
+    """Whether a LoRA's second factors are more than zeros, with which it begins and changes nothing."""
+    from safetensors import safe_open
+
+    with safe_open(str(Path(path) / WEIGHTS), framework="numpy") as file:
+        return any(bool(file.get_tensor(name).any()) for name in file.keys() if ".lora_B." in name)  # noqa: SIM118
 
 
 def require_applied(path: str, applied: set[str]) -> None:

@@ -37,6 +37,14 @@ def _config(adapter: Adapter) -> Any:
     return LoraConfig(task_type="CAUSAL_LM", **sizes, **kinds)
 
 
+def require_family(adapter: Adapter, family: str) -> None:
+    """Raise `UsageError` where peft does not say on which modules of a family (transformers' model type) IA3 goes."""
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING as KNOWN
+
+    if adapter.type == "ia3" and family not in KNOWN:
+        raise UsageError(f"peft does not know where IA3 goes in a base of the family {family}: choose another adapter.type.")
+
+
 def attach(model: Any, path: str, name: str) -> Any:
     """Put the adapter at `path` on `model` (bare, or with other adapters on it) under `name`; returns the peft model.
 

@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -44,7 +44,7 @@ class Training(Section):
     """Epochs without a lower loss on the rows held out after which training stops. None: it goes on to the end."""
     base_bits: Literal[4, 8] | None = None
     """Bits per weight of the frozen base while it trains (bitsandbytes, the extra `quantized`; 4 is QLoRA's NF4, arXiv 2305.14314). None: as it is."""
-    learning_rates: list[float] | None = Field(None, min_length=2)
+    learning_rates: list[Annotated[float, Field(gt=0)]] | None = Field(None, min_length=2)
     """Rates to try in turn in place of `learning_rate`, each from a fresh adapter; the rows held out choose."""
 
     @model_validator(mode="after")

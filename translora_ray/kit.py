@@ -161,6 +161,8 @@ def prepare(task: Task, base: str, out: str | Path, adapter: str | None, discrim
         raise UsageError(f"{task.train} has {len(rows)} rows, fewer than the {task.seeds} seeds asked for: lower seeds, or add rows.")
     if discriminate and len(rows) < 10:
         raise UsageError(f"{task.train} has {len(rows)} rows, too few to train and test a discriminator: add rows, or use --no-discriminator.")
+    for training_section in (task.source_training, task.discriminator_training):
+        models.require_bits(training_section.base_bits)
     info = models.describe(base)
     if obstacle := models.pair_obstacle(info, info, task.format):
         raise UsageError(obstacle)

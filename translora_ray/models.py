@@ -56,11 +56,22 @@ def require_bits(bits: int | None) -> None:
         raise UsageError(f"A base in {bits} bits needs bitsandbytes: install the extra quantized, or leave training.base_bits out.")
 
 
-def load_base(reference: str, device: str | None = None, bits: int | None = None) -> Any:
+def release() -> None:
+    """Give the memory of models that are no longer referred to back to the GPU, for whoever loads the next one."""
+    import gc
+
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def load_base(reference: str, device: str | None = None, bits: int | None = None, stays_on_cpu: bool = False) -> Any:
     """The base's weights on `device` (default: a GPU if there is one), in bf16 where the hardware computes in it, frozen.
 
     safetensors only, no remote code. On a CPU attention is computed plainly: for short rows torch's fused kernel is slower there.
-    `bits` (4 or 8) stores linear layers with so many bits per weight.
+    `bits` (4 or 8) stores linear layers with so many bits per weight. With `stays_on_cpu` the weights wait there, made for `device`.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -75,7 +86,7 @@ def load_base(reference: str, device: str | None = None, bits: int | None = None
     model.requires_grad_(False)
     # logits_to_keep hands the output embedding a strided slice; torch then copies the whole embedding once per row of the batch.
     model.get_output_embeddings().register_forward_pre_hook(lambda module, args: (args[0].contiguous(),))
-    return (model if bits else model.to(device)).eval()
+    return (model if bits or stays_on_cpu else model.to(device)).eval()
 
 
 def _quantized(bits: int | None, dtype: Any, device: str) -> dict[str, Any]:
@@ -145,6 +156,11 @@ def linear_shapes(reference: str) -> dict[str, tuple[int, int]]:
 def width(reference: str) -> int:
     """Size of the base's embeddings."""
     return int(skeleton(reference).config.get_text_config().hidden_size)
+
+
+def family(reference: str) -> str:
+    """What transformers calls the base's kind of model."""
+    return str(skeleton(reference).config.get_text_config().model_type)
 
 
 def describe(reference: str) -> ModelInfo:

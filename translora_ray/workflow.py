@@ -19,13 +19,15 @@ import ray
 from ray.exceptions import RayError
 from ray.train.v2.api.exceptions import TrainingFailedError
 
-from translora_ray import __version__, adapters, kit, models
+from translora_ray import __version__, adapters, adapting, kit, models
 from translora_ray.config import Adapter, Cluster, Config, EngineKind, Recipe, differing_field
 from translora_ray.engines.select import choose_engine, engine_for
 from translora_ray.errors import RunFailed, TransLoraError, UsageError
 from translora_ray.progress import Display
 from translora_ray.storage import ADAPTER, IDENTITY, MANIFEST, TRAIN, RunStore
-from translora_ray.stream.pipeline import Plan, Totals, run_stream
+from translora_ray.stream.collect import Totals
+from translora_ray.stream.pipeline import run_stream
+from translora_ray.stream.plan import Plan
 from translora_ray.stream.requests import Desk
 from translora_ray.training.trainer import Job, train_target
 
@@ -106,7 +108,9 @@ def _check_fits(adapter: str | Path, base: str) -> adapters.AdapterInfo:
 
 
 def _target_adapter(loaded: kit.Kit, target: str, recipe: Recipe) -> Adapter:
-    return adapters.inherit(adapters.inspect(loaded.adapter.path), recipe.adapter, models.linear_shapes(target))
+    adapter = adapters.inherit(adapters.inspect(loaded.adapter.path), recipe.adapter, models.linear_shapes(target))
+    adapting.require_family(adapter, models.family(target))
+    return adapter
 
 
 @contextlib.contextmanager
@@ -156,7 +160,10 @@ class _Resources:
 
     def places(self, node: dict[str, float]) -> int:
         """How many of them a node has room for."""
-        rooms = [node.get(name, 0) / amount for name, amount in (("CPU", self.cpus), ("GPU", self.gpus)) if amount]
+        gpus = node.get("GPU", 0)
+        rooms = [node.get("CPU", 0) / self.cpus] if self.cpus else []
+        if self.gpus:  # a share of a GPU is a share of one and the same
+            rooms.append(int(gpus) * int(1 / self.gpus + 1e-9) if self.gpus < 1 else gpus / self.gpus)
         return int(min(rooms, default=1 << 20) + 1e-9)
 
 
@@ -164,7 +171,8 @@ def _share(resource: str, local: bool, parts: int) -> float:
     """What one of `parts` gets by default: an even share of this machine on a local Ray, else 1 CPU and no GPU."""
     if resource == "CPU":
         return max(1.0, cpus() // parts) if local else 1.0
-    return min(1.0, ray.cluster_resources().get("GPU", 0) / parts) if local else 0.0
+    gpus = int(ray.cluster_resources().get("GPU", 0)) if local else 0
+    return 1 / -(-parts // gpus) if gpus else 0.0
 
 
 def _given(wanted: float | None, default: float) -> float:

@@ -158,6 +158,19 @@ def test_every_type_is_made_saved_read_and_answers_as_peft_does(kind: AdapterTyp
         assert answer.text == engine.tokenizer.decode(ids[0, -answer.tokens :], skip_special_tokens=True)
 
 
+def test_an_adapter_that_changes_its_base_is_refused(adapter: Path) -> None:
+    config = json.loads((adapter / adapters.CONFIG).read_text())
+    (adapter / adapters.CONFIG).write_text(json.dumps(config | {"init_lora_weights": "pissa"}))
+    with pytest.raises(UsageError, match="init_lora_weights 'pissa', which changes the base's own weights"):
+        adapters.inspect(adapter)
+
+
+def test_ia3_and_families_that_peft_does_not_know() -> None:
+    adapting.require_family(Adapter(type="ia3"), "llama")
+    with pytest.raises(UsageError, match="does not know where IA3 goes in a base of the family phi3"):
+        adapting.require_family(Adapter(type="ia3"), "phi3")
+
+
 def test_virtual_tokens_of_another_width_are_told(tiny_llama: str, tiny_gemma: str, tmp_path: Path) -> None:
     adapting.save(adapting.create(models.load_base(tiny_llama), Adapter(type="prompt_tuning", virtual_tokens=3), 0), tmp_path / "prompt", tiny_llama)
     with pytest.raises(UsageError, match=r"virtual tokens of width 32, .* embeds in 48"):

@@ -1,22 +1,31 @@
 """Packs in any order, with interruptions anywhere: the same rows come out."""
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from translora_ray import kit
+from translora_ray import adapters, kit
 from translora_ray.config import Cluster, Recipe, Selection, Synthesis
 from translora_ray.errors import RunFailed
 from translora_ray.records import Candidate, Pack, request_pack
 from translora_ray.storage import RunStore
-from translora_ray.stream.pipeline import Collector, Plan
+from translora_ray.stream.collect import Collector
+from translora_ray.stream.plan import Plan
 
 
 @pytest.fixture
 def plan(tiny_kit: Path, tiny_gemma: str) -> Plan:
     recipe = Recipe(selection=Selection(quota=25, near_duplicate=1.0, max_candidates=10), synthesis=Synthesis(pack_size=4))
     return Plan(kit.load(tiny_kit), tiny_gemma, recipe, Cluster(commit_seconds=0), "transformers", 1.0, 0.0)
+
+
+@pytest.mark.parametrize(("kind", "pools"), [("lora", [("generator", "discriminator", "teacher")]), ("ia3", [("generator", "discriminator"), ("teacher",)])])
+def test_an_ia3_teacher_has_a_pool_beside_the_discriminators_lora(plan: Plan, monkeypatch: pytest.MonkeyPatch, kind: str, pools: list[tuple[str, ...]]) -> None:
+    found = adapters.inspect(plan.kit.adapter.path)
+    monkeypatch.setattr(adapters, "inspect", lambda path: replace(found, type=kind))
+    assert [pool.roles for pool in plan.pools()] == pools
 
 
 def scripted_pack(number: int, off_task: float = 0.3) -> Pack:

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from tests.conftest import lora, save_model
 from translora_ray import adapters, adapting, models
-from translora_ray.config import Adapter, Training
+from translora_ray.config import Adapter, AdapterType, Training
 from translora_ray.errors import Diverged, RunFailed, UsageError
 from translora_ray.prompts import Prompt
 from translora_ray.training import loop
@@ -133,12 +133,16 @@ def one_of_two(rank: int, base: str, folder: str, spread: bool) -> None:
     """A worker of two, on gloo; the first saves what it learnt and its losses."""
     in_float32()
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    settings = Training(epochs=2, batch_size=4, learning_rate=0.01, held_out=0.2)
-    training = start(base, PAIRS, lora(), settings, 0, rank, 2, "cpu", spread=spread)
+    settings = Training(epochs=2, batch_size=5, learning_rate=0.01, held_out=0.2)
+    training = start(base, PAIRS, lora(), settings, 0, rank, 2, "cpu", at_once=1, spread=spread)
     if spread:
         base_weights = [weight for weight in training.model.parameters() if not weight.requires_grad]
         assert 2 * sum(weight.to_local().numel() for weight in base_weights) == sum(weight.numel() for weight in base_weights)
-    losses = [step.loss for _ in range(2) for step in training.run_epoch()]
+    losses = []
+    for _ in range(2):
+        losses += [step.loss for step in training.run_epoch()]
+        if rank == 0:
+            adapting.save(training.model, f"{folder}/checkpoint", base)  # by one worker alone, as between epochs
     if rank == 0:
         adapting.save(training.model, f"{folder}/adapter", base)
         torch.save((losses, training.held_out_losses), f"{folder}/losses")
@@ -153,7 +157,7 @@ def test_two_workers_take_the_steps_of_one_with_the_base_whole_or_spread(
         monkeypatch.setattr(module, "computes_in_bf16", lambda device: False)
     torch.multiprocessing.spawn(one_of_two, (tiny_gemma, str(tmp_path), spread), nprocs=2)
     losses, held_out = torch.load(tmp_path / "losses")
-    alone = start(tiny_gemma, PAIRS, lora(), Training(epochs=2, batch_size=4, learning_rate=0.01, held_out=0.2), 0)
+    alone = start(tiny_gemma, PAIRS, lora(), Training(epochs=2, batch_size=5, learning_rate=0.01, held_out=0.2), 0)
     assert [step.loss for _ in range(2) for step in alone.run_epoch()] == pytest.approx(losses, rel=1e-4)
     assert alone.held_out_losses == pytest.approx(held_out, rel=1e-4)
     adapting.save(alone.model, tmp_path / "alone", tiny_gemma)
@@ -208,6 +212,41 @@ def test_recomputed_activations_give_the_same_step(tiny_llama: str) -> None:
     assert saving.model.is_gradient_checkpointing
     losses = [[step.loss for step in one.run_epoch()] for one in (plain, saving)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+def test_rates_to_try_are_tried_and_the_better_adapter_is_saved(tiny_llama: str, tmp_path: Path) -> None:
+    rates = Training(epochs=3, batch_size=4, learning_rates=[1e-6, 0.01], held_out=0.2)
+    train_adapter(tiny_llama, PAIRS, lora(), rates, 0, tmp_path / "chosen", lambda step: None)
+    train_adapter(tiny_llama, PAIRS, lora(), rates.trials[1], 0, tmp_path / "better", lambda step: None)
+    ours, theirs = (load_file(tmp_path / name / adapters.WEIGHTS) for name in ("chosen", "better"))
+    assert all(torch.equal(weight, theirs[name]) for name, weight in ours.items())
+
+
+def test_one_row_can_not_be_held_out(tiny_llama: str) -> None:
+    with pytest.raises(UsageError, match="one row alone"):
+        start(tiny_llama, PAIRS[:1], lora(), Training(held_out=0.1), 0)
+
+
+def test_virtual_tokens_count_in_the_context(tiny_llama: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "context_of", lambda model: 12)
+    start(tiny_llama, [(Prompt("Q: red\nA:"), "a")], lora(), Training(), 0)  # 12 tokens
+    with pytest.raises(UsageError, match="exceeds the base's context of 9"):
+        start(tiny_llama, [(Prompt("Q: red\nA:"), "a")], Adapter(type="prompt_tuning", virtual_tokens=3), Training(), 0)
+
+
+@pytest.mark.parametrize("kind", ["dora", "ia3", "prompt_tuning"])
+def test_every_type_goes_on_from_its_saved_weights(kind: AdapterType, tiny_llama: str, tmp_path: Path) -> None:
+    adapter = Adapter(type=kind, rank=4, alpha=8.0, dropout=0.0, modules="all-linear", virtual_tokens=4)
+    settings = Training(epochs=2, batch_size=4, learning_rate=0.01)
+    whole, broken, resumed = (start(tiny_llama, PAIRS, adapter, settings, 0) for _ in range(3))
+    loop.train(whole)
+    list(broken.run_epoch())
+    adapting.save(broken.model, tmp_path / "a", tiny_llama)
+    adapting.load_weights(resumed.model, tmp_path / "a")
+    resumed.load_state_dict(broken.state_dict())
+    loop.train(resumed)
+    for ours, theirs in zip(resumed._weights, whole._weights, strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_a_base_in_eight_bits_learns_what_the_whole_one_does(tiny_llama: str) -> None:

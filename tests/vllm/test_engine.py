@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -85,10 +87,40 @@ def test_the_same_call_draws_the_same_texts_and_another_seed_others(engine: Vllm
     assert len({one.text for one in first}) == 3
 
 
+def test_what_a_request_draws_does_not_depend_on_what_else_is_in_the_batch(engine: VllmEngine, roles: list[AdapterRef | None]) -> None:
+    """In float32, whose rounding is too small to change a choice."""
+    drawn = Sampling(24, temperature=1.0, min_p=0.02)
+    calls = [[Generate(prompt, drawn, role, seed=7 * i) for i, prompt in enumerate(PROMPTS)] for role in roles]
+    alone = [engine.generate([request])[0].text for call in calls for request in call]
+    with ThreadPoolExecutor(len(calls)) as threads:
+        together = [one.text for call in threads.map(engine.generate, calls) for one in call]
+    assert together == alone
+
+
+@contextlib.contextmanager
+def most_requests_at_once(engine: VllmEngine) -> Iterator[list[int]]:
+    """How many requests were under way together."""
+    ask, under_way, most = engine._answer, 0, [0]
+
+    async def counted(*arguments: Any) -> Any:
+        nonlocal under_way
+        under_way += 1
+        most[0] = max(most[0], under_way)
+        try:
+            return await ask(*arguments)
+        finally:
+            under_way -= 1
+
+    engine._answer = counted  # type: ignore[method-assign]
+    yield most
+    engine._answer = ask  # type: ignore[method-assign]
+
+
 def test_calls_from_several_threads_meet_in_one_batch_and_each_gets_its_own(engine: VllmEngine, roles: list[AdapterRef | None]) -> None:
     calls = [[Generate(prompt, Sampling(12), role) for prompt in PROMPTS] for role in roles for _ in range(3)]
-    with ThreadPoolExecutor(len(calls)) as threads:
+    with ThreadPoolExecutor(len(calls)) as threads, most_requests_at_once(engine) as most:
         together = list(threads.map(engine.generate, calls))
+    assert most[0] > len(PROMPTS)
     assert [[one.text for one in call] for call in together] == [[one.text for one in engine.generate(call)] for call in calls]
 
 
@@ -127,7 +159,7 @@ def test_an_adapter_that_changes_nothing_is_refused(engine: VllmEngine, adapter:
     ("keys", "message"),
     [
         ({"use_dora": True}, "incomplete: magnitude vectors of DoRA"),
-        ({"init_lora_weights": "pissa"}, r"vLLM can not load .*init_lora_weights.*: use --engine transformers"),
+        ({"init_lora_weights": "pissa"}, "changes the base's own weights"),
         ({"modules_to_save": ["lm_head"]}, r"vLLM can not load .*modules_to_save.*: use --engine transformers"),
     ],
 )
@@ -147,6 +179,17 @@ def test_an_adapter_with_a_vocabulary_of_its_own_is_refused(engine: VllmEngine, 
 def test_a_start_that_fails_says_why(tiny_llama: str) -> None:
     with pytest.raises(RunFailed, match=r"vLLM did not start with .* \(ValueError: Available memory .* is less than requested .*: change cluster\.vllm"):
         VllmEngine(tiny_llama, settings=Vllm(dtype="float32", cpu_cache_gib=1000))
+
+
+def test_a_configuration_that_vllm_refuses_says_why(tiny_llama: str) -> None:
+    with pytest.raises(RunFailed, match=r"did not start with .*max_model_len.*2048"):
+        VllmEngine(tiny_llama, settings=Vllm(dtype="float32", cpu_cache_gib=0.1, context=10**6))
+
+
+def test_an_engine_does_not_start_with_an_adapter_that_is_not_live(tiny_llama: str, adapter: Path) -> None:
+    rename_modules(adapter, "layers.1.", "layers.9.")
+    with pytest.raises(RunFailed, match="not live"):
+        VllmEngine(tiny_llama, [AdapterRef("renamed", str(adapter))], Vllm(**SMALL))
 
 
 def test_a_dead_process_is_an_error_and_no_endless_wait(engine: VllmEngine) -> None:

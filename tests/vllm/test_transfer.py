@@ -69,16 +69,18 @@ def test_one_engine_plays_every_role_and_vllm_loads_the_result(calm: Path, tiny_
     served.close()
 
 
-def test_an_engine_that_dies_is_replaced_and_no_row_changes(calm: Path, tiny_kit: Path, tiny_gemma: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("victim", [b"VLLM::EngineCore", b"ray::MapWorker"])
+def test_an_engine_that_dies_is_replaced_and_no_row_changes(calm: Path, tiny_kit: Path, tiny_gemma: str, tmp_path: Path, victim: bytes) -> None:
     run = tmp_path / "run"
-    others, killed = processes(b"VLLM::EngineCore"), []
+    others, killed = processes(victim), []
+    engines = processes(b"VLLM::")
 
     def kill_the_engine_once() -> None:
         while not any(run.glob("shards/*.parquet")):
             time.sleep(0.05)
-        killed.extend(set(processes(b"VLLM::EngineCore")) - set(others))
-        for core in killed:
-            os.kill(core, signal.SIGKILL)
+        killed.extend(set(processes(victim)) - set(others))
+        for process in killed:
+            os.kill(process, signal.SIGKILL)
 
     thread = threading.Thread(target=kill_the_engine_once, daemon=True)
     thread.start()
@@ -87,6 +89,10 @@ def test_an_engine_that_dies_is_replaced_and_no_row_changes(calm: Path, tiny_kit
     assert len(killed) == 1
     assert texts(run) == texts(calm)
     assert len(facts_of(run)[1]) == 2
+    deadline = time.monotonic() + 30  # what the victim owned, and the run itself, ends too
+    while set(processes(b"VLLM::")) - set(engines):
+        assert time.monotonic() < deadline, "vLLM's processes outlive their owner"
+        time.sleep(0.5)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from transformers import DynamicCache
 from translora_ray import adapters, adapting
 from translora_ray.engines.base import AdapterRef, Complete, Generate, Generation, Sampling, Score
 from translora_ray.errors import UsageError
-from translora_ray.models import context_of, end_tokens, load_base, load_tokenizer
+from translora_ray.models import context_of, end_tokens, load_base, load_tokenizer, release
 from translora_ray.prompts import Prompt, answer_ids, common_length, distinct_tokens, prompt_ids
 
 WORTH_SHARING = 16
@@ -54,6 +54,7 @@ class TransformersEngine:
 
     def close(self) -> None:
         del self.model
+        release()
 
     def _grouped(
         self, requests: Sequence[_Request], key: Callable[[_Request], Any], run: Callable[[list[_Request], list[list[int]]], list[_Result]]
@@ -78,8 +79,9 @@ class TransformersEngine:
         A loop of our own because `generate` has one random state for a batch and computes done rows to the end.
         """
         sampling = requests[0].sampling
-        if max(map(len, ids)) + sampling.max_tokens > self.context:
-            raise UsageError(f"A prompt of {max(map(len, ids))} tokens and {sampling.max_tokens} new ones exceed the context of {self.context}: shorten it.")
+        longest = max(map(len, ids)) + (0 if self._virtual is None else len(self._virtual))
+        if longest + sampling.max_tokens > self.context:
+            raise UsageError(f"A prompt of {longest} tokens and {sampling.max_tokens} new ones exceed the context of {self.context}: shorten it.")
         shared, cache = self._shared_prompt(ids, sampling.max_tokens)
         inputs = self._pad(ids, shared)
         mask, positions = inputs["attention_mask"], inputs["position_ids"][:, shared:]

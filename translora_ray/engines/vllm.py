@@ -17,6 +17,8 @@ from concurrent.futures import wait
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from translora_ray import adapters
 from translora_ray.config import Vllm
 from translora_ray.engines.base import AdapterRef, Complete, Generate, Generation, Sampling, Score
@@ -29,6 +31,8 @@ RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Ranks that vLLM makes room for."""
 ADAPTERS_AT_ONCE = 8
 CONFIGURATION = "VLLM_LOGGING_CONFIG_PATH"
+OWNER = "TRANSLORA_ENGINE_OWNER"
+"""Tells vLLM's processes whose they are, so that they end with it (`vllm_worker.py`)."""
 _ERROR = re.compile(r"^(\w*(?:Error|Exception): .+)", re.MULTILINE)
 
 
@@ -55,6 +59,8 @@ def engine_arguments(base: str, used: Sequence[AdapterRef], settings: Vllm, gpus
         arguments |= {"enforce_eager": True, "kv_cache_memory_bytes": round(settings.cpu_cache_gib * 2**30)}
         # A prompt that is read in parts makes vLLM rewind its request's random generator, which torch can not do on CPUs: the process dies.
         arguments |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(2048, settings.context or context_of(skeleton(folder)))}
+    elif not gpus:
+        raise UsageError("This vLLM computes on GPUs and the engine has none: set cluster.engine_gpus, or use --engine transformers.")
     else:
         arguments["gpu_memory_utilization"] = settings.memory_share or 0.9 * min(1.0, gpus)
     if rank := largest_rank(used, settings):
@@ -78,7 +84,7 @@ def largest_rank(used: Sequence[AdapterRef], settings: Vllm) -> int:
 
 
 class VllmEngine:
-    """A base loaded in vLLM. `used` are the adapters to come: they decide how many fit in a batch, and the largest rank.
+    """A base loaded in vLLM. `used` are the adapters to come: they decide how many fit in a batch, and the largest rank, and are proved live at once.
 
     `gpus` is the share of a GPU that the engine may take, or the number of GPUs it spreads over; unused where vLLM computes on CPUs.
     """
@@ -92,15 +98,22 @@ class VllmEngine:
         self._requests = 0
         self._log = Log()
         arguments = engine_arguments(base, used, self.settings, gpus)
+        os.environ[OWNER] = str(os.getpid())
         self.loop = asyncio.new_event_loop()
         threading.Thread(target=self.loop.run_forever, name="vllm", daemon=True).start()
         try:
             self.llm: Any = asyncio.run_coroutine_threadsafe(_start(arguments), self.loop).result()
         except Exception as error:
             self.loop.call_soon_threadsafe(self.loop.stop)
-            cause = self._log.cause(first_line(error))
+            cause = self._log.cause(_message(error))
             raise RunFailed(f"vLLM did not start with {base} ({cause}): change cluster.vllm, or use --engine transformers.") from None
         self.context: int = self.llm.model_config.max_model_len
+        try:
+            for adapter in used:  # while nothing else is in the batch, whose rounding could pass for a change
+                asyncio.run_coroutine_threadsafe(self._lora(adapter), self.loop).result()
+        except BaseException:
+            self.close()
+            raise
 
     def generate(self, requests: Sequence[Generate]) -> list[Generation]:
         ids = [prompt_ids(self.tokenizer, request.prompt) for request in requests]
@@ -192,7 +205,9 @@ class VllmEngine:
     async def _load(self, adapter: AdapterRef, number: int) -> Any:
         from vllm import SamplingParams
         from vllm.lora.request import LoRARequest
+        from vllm.v1.engine.exceptions import EngineDeadError
 
+        adapters.require_change(adapter.path, adapters.has_effect(adapter.path))
         rank = adapters.inspect(adapter.path).rank
         if rank > self.rank:
             raise UsageError(f"The adapter {adapter.path} has rank {rank}, the engine takes {self.rank} at most: raise cluster.vllm.rank.")
@@ -200,6 +215,8 @@ class VllmEngine:
         async with self._loading:
             try:
                 await self.llm.add_lora(request)
+            except EngineDeadError:
+                raise
             except Exception as error:
                 raise UsageError(f"vLLM can not load the adapter {adapter.path} ({first_line(error)}): use --engine transformers.") from None
             for applied in await self.llm.collective_rpc("applied_modules", args=(number,)):
@@ -213,9 +230,16 @@ class VllmEngine:
 
 async def _start(arguments: dict[str, Any]) -> Any:
     from vllm import AsyncEngineArgs
+    from vllm.usage.usage_lib import UsageContext
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    return AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
+    # Batches as large as those of vllm.LLM: the default for an engine without a server is half of that.
+    return AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments), usage_context=UsageContext.LLM_CLASS)
+
+
+def _message(error: Exception) -> str:
+    """What vLLM says of its configuration stands behind a heading of pydantic's."""
+    return str(error.errors()[0]["msg"]) if isinstance(error, ValidationError) else first_line(error)
 
 
 def _sampling(sampling: Sampling, seed: int) -> Any:

@@ -1,12 +1,18 @@
-"""What the vLLM engine adds to vLLM's worker processes: which modules an adapter was applied to, and LoRA arithmetic for CPUs.
+"""What the vLLM engine adds to vLLM's worker processes: which modules an adapter was applied to, LoRA arithmetic for CPUs, and an end.
 
 vLLM 0.32's arithmetic on CPUs takes a request without an adapter, whose index is -1, for one of the last adapter wherever both kinds meet
 in a batch (vllm pull requests 48421 and 49656, open), and copies an adapter's weights for every token. `GroupedLora` does neither. On GPUs
 vLLM's own kernels are right and are left alone.
+
+vLLM's processes do not notice that the process they work for was killed, and would keep its memory: a thread here does.
 """
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
+import time
 from typing import Any
 
 import torch
@@ -56,6 +62,22 @@ class GroupedLora(PunicaWrapperCPU):  # type: ignore[misc]
 
 if current_platform.is_cpu():
     current_platform.get_punica_wrapper = lambda: f"{__name__}.{GroupedLora.__name__}"
+
+
+def _end_with(owner: int) -> None:
+    """End vLLM's processes when their owner is gone: this one, and the one that started it where a worker has a process of its own."""
+    while True:
+        time.sleep(1)
+        try:
+            os.kill(owner, 0)
+        except ProcessLookupError:
+            if os.getppid() not in (1, owner):
+                os.kill(os.getppid(), signal.SIGKILL)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+if owner := os.environ.get("TRANSLORA_ENGINE_OWNER"):
+    threading.Thread(target=_end_with, args=(int(owner),), daemon=True).start()
 
 
 class AppliedModules:

@@ -78,7 +78,8 @@ def _answer(
 
 def _oracle(manifest: dict[str, Any], task: Task, rows: list[TaskRow], scratch: Path, display: Display) -> str:
     out = scratch / "oracle"
-    settings = Training(**manifest["recipe"]["training"])
+    chosen = {"learning_rate": manifest["training"]["learning_rate"], "learning_rates": None}
+    settings = Training(**manifest["recipe"]["training"] | chosen)
     pairs = task_pairs(task, rows)
     adapter = Adapter(**manifest["training"]["adapter"])
     train_adapter(manifest["target_base"], pairs, adapter, settings, manifest["recipe"]["seed"], out, display.phase("oracle training").step)

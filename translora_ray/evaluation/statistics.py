@@ -24,8 +24,9 @@ def paired_interval(ours: Sequence[float], theirs: Sequence[float]) -> tuple[flo
     The draws are the same ones every time, so the same scores give the same interval.
     """
     differences = numpy.asarray(ours, dtype=float) - numpy.asarray(theirs, dtype=float)
-    chosen = numpy.random.default_rng(0).integers(0, len(differences), size=(DRAWS, len(differences)), dtype=numpy.int32)
-    low, high = numpy.percentile(differences[chosen].mean(axis=1), [2.5, 97.5])
+    generator, n = numpy.random.default_rng(0), len(differences)
+    means = [differences[generator.integers(0, n, size=n)].mean() for _ in range(DRAWS)]
+    low, high = numpy.percentile(means, [2.5, 97.5])
     return float(differences.mean()), float(low), float(high)
 
 

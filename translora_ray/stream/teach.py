@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+from translora_ray.adapters import inspect
 from translora_ray.config import Task
 from translora_ray.engines.base import AdapterRef, Engine, Generate, Sampling
 from translora_ray.prompts import Prompt, clean_answer, task_prompt
@@ -20,12 +21,14 @@ class Teacher:
         """`learnable` says whether the target base can take a prompt and its answer whole."""
         self.engine, self.task, self.adapter, self.learnable = engine, task, adapter, learnable
 
+        self.virtual_tokens = inspect(adapter.path).virtual_tokens
+
     def _prompt(self, candidate: Candidate) -> Prompt:
         return task_prompt(self.task.prompt, candidate.input, self.task.format)
 
     def process(self, pack: Pack) -> Pack:
         began = time.perf_counter()
-        pack.reject(lambda candidate: not self.engine.fits(self._prompt(candidate), self.task.max_new_tokens), TOO_LONG)
+        pack.reject(lambda candidate: not self.engine.fits(self._prompt(candidate), self.task.max_new_tokens + self.virtual_tokens), TOO_LONG)
         candidates = pack.open()
         sampling = Sampling(self.task.max_new_tokens)
         prompts = [self._prompt(candidate) for candidate in candidates]

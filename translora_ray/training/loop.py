@@ -17,7 +17,7 @@ import torch
 from torch.nn import functional
 
 from translora_ray.config import Training
-from translora_ray.errors import Diverged, RunFailed
+from translora_ray.errors import Diverged, RunFailed, UsageError
 from translora_ray.models import computes_in_bf16
 from translora_ray.records import Step, derive_seed
 
@@ -89,6 +89,8 @@ def autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
 
 def hold_out(rows: Sequence[Encoded], share: float, seed: int) -> tuple[list[Encoded], list[Encoded]]:
     """(rows to train on, rows to choose epoch and learning rate by): `share` of the rows, one at least, drawn by `seed`; none where it is 0."""
+    if share and len(rows) < 2:
+        raise UsageError("There is one row alone, which can not be trained on and held out: leave training.held_out out, or make more rows.")
     held = set(random.Random(f"{seed}/held out").sample(range(len(rows)), max(1, round(share * len(rows))) if share else 0))
     return [row for i, row in enumerate(rows) if i not in held], [rows[i] for i in sorted(held)]
 
@@ -190,10 +192,11 @@ class Loop:
                 total += label_loss(self.model, self._output, collate(rows or self._empty(), self.pad_id, self.device))
         if self.world > 1:
             torch.distributed.all_reduce(total)
-        return float(total) / sum(row.labels for row in self.held_out)
+        loss = float(total) / sum(row.labels for row in self.held_out)
+        return loss if loss == loss else float("inf")  # what is not a number is never the least
 
     def _empty(self) -> list[Encoded]:
-        """A row without labels, for a worker whose share is empty: where the base is spread over workers, all must compute."""
+        """A row without labels, for a worker whose share is smaller than another's."""
         return [Encoded(self.rows[0].ids, 0)]
 
     @property
@@ -211,8 +214,9 @@ class Loop:
     def _step(self, indices: Sequence[int]) -> float:
         """One optimiser step on the rows; returns their mean loss per label. Raises `Diverged`, weights untouched, where that is not a number."""
         rows = [self.rows[i] for i in indices]
-        mine = rows[self.rank :: self.world] or self._empty()
-        total = self._gradients(mine, sum(row.labels for row in rows))
+        share = -(-len(rows) // self.world)  # of the largest worker: where the base is spread over them, all must compute as often
+        mine = rows[self.rank :: self.world]
+        total = self._gradients(mine + self._empty() * (share - len(mine)), sum(row.labels for row in rows))
         if self.world > 1:
             total = self._add_up(total)
         norm = torch.nn.utils.clip_grad_norm_(self._weights, self.settings.max_gradient_norm)

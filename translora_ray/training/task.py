@@ -54,14 +54,15 @@ def start(
     the `world` workers a part of the base.
     """
     spread = spread and world > 1
+    models.require_bits(settings.base_bits)
     tokenizer = models.load_tokenizer(base)
-    model = adapting.create(models.load_base(base, "cpu" if spread else device, settings.base_bits), adapter, derive_seed(seed, "adapter"))
+    model = adapting.create(models.load_base(base, device, settings.base_bits, stays_on_cpu=spread), adapter, derive_seed(seed, "adapter"))
     if recompute:
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if spread:
         _spread(model, device or "cpu", world)
-    rows = encode(tokenizer, pairs, models.context_of(model))
+    rows = encode(tokenizer, pairs, models.context_of(model) - (adapter.virtual_tokens or 0))
     return loop.Loop(model, rows, tokenizer.pad_token_id, settings, derive_seed(seed, "order"), rank, world, at_once)
 
 
@@ -77,14 +78,20 @@ def _spread(model: Any, device: str, world: int) -> None:
     mesh = init_device_mesh(torch.device(device).type, (world,))
     layers = set(model.get_base_model()._no_split_modules or ())
     for module in [*(module for module in model.modules() if type(module).__name__ in layers), model]:
-        fully_shard(module, mesh=mesh, ignored_params=adapter)
+        fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=adapter)
 
 
 def train_adapter(base: str, pairs: Sequence[Pair], adapter: Adapter, settings: Training, seed: int, out: Path, on_step: Callable[[Step], None]) -> float:
-    """Train an adapter on `base` and save it at `out`; returns the last epoch's mean loss."""
-    training = start(base, pairs, adapter, settings, seed)
-    loss = loop.train(training, on_step)
-    adapting.save(training.model, out, base)
+    """Train an adapter on `base` and save it at `out`; returns the last epoch's mean loss. Of several learning rates the rows held out choose one."""
+    best, loss = float("inf"), float("nan")
+    for trial in settings.trials:
+        training = start(base, pairs, adapter, trial, seed)
+        last = loop.train(training, on_step)
+        if not out.exists() or min(training.held_out_losses) < best:
+            best, loss = min(training.held_out_losses, default=0.0), last
+            adapting.save(training.model, out, base)
+        del training
+        models.release()
     return loss
 
 

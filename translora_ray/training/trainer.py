@@ -49,19 +49,26 @@ def train_target(job: Job, store: RunStore, cluster: Cluster, cpus: float, gpus:
     """
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(cluster.start_timeout_s)
     results = [_fit(replace(job, training=trial), f"target{number}", store, cluster, cpus, gpus) for number, trial in enumerate(job.training.trials)]
-    best = min(results, key=lambda result: min(result.metrics["held_out_losses"], default=0.0))
+    if not (sound := [result for result in results if not result.return_value]):
+        raise RunFailed(f"{results[0].return_value} The last good checkpoint is in {store.path(TRAIN)}.")
+    best = min(sound, key=lambda result: min(result.metrics["held_out_losses"], default=0.0))
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(best.checkpoint.to_directory(scratch))
         (folder / STATE).unlink()
         store.write_folder(ADAPTER, folder, marker=adapters.CONFIG)
     facts = {key: best.metrics[key] for key in FACTS}
     if len(results) > 1:
-        facts["trials"] = [{"learning_rate": one.metrics["learning_rate"], "held_out_losses": one.metrics["held_out_losses"]} for one in results]
+        rates = [trial.learning_rate for trial in job.training.trials]
+        facts["trials"] = [{"learning_rate": rate, **_outcome(result)} for rate, result in zip(rates, results, strict=True)]
     return facts
 
 
+def _outcome(result: Any) -> dict[str, Any]:
+    return {"failed": result.return_value} if result.return_value else {"held_out_losses": result.metrics["held_out_losses"]}
+
+
 def _fit(job: Job, name: str, store: RunStore, cluster: Cluster, cpus: float, gpus: float) -> Any:
-    """One run of Ray Train; returns its result."""
+    """One run of Ray Train; returns its result, whose `return_value` says why the run was in vain, if it was."""
     rows = ray.data.read_parquet(store.shard_paths(), filesystem=store.fs, columns=["index", "input", "target", "reason"], override_num_blocks=1, num_cpus=0)
     least, most = cluster.workers
     trainer = TorchTrainer(
@@ -84,9 +91,7 @@ def _fit(job: Job, name: str, store: RunStore, cluster: Cluster, cpus: float, gp
         ),
     )
     result = trainer.fit()
-    if result.return_value:
-        raise RunFailed(f"{result.return_value} The last good checkpoint is in {store.path(TRAIN)}.")
-    if result.checkpoint is None or result.metrics is None:
+    if not result.return_value and (result.checkpoint is None or result.metrics is None):
         raise RunFailed("Training ended without a checkpoint: look at Ray's logs, then run the same command again.")
     return result
 

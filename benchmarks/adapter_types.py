@@ -1,6 +1,6 @@
 """Adapters of one type moved to another: LoRA, DoRA and prompt tuning, each as source and as target.
 
-    make bench-types           (or: python benchmarks/types.py)
+    make bench-types           (or: python benchmarks/adapter_types.py)
 
 A kit for each source type on the example's rows, without a discriminator, and a transfer to each target type. Runs lie in runs/types/; what
 is there is not computed again.
