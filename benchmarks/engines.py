@@ -13,9 +13,10 @@ import subprocess
 import sys
 
 import results
-from rounds import EXAMPLE, SOURCE, TARGET
+from rounds import EXAMPLE, TARGET, judged_kit
 
-WORK = results.ROOT / "runs" / "engines"
+WORK = results.ROOT / "runs" / "engines" / results.commit().replace(" ", "-")
+"""Of one commit: another's runs would say nothing of it."""
 SIDES = {"transformers": "cluster.engines=[2,2]", "vllm": "cluster.engines=[1,1]"}
 """As many engines of each kind as do best on two cores: vLLM's one uses both."""
 
@@ -26,15 +27,13 @@ def translora(*arguments: str) -> None:
 
 
 def main() -> None:
-    kit = WORK / "kit"
-    if not kit.exists():
-        translora("prepare", str(EXAMPLE / "task.yaml"), "--base", SOURCE, "--out", str(kit), "--engine", "transformers")
+    kit = judged_kit().path
     lines = ["| | accuracy (95 % interval) | accepted | candidates | stream, seconds | stream, tokens/s |", "|---|---|---|---|---|---|"]
     intervals = []
     for engine, placement in SIDES.items():
         run = WORK / engine
         transfer = ("--target", TARGET, "--out", str(run), "--recipe", str(EXAMPLE / "recipe.yaml"), "--engine", engine, "--set", placement)
-        translora("transfer", str(kit), *transfer)
+        translora("transfer", kit, *transfer)
         if not (WORK / f"{engine}.json").exists():
             found = ("--data", str(EXAMPLE / "test.jsonl"), "--json", str(WORK / f"{engine}.json"), "--engine", "transformers")
             translora("evaluate", str(run), *found)
@@ -42,6 +41,8 @@ def main() -> None:
         manifest = json.loads((run / "manifest.json").read_text())
         intervals.append((arm["accuracy"], arm["low"], arm["high"]))
         counts, tokens, seconds = manifest["counts"], manifest["tokens"], manifest["last_attempt_seconds"]["stream"]
+        if len(counts["engine_loads"]) > 1:
+            raise SystemExit(f"{run} was interrupted, so that its seconds are not those of its tokens: remove it and start again.")
         made = sum(amount for role, amount in tokens.items() if role != "training")
         figures = [
             f"{arm['accuracy']:.3f} ({arm['low']:.3f} to {arm['high']:.3f})",

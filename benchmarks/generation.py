@@ -7,18 +7,22 @@ Engines are loaded before the first round and each side is warmed up. Nothing el
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import pyarrow as pa
-from rounds import CPUS, SETTINGS, Side, alternate, example_kit, kept, packs_of, run_parts, table
+import results
+from rounds import CPUS, SETTINGS, SOURCE, Side, alternate, example_kit, judged_kit, kept, packs_of, run_parts, table
 
 from translora_ray import models
 from translora_ray.config import Cluster, Recipe, Selection, Synthesis
+from translora_ray.engines.transformers import TransformersEngine
 from translora_ray.prompts import prompt_ids, synthesis_prompt, synthesis_stops
 from translora_ray.records import Pack, packs_from_table
 from translora_ray.stream.dedup import SeedFilter
+from translora_ray.stream.discriminate import verdicts
 from translora_ray.stream.requests import Desk, PackSource
 
 VARIANTS: dict[str, tuple[bool, dict[str, float]]] = {
@@ -78,7 +82,8 @@ def bare(base: str, packs: int, size: int, pipe: Any) -> None:
         outputs = llm.generate([{"prompt_token_ids": ids} for ids, _ in prompts], [SamplingParams(**drawn) for _, drawn in prompts], use_tqdm=False)
         seconds = time.perf_counter() - began
         count = written(work, [(output.outputs[0].text, output.outputs[0].finish_reason == "stop") for output in outputs])
-        pipe.send((seconds, sum(len(output.outputs[0].token_ids) for output in outputs), count))
+        texts = [candidate.input for pack in work for candidate in pack.open()]
+        pipe.send((seconds, sum(len(output.outputs[0].token_ids) for output in outputs), count, texts))
     llm.llm_engine.engine_core.shutdown()
 
 
@@ -191,15 +196,28 @@ def stream(rounds: int, requests: int, base: str) -> list[str]:
     for side in sides.values():
         side.close()
     head = f"2 packs of {size} prompts a round, both waiting for the round's last one; wanted of the stream: ratios of at least 0.95."
-    return ["### The stream against a bare `vllm.LLM` and `ray.data.llm`", "", head, "", *table(measured, "vllm.LLM"), ""]
+    lines = ["### The stream against a bare `vllm.LLM` and `ray.data.llm`", "", head, "", *table(measured, "vllm.LLM"), ""]
+    speeds = [[found[1] / found[0] for found in measured[name]] for name in ("the stream", "ray.data.llm")]
+    against = results.spread([ours / theirs for ours, theirs in zip(*speeds, strict=True)])
+    return [*lines, f"The stream's tokens/s to those of `ray.data.llm`, round by round: {against}; wanted: at least 1.", ""]
 
 
 def choices(rounds: int, requests: int, base: str) -> list[str]:
-    """What other prompts and samplings would give."""
+    """What other prompts and samplings would give, judged by the example's discriminator."""
     engine = Side(bare, base, 2, requests // 2)
     measured = alternate({name: engine.round(name) for name in VARIANTS}, rounds)
     engine.close()
-    return ["### Prompts and sampling", "", "Bare `vllm.LLM`.", "", *table(measured, next(iter(VARIANTS))), ""]
+    lines = table(measured, next(iter(VARIANTS)))
+    lines[0], lines[1] = f"{lines[0]} accepted of those kept | accepted/s |", f"{lines[1]}---|---|"
+    kit = judged_kit()
+    judge = TransformersEngine(SOURCE)
+    for line, found in enumerate(measured.values(), 2):
+        texts = sorted({text for one in found for text in one[3]})
+        share = sum(verdict > 0 for verdict in verdicts(judge, kit.task.name, texts, kit.discriminator_adapter)) / len(texts)
+        speed = statistics.median(one[2] / one[0] for one in found)
+        lines[line] += f" {share:.0%} of {len(texts)} | {share * speed:.2f} |"
+    judge.close()
+    return ["### Prompts and sampling", "", "Bare `vllm.LLM`; the discriminator of a kit prepared on the example's rows judges.", "", *lines, ""]
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,7 +14,7 @@ import results
 
 from translora_ray.config import Recipe, Vllm, load_task
 from translora_ray.engines.base import AdapterRef
-from translora_ray.kit import Kit, choose_seeds
+from translora_ray.kit import Kit, choose_seeds, load
 from translora_ray.records import Pack, read_rows, request_pack
 
 SOURCE, TARGET = "packaged:smollm2-135m-instruct", "packaged:gemma-3-270m"
@@ -34,7 +36,8 @@ class Side:
         self.process = context.Process(target=work, args=(*arguments, theirs))
         self.process.start()
         theirs.close()  # so that a side that dies ends the benchmark
-        self.pipe.recv()
+        self.ready = self.pipe.recv()
+        """What the side said when it was ready."""
 
     def round(self, variant: str) -> Round:
         def run(turn: int) -> tuple[float, int, int]:
@@ -54,6 +57,15 @@ def example_kit() -> Kit:
     rows = read_rows(task.train)
     nothing = AdapterRef("", "")
     return Kit("", task, SOURCE, "", len(rows), choose_seeds(rows, task.seeds, 0), None, "", nothing, SOURCE, "", nothing)
+
+
+def judged_kit() -> Kit:
+    """The example's kit with its discriminator, in runs/bench-kit; made where it is not there."""
+    place = results.ROOT / "runs" / "bench-kit"
+    if not place.exists():
+        made = ("prepare", str(EXAMPLE / "task.yaml"), "--base", SOURCE, "--out", str(place), "--engine", "transformers")
+        subprocess.run([sys.executable, "-m", "translora_ray.cli", *made], cwd=results.ROOT, check=True)
+    return load(place)
 
 
 def packs_of(turn: int, packs: int, size: int) -> list[Pack]:
