@@ -210,7 +210,7 @@ def has_effect(path: str | Path) -> bool:
     """Whether a LoRA's second factors are more than zeros, with which it begins and changes nothing."""
     from safetensors import safe_open
 
-    with safe_open(str(Path(path) / WEIGHTS), framework="numpy") as file:
+    with safe_open(str(Path(path) / WEIGHTS), framework="pt") as file:
         return any(bool(file.get_tensor(name).any()) for name in file.keys() if ".lora_B." in name)  # noqa: SIM118
 
 
