@@ -106,8 +106,8 @@ def streamed(base: str, packs: int, size: int, pipe: Any) -> None:
     cluster = Cluster(vllm=SETTINGS.model_copy(update={"packs": packs}))
     plan = Writing(example_kit(), base, recipe, cluster, "vllm", CPUS, 0)
     with ray_session(plan.cluster):
-        desk = Desk.remote(0, 0)  # type: ignore[attr-defined]
-        arriving = open_stream(plan, desk, 0)
+        desk = Desk.remote([0], 0)  # type: ignore[attr-defined]
+        arriving = open_stream([plan], desk)
         ray.get(desk.arrived.remote())
         next(arriving)  # the engine is loaded, and warm
         pipe.send("ready")
@@ -123,7 +123,7 @@ class Prompts(PackSource):
     """The stream's requests as rows for `ray.data.llm`, behind the same gate."""
 
     def __init__(self, desk: Any, size: int, base: str) -> None:
-        super().__init__(desk, Recipe().seed, size, 0)
+        super().__init__(desk, [(Recipe().seed, size)])
         self.base = base
 
     def _packs(self) -> Iterable[pa.Table]:
@@ -170,7 +170,7 @@ def processor(base: str, packs: int, size: int, pipe: Any) -> None:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.target_max_block_size = int(0.8 * first.nbytes)  # the source lets go of a pack at once, and whole: packs differ by a tenth
-    desk = Desk.remote(0, 0)  # type: ignore[attr-defined]
+    desk = Desk.remote([0], 0)  # type: ignore[attr-defined]
     source = ray.data.read_datasource(Prompts(desk, size, base), override_num_blocks=1, concurrency=1, num_cpus=0)
     blocks = process(source).iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)  # rows ahead would wait for the next round
     arriving = (row for block in blocks for row in block.to_pylist())

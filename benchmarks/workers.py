@@ -33,7 +33,7 @@ def trained(workers: int, base: str, count: int, turn: int) -> tuple[float, int,
         store = RunStore(scratch)
         rows = [Candidate(index, 0, row.input, None, row.target) for index, row in enumerate(read_rows(task.train)[:count])]
         store.write_shard(0, 0, rows, {})
-        job = Job(task, base, LORA, SETTINGS, turn, cluster, Desk.remote(0, 0))  # type: ignore[attr-defined]
+        job = Job(task, base, LORA, SETTINGS, turn, cluster, Desk.remote([], 0))  # type: ignore[attr-defined]
         facts = train_target(job, store, cluster, CPUS / workers, 0)
     return facts["seconds"], facts["tokens"], facts
 

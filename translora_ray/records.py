@@ -47,10 +47,11 @@ class Candidate:
 
 @dataclass
 class Pack:
-    """Candidates computed together, with what they cost: tokens and seconds per role."""
+    """Candidates computed together, with what they cost: tokens and seconds per role. `transfer` is the place of theirs among those of the stream."""
 
     number: int
     candidates: list[Candidate]
+    transfer: int = 0
     tokens: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -75,7 +76,7 @@ TOO_LONG = "prompt too long"
 CANDIDATE = pa.struct(
     [("index", pa.int64()), ("seed", pa.int64()), ("input", pa.string()), ("verdict", pa.float64()), ("target", pa.string()), ("reason", pa.string())]
 )
-PACK = pa.schema([("number", pa.int64()), ("candidates", pa.list_(CANDIDATE)), ("spent", pa.string())])
+PACK = pa.schema([("number", pa.int64()), ("candidates", pa.list_(CANDIDATE)), ("transfer", pa.int32()), ("spent", pa.string())])
 SHARD = pa.schema(list(CANDIDATE))
 
 
@@ -95,21 +96,24 @@ def derive_seed(*parts: object) -> int:
     return int.from_bytes(hashlib.sha256("/".join(map(str, parts)).encode()).digest()[:8]) >> 1
 
 
-def request_pack(run_seed: int, number: int, size: int) -> Pack:
+def request_pack(run_seed: int, number: int, size: int, transfer: int = 0) -> Pack:
     """Pack `number` of a transfer before anything is computed: indices and seeds only."""
     first = number * size
-    return Pack(number, [Candidate(index, derive_seed(run_seed, "candidate", index)) for index in range(first, first + size)])
+    return Pack(number, [Candidate(index, derive_seed(run_seed, "candidate", index)) for index in range(first, first + size)], transfer)
 
 
 def pack_to_table(pack: Pack) -> pa.Table:
     """One pack as a table of one row: Ray Data must neither split a pack nor wait for a second one."""
     spent = json.dumps({"tokens": pack.tokens, "seconds": pack.seconds})
-    row = {"number": pack.number, "candidates": [asdict(candidate) for candidate in pack.candidates], "spent": spent}
+    row = {"number": pack.number, "candidates": [asdict(candidate) for candidate in pack.candidates], "transfer": pack.transfer, "spent": spent}
     return pa.Table.from_pylist([row], schema=PACK)
 
 
 def packs_from_table(table: pa.Table) -> list[Pack]:
-    return [Pack(row["number"], [Candidate(**candidate) for candidate in row["candidates"]], **json.loads(row["spent"])) for row in table.to_pylist()]
+    return [
+        Pack(row["number"], [Candidate(**candidate) for candidate in row["candidates"]], row["transfer"], **json.loads(row["spent"]))
+        for row in table.to_pylist()
+    ]
 
 
 def read_rows(path: str | Path) -> list[TaskRow]:

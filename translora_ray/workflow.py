@@ -68,7 +68,7 @@ def transfer(kit_path: str, target: str, out: str, config: Config, engine: Engin
             _check_identity(store, identity)  # another process may have begun here meanwhile
             store.write_json(IDENTITY, identity)
             streaming = time.monotonic()
-            totals = run_stream(plan, store, display)
+            (totals,) = run_stream([plan], [store], display)
             streamed = time.monotonic() - streaming
             training = _train(plan, store, worker, display)
             return _finish(plan, store, identity, totals, training, {"stream": streamed, "transfer": time.monotonic() - began})
@@ -231,7 +231,7 @@ def _train(plan: Plan, store: RunStore, worker: _Resources, display: Display) ->
     display.say(f"target adapter: {adapters.title(adapter)}")
     if adapter.type not in adapters.SERVED_BY_VLLM:
         display.say("vLLM can not serve an adapter of this type; transformers and peft do.")
-    steps = Desk.remote(0, 0)  # type: ignore[attr-defined]
+    steps = Desk.remote([], 0)  # type: ignore[attr-defined]
     job = Job(plan.kit.task, plan.target, adapter, plan.recipe.training, plan.recipe.seed, plan.cluster, steps)
     with _watching(steps, display):
         facts = train_target(job, store, plan.cluster, worker.cpus, worker.gpus)

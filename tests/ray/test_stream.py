@@ -1,7 +1,8 @@
-"""The stream itself, with stages that only wait: packs of one actor overlap, and a pool grows while packs wait."""
+"""The stream itself: packs of one actor overlap, a pool grows while packs wait, transfers share engines."""
 
 from __future__ import annotations
 
+import asyncio
 import os
 import threading
 import time
@@ -13,8 +14,10 @@ import pytest
 import ray
 
 from translora_ray import kit
-from translora_ray.config import Cluster, Recipe, Synthesis
+from translora_ray.config import Cluster, Recipe, Selection, Synthesis
+from translora_ray.progress import Display
 from translora_ray.records import pack_to_table, packs_from_table
+from translora_ray.storage import RunStore
 from translora_ray.stream import pipeline
 from translora_ray.stream.plan import Plan
 from translora_ray.stream.requests import Desk
@@ -27,7 +30,7 @@ PACKS = 40
 class Waiting:
     """A stage actor without an engine: a pack takes half a second, and is told who computed it and beside how many others."""
 
-    def __init__(self, _plan: Plan, _pool: Any, _desk: Any) -> None:
+    def __init__(self, _plans: list[Plan], _pool: Any, _desk: Any) -> None:
         self.busy, self.lock = 0, threading.Lock()
 
     def __call__(self, table: pa.Table) -> pa.Table:
@@ -48,8 +51,8 @@ def test_packs_of_an_actor_overlap_and_the_pool_grows(tiny_kit: Path, tiny_gemma
     cluster = Cluster(engines=(1, 2))
     plan = Plan(kit.load(tiny_kit), tiny_gemma, Recipe(synthesis=Synthesis(pack_size=2)), cluster, "transformers", 0.5, 0.0)
     with ray_session(cluster):
-        desk = Desk.remote(0, 6)  # type: ignore[attr-defined]  # what run_stream lets through for two actors
-        packs = pipeline.open_stream(plan, desk, 0)
+        desk = Desk.remote([0], 6)  # type: ignore[attr-defined]  # what run_stream lets through for two actors
+        packs = pipeline.open_stream([plan], desk)
         found = []
         for pack in packs:
             found.append(pack)
@@ -60,3 +63,42 @@ def test_packs_of_an_actor_overlap_and_the_pool_grows(tiny_kit: Path, tiny_gemma
     assert sorted({pack.number for pack in found}) == sorted(pack.number for pack in found)
     assert max(pack.tokens["at once"] for pack in found) == 2
     assert len({pack.tokens["actor"] for pack in found}) == 2
+
+
+def test_transfers_that_share_engines_accept_what_each_would_alone(tiny_kit: Path, tiny_gemma: str, tmp_path: Path) -> None:
+    selection = Selection(threshold=-100, near_duplicate=1.0, max_candidates=200)
+    synthesis = Synthesis(pack_size=16, temperature=1.0, min_p=0.0, max_tokens=60)
+    cluster = Cluster(commit_seconds=0)
+    plans = []
+    for seed, quota in ((0, 8), (1, 20), (2, 12)):
+        recipe = Recipe(seed=seed, synthesis=synthesis, selection=selection.model_copy(update={"quota": quota}))
+        plans.append(Plan(kit.load(tiny_kit), tiny_gemma, recipe, cluster, "transformers", 1.0, 0.0))
+    stores = {name: [RunStore(str(tmp_path / f"{name}{plan.recipe.seed}")) for plan in plans] for name in ("together", "alone")}
+    with ray_session(cluster), Display() as display:
+        totals = pipeline.run_stream(plans, stores["together"], display)
+        for plan, store in zip(plans, stores["alone"], strict=True):
+            pipeline.run_stream([plan], [store], display)
+    assert [total.accepted for total in totals] == [8, 20, 12]
+    assert [list(total.loads.values()) for total in totals] == [[[plans[0].kit.base]]] * 3  # one engine, whatever the number of transfers
+    for together, alone in zip(stores["together"], stores["alone"], strict=True):
+        ours, theirs = ([row for _, rows, _ in store.shards() for row in rows] for store in (together, alone))
+        assert ours == theirs
+
+
+def test_the_desk_hands_out_in_turn_and_repeats_itself_to_a_source_that_starts_again() -> None:
+    async def ask() -> list[list[tuple[int, int] | None]]:
+        desk = Desk.__ray_metadata__.modified_class([3, 0], 4)  # type: ignore[attr-defined]
+        first = [await desk.lease(turn) for turn in range(4)]
+        waiting = asyncio.create_task(desk.lease(4))
+        await asyncio.sleep(0.01)
+        assert not waiting.done()
+        await desk.full(0)
+        await desk.arrived()
+        again = [await desk.lease(turn) for turn in range(4)]
+        after = [await waiting]
+        await desk.full(1)
+        return [first, again, after, [await desk.lease(5)]]
+
+    first, again, after, last = asyncio.run(ask())
+    assert first == again == [(0, 3), (1, 0), (0, 4), (1, 1)]
+    assert (after, last) == ([(1, 2)], [None])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, Protocol
 
 import pyarrow as pa
@@ -34,20 +34,19 @@ class Stage(Protocol):
 
 
 class StageActor:
-    """What Ray Data keeps in an actor: one engine and the stages that use it. Called from as many threads as packs go at once."""
+    """What Ray Data keeps in an actor: one engine, and each transfer's stages, which use it. Called from as many threads as packs go at once."""
 
-    def __init__(self, plan: Plan, pool: Pool, desk: Any) -> None:
-        self.plan, self.pool, self.desk = plan, pool, desk
+    def __init__(self, plans: Sequence[Plan], pool: Pool, desk: Any) -> None:
+        self.plans, self.pool, self.desk = plans, pool, desk
         self._replacing = threading.Lock()
         self._deaths = 0
         self._open()
 
     def _open(self) -> None:
-        plan, pool = self.plan, self.pool
-        named = {discriminate.ROLE: plan.kit.discriminator_adapter, teach.ROLE: plan.kit.adapter}
-        used = [named[role] for role in pool.roles if role in named]
-        self.engine = open_engine(pool.engine, pool.base, used, plan.cluster.vllm, plan.engine_gpus)
-        self.stages = [stage for role in pool.roles for stage in STAGES[role](plan, self.engine)]
+        pool, first = self.pool, self.plans[0]
+        used = {adapter.path: adapter for plan in self.plans for adapter in plan.adapters(pool)}
+        self.engine = open_engine(pool.engine, pool.base, list(used.values()), first.cluster.vllm, first.engine_gpus)
+        self.stages = [[stage for role in pool.roles for stage in STAGES[role](plan, self.engine)] for plan in self.plans]
         ray.get(self.desk.loaded.remote(pool.base))
 
     def __call__(self, table: pa.Table) -> pa.Table:
@@ -55,13 +54,13 @@ class StageActor:
             stages = self.stages
             (pack,) = packs_from_table(table)
             try:
-                for stage in stages:
+                for stage in stages[pack.transfer]:
                     pack = stage.process(pack)
                 return pack_to_table(pack)
             except EngineDied as death:
                 self._replace(stages, death)
 
-    def _replace(self, dead: list[Stage], death: EngineDied) -> None:
+    def _replace(self, dead: list[list[Stage]], death: EngineDied) -> None:
         """A new engine in place of the one behind the stages `dead`, unless another thread brought one already."""
         with self._replacing:
             if self.stages is not dead:
@@ -97,35 +96,46 @@ def _teaching(plan: Plan, engine: Engine) -> list[Stage]:
 STAGES: dict[str, Callable[[Plan, Engine], list[Stage]]] = {synthesize.ROLE: _writing, discriminate.ROLE: _judging, teach.ROLE: _teaching}
 
 
-def run_stream(plan: Plan, store: RunStore, display: Display) -> Totals:
-    """Stream until the quota is full and committed; returns the totals. Goes on from the shards that are there."""
-    collector = Collector(plan, store)
-    if collector.full:
-        return collector.totals
-    phase = display.phase("examples")
-    started = collector.accepted
-    phase.update(started, plan.quota, "loading engines")
-    cap = sum((plan.packs_at_once(pool) + 1) * plan.cluster.engines[1] for pool in plan.pools())
-    desk = Desk.remote(collector.next, cap)  # type: ignore[attr-defined]
+def run_stream(plans: Sequence[Plan], stores: Sequence[RunStore], display: Display) -> list[Totals]:
+    """Stream until the quota of every transfer is full and committed; returns their totals. Goes on from the shards that are there.
+
+    The transfers share engines, so their plans must agree in engine, bases and cluster (`Plan.pools`).
+    """
+    collectors = [Collector(plan, store) for plan, store in zip(plans, stores, strict=True)]
+    if all(collector.full for collector in collectors):
+        return [collector.totals for collector in collectors]
+    phases = [display.phase("examples" if len(plans) == 1 else f"examples, {plan.kit.task.name}") for plan in plans]
+    for phase, collector in zip(phases, collectors, strict=True):
+        phase.update(collector.accepted, collector.plan.quota, "loading engines")
+    cap = sum((plans[0].packs_at_once(pool) + 1) * plans[0].cluster.engines[1] for pool in plans[0].pools())
+    desk = Desk.remote([collector.next for collector in collectors], cap)  # type: ignore[attr-defined]
+    ray.get([desk.full.remote(transfer) for transfer, collector in enumerate(collectors) if collector.full])
     began = time.monotonic()
     tokens = 0
-    packs = open_stream(plan, desk, collector.next)
+    packs = open_stream(plans, desk)
     try:
         for pack in packs:
             tokens += sum(pack.tokens.values())
-            collector.take(pack, ray.get(desk.all_loads.remote()))
-            _show(phase, collector, tokens / (time.monotonic() - began))
-            if collector.full:
+            collector = collectors[pack.transfer]
+            if not collector.full:  # else it was under way when the quota became full
+                collector.take(pack, ray.get(desk.all_loads.remote()))
+                _show(phases[pack.transfer], collector, tokens / (time.monotonic() - began))
+            if all(collector.full for collector in collectors):
                 break  # what is under way is not needed
+            if collector.full:
+                ray.get(desk.full.remote(pack.transfer))
             ray.get(desk.arrived.remote())
     finally:
         packs.close()
         ray.kill(desk)
-    return collector.totals
+    return [collector.totals for collector in collectors]
 
 
-def open_stream(plan: Plan, desk: Any, first: int) -> Generator[Pack]:
-    """Finished packs from number `first` on in the order of their completion, as many as the desk lets through."""
+def open_stream(plans: Sequence[Plan], desk: Any) -> Generator[Pack]:
+    """Finished packs in the order of their completion, as many as the desk lets through."""
+    plan = plans[0]
+    if any((other.pools(), other.cluster) != (plan.pools(), plan.cluster) for other in plans):
+        raise ValueError("transfers that share a stream must agree in engine, bases and cluster")
     context = DataContext.get_current()
     block_size, crowded = context.target_max_block_size, context.autoscaling_config.actor_pool_util_upscaling_threshold
     context.target_max_block_size = 1  # a pack leaves the source at once; with the default it waits for the source's end
@@ -135,14 +145,14 @@ def open_stream(plan: Plan, desk: Any, first: int) -> Generator[Pack]:
     context.enable_progress_bars = False
     context.execution_options.preserve_order = False
     context.wait_for_min_actors_s = plan.cluster.start_timeout_s
-    source = PackSource(desk, plan.recipe.seed, plan.recipe.synthesis.pack_size, first)
+    source = PackSource(desk, [(one.recipe.seed, one.recipe.synthesis.pack_size) for one in plans])
     packs = ray.data.read_datasource(source, override_num_blocks=1, concurrency=1, num_cpus=0)
     low, high = plan.cluster.engines
     for pool in plan.pools():
         at_once = plan.packs_at_once(pool)
         packs = packs.map_batches(
             StageActor,
-            fn_constructor_args=(plan, pool, desk),
+            fn_constructor_args=(plans, pool, desk),
             batch_size=1,
             batch_format="pyarrow",
             compute=ActorPoolStrategy(

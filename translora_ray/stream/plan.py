@@ -1,4 +1,4 @@
-"""What a stream has to do, and which pools of engines do it. No Ray: actors get a plan, tests and benchmarks make their own."""
+"""What a transfer's stream has to do, and which pools of engines do it. No Ray: actors get a plan, tests and benchmarks make their own."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from translora_ray import adapters
 from translora_ray.config import Cluster, EngineKind, Recipe
+from translora_ray.engines.base import AdapterRef
 from translora_ray.engines.select import engine_for
 from translora_ray.kit import Kit
 from translora_ray.stream import discriminate, synthesize, teach
@@ -30,6 +31,11 @@ class Plan:
     def packs_at_once(self, pool: Pool) -> int:
         """Packs that one engine of the pool computes at the same time."""
         return self.cluster.vllm.packs if pool.engine == "vllm" else 1
+
+    def adapters(self, pool: Pool) -> list[AdapterRef]:
+        """The adapters that the pool's roles name."""
+        named = {discriminate.ROLE: self.kit.discriminator_adapter, teach.ROLE: self.kit.adapter}
+        return [named[role] for role in pool.roles if role in named]
 
     def pools(self) -> list[Pool]:
         """One pool when the source base generates, else two; one more where the teacher is on another base, vLLM can not serve its adapter, or peft

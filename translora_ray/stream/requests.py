@@ -1,13 +1,13 @@
-"""Where packs come from: a Ray Data source that asks the desk before each pack, and the desk that says when to go on or stop.
+"""Where packs come from: a Ray Data source that asks the desk for each, and the desk that says which is next, when to wait and when to stop.
 
-The source yields packs `first`, `first + 1`, ... in order, so a source that Ray restarts repeats itself exactly; the desk only opens
-the gate. Without the gate the source would run far ahead of the quota: Ray Data's backpressure counts bytes, and requests are tiny.
+The desk remembers what it handed out, so a source that Ray restarts repeats itself exactly. Without the desk the source would run far ahead
+of the quotas: Ray Data's backpressure counts bytes, and requests are tiny.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -20,23 +20,43 @@ from translora_ray.records import Step, pack_to_table, request_pack
 
 @ray.remote(num_cpus=0)
 class Desk:
-    """Keeps the gate of one transfer, counts model loads, and passes training steps on to whoever shows them."""
+    """Hands out the packs of the transfers that share a stream, in turn, counts model loads, and passes training steps on to whoever shows them."""
 
-    def __init__(self, first: int, cap: int) -> None:
-        self.allowed = first + cap
+    def __init__(self, first: Sequence[int], cap: int) -> None:
+        """`first` is the number of each transfer's first pack; at most `cap` packs are on their way at once."""
+        self.next = list(first)
+        self.wanted = [True] * len(self.next)
+        self.leased = [0] * len(self.next)
+        self.handed_out: list[tuple[int, int]] = []
+        self.allowed = cap
         self.changed = asyncio.Event()
         self.loads: list[str] = []
         self.latest: Step | None = None
 
-    async def gate(self, number: int) -> None:
-        """Wait until pack `number` may be computed."""
-        while number >= self.allowed:
-            self.changed.clear()
-            await self.changed.wait()
+    async def lease(self, turn: int) -> tuple[int, int] | None:
+        """The pack of this turn, 0, 1, 2, ..., as (transfer, number): of the transfer that had the fewest so far. Waits until one may go out; None
+        when no transfer wants more."""
+        while turn >= len(self.handed_out):
+            if not any(self.wanted):
+                return None
+            if len(self.handed_out) < self.allowed:
+                transfer = min((i for i, wanted in enumerate(self.wanted) if wanted), key=lambda i: self.leased[i])
+                self.handed_out.append((transfer, self.next[transfer]))
+                self.next[transfer] += 1
+                self.leased[transfer] += 1
+            else:
+                self.changed.clear()
+                await self.changed.wait()
+        return self.handed_out[turn]
 
     async def arrived(self) -> None:
         """A pack came back, so another may go out."""
         self.allowed += 1
+        self.changed.set()
+
+    async def full(self, transfer: int) -> None:
+        """A transfer wants no more packs."""
+        self.wanted[transfer] = False
         self.changed.set()
 
     async def loaded(self, base: str) -> None:
@@ -53,11 +73,11 @@ class Desk:
 
 
 class PackSource(Datasource):  # type: ignore[misc]
-    """Packs of requests from `first` on, one row each, as the desk's gate opens; it ends with the stream."""
+    """Packs of requests as the desk hands them out, one row each. `packs` holds (run seed, pack size) of each transfer."""
 
-    def __init__(self, desk: Any, run_seed: int, pack_size: int, first: int) -> None:
+    def __init__(self, desk: Any, packs: Sequence[tuple[int, int]]) -> None:
         super().__init__()
-        self.desk, self.run_seed, self.pack_size, self.first = desk, run_seed, pack_size, first
+        self.desk, self.packs = desk, packs
 
     def estimate_inmemory_data_size(self) -> int | None:
         return None
@@ -67,8 +87,9 @@ class PackSource(Datasource):  # type: ignore[misc]
         return [ReadTask(self._packs, metadata)]
 
     def _packs(self) -> Iterable[pa.Table]:
-        number = self.first
-        while True:
-            ray.get(self.desk.gate.remote(number))
-            yield pack_to_table(request_pack(self.run_seed, number, self.pack_size))
-            number += 1
+        turn = 0
+        while lease := ray.get(self.desk.lease.remote(turn)):
+            transfer, number = lease
+            run_seed, size = self.packs[transfer]
+            yield pack_to_table(request_pack(run_seed, number, size, transfer))
+            turn += 1
