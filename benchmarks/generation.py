@@ -9,48 +9,19 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-import pyarrow as pa
 import results
+from asking import VARIANTS, Prompts, asked, rows_of
 from rounds import CPUS, SETTINGS, SOURCE, Side, alternate, example_kit, judged_kit, kept, packs_of, run_parts, table
 
-from translora_ray import models
 from translora_ray.config import Cluster, Recipe, Selection, Synthesis
 from translora_ray.engines.transformers import TransformersEngine
-from translora_ray.prompts import prompt_ids, synthesis_prompt, synthesis_stops
-from translora_ray.records import Pack, packs_from_table
+from translora_ray.records import Pack
 from translora_ray.stream.dedup import SeedFilter
 from translora_ray.stream.discriminate import verdicts
-from translora_ray.stream.requests import Desk, PackSource
-
-VARIANTS: dict[str, tuple[bool, dict[str, float]]] = {
-    "as the stream does it": (True, {"temperature": Synthesis().temperature, "min_p": Synthesis().min_p}),
-    "seeds shuffled for every request": (False, {"temperature": Synthesis().temperature, "min_p": Synthesis().min_p}),
-    "temperature alone": (True, {"temperature": Synthesis().temperature}),
-    "top_p 0.95": (True, {"temperature": Synthesis().temperature, "top_p": 0.95}),
-}
-"""How seeds are shown and tokens drawn: (one order of seeds for a pack, sampling)."""
-
-
-Requests = Callable[[Pack, bool, dict[str, float]], list[tuple[list[int], dict[str, Any]]]]
-"""(pack, one order of seeds for all of it, sampling) -> token ids and `SamplingParams` of each request, as the stream has them."""
-
-
-def asked(base: str) -> Requests:
-    kit, tokenizer = example_kit(), models.load_tokenizer(base)
-    longest = 2 * max(len(tokenizer(seed, add_special_tokens=False)["input_ids"]) for seed in kit.seed_inputs) + 8
-    stops = list(synthesis_stops(kit.seed_inputs))
-
-    def requests(pack: Pack, alike: bool, drawn: dict[str, float]) -> list[tuple[list[int], dict[str, Any]]]:
-        found = []
-        for candidate in pack.candidates:
-            shown = synthesis_prompt(kit.seed_inputs, Synthesis().shots, (pack.candidates[0] if alike else candidate).seed)
-            found.append((prompt_ids(tokenizer, shown), {"max_tokens": longest, "stop": stops, "seed": candidate.seed, **drawn}))
-        return found
-
-    return requests
+from translora_ray.stream.requests import Desk
 
 
 def written(packs: Sequence[Pack], texts: Iterable[tuple[str, bool]]) -> int:
@@ -117,24 +88,6 @@ def streamed(base: str, packs: int, size: int, pipe: Any) -> None:
             back = [next(arriving) for _ in range(packs)]
             pipe.send((time.perf_counter() - began, sum(sum(pack.tokens.values()) for pack in back), kept(back)))
         arriving.close()
-
-
-class Prompts(PackSource):
-    """The stream's requests as rows for `ray.data.llm`, behind the same gate."""
-
-    def __init__(self, desk: Any, size: int, base: str) -> None:
-        super().__init__(desk, [(Recipe().seed, size)])
-        self.base = base
-
-    def _packs(self) -> Iterable[pa.Table]:
-        requests = asked(self.base)
-        for block in super()._packs():
-            yield rows_of(requests, *packs_from_table(block))
-
-
-def rows_of(requests: Requests, pack: Pack) -> pa.Table:
-    made = requests(pack, *next(iter(VARIANTS.values())))
-    return pa.Table.from_pylist([{"pack": pack.number, "row": row, "ids": ids, "sampling": drawn} for row, (ids, drawn) in enumerate(made)])
 
 
 def processor(base: str, packs: int, size: int, pipe: Any) -> None:
