@@ -55,6 +55,12 @@ class Prompts(PackSource):
             yield rows_of(requests, *packs_from_table(block))
 
 
+BLOCK = 1 << 20
+"""Bytes from which a Ray Data source lets go of a block. A pack's rows are padded to a little more: less would wait for the next pack, much more would
+be split."""
+
+
 def rows_of(requests: Requests, pack: Pack) -> pa.Table:
     made = requests(pack, *next(iter(VARIANTS.values())))
-    return pa.Table.from_pylist([{"pack": pack.number, "row": row, "ids": ids, "sampling": drawn} for row, (ids, drawn) in enumerate(made)])
+    pad = "-" * int(1.1 * BLOCK / len(made))
+    return pa.Table.from_pylist([{"pack": pack.number, "row": row, "ids": ids, "sampling": drawn, "pad": pad} for row, (ids, drawn) in enumerate(made)])

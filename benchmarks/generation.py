@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import results
-from asking import VARIANTS, Prompts, asked, rows_of
+from asking import BLOCK, VARIANTS, Prompts, asked, rows_of
 from rounds import CPUS, SETTINGS, SOURCE, Side, alternate, example_kit, judged_kit, kept, packs_of, run_parts, table
 
 from translora_ray.config import Cluster, Recipe, Selection, Synthesis
@@ -122,7 +122,7 @@ def processor(base: str, packs: int, size: int, pipe: Any) -> None:
     longest = first["sampling"][0].as_py()["max_tokens"]
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
-    context.target_max_block_size = int(0.8 * first.nbytes)  # the source lets go of a pack at once, and whole: packs differ by a tenth
+    context.target_max_block_size = BLOCK
     desk = Desk.remote([0], 0)  # type: ignore[attr-defined]
     source = ray.data.read_datasource(Prompts(desk, size, base), override_num_blocks=1, concurrency=1, num_cpus=0)
     blocks = process(source).iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)  # rows ahead would wait for the next round
