@@ -142,8 +142,8 @@ def processor(base: str, packs: int, size: int, pipe: Any) -> None:
 
 def stream(rounds: int, requests: int, base: str) -> list[str]:
     """What the stream adds: a bare engine with all prompts at once is the measure."""
-    lines = ["### The stream against a bare `vllm.LLM`", ""]
-    return [*lines, *compared({"vllm.LLM": bare, "the stream": streamed}, rounds, requests, base), "", "Wanted of the stream: ratios of at least 0.95.", ""]
+    measured = compared({"vllm.LLM": bare, "the stream": streamed}, rounds, requests, base)
+    return ["### The stream against a bare `vllm.LLM`", "", *measured, "", "Wanted of the stream: ratios of at least 0.95.", ""]
 
 
 def library(rounds: int, requests: int, base: str) -> list[str]:
