@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -63,6 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0, 2 for a usage or input error, 1 for any other failure."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it where it is installed, and it asks for a kernel that nothing here needs
     try:
         options = parser().parse_args(arguments)
         return {"prepare": _prepare, "transfer": _transfer, "evaluate": _evaluate, "inspect": _inspect}[options.command](options)
