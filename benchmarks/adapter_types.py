@@ -9,13 +9,11 @@ is there is not computed again.
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from typing import Any
 
 import results
 import yaml
-from rounds import EXAMPLE, SOURCE, TARGET
+from rounds import EXAMPLE, SOURCE, TARGET, translora
 
 WORK = results.ROOT / "runs" / "types"
 TYPES: dict[str, dict[str, Any]] = {
@@ -25,11 +23,8 @@ TYPES: dict[str, dict[str, Any]] = {
 }
 """How an adapter of each type is trained, as source and as target."""
 QUOTA, TESTED = 120, 100
-
-
-def translora(*arguments: str) -> None:
-    print("translora", *arguments, flush=True)
-    subprocess.run([sys.executable, "-m", "translora_ray.cli", *arguments, "--engine", "transformers"], cwd=results.ROOT, check=True)
+ENGINE = ("--engine", "transformers")
+"""It serves every type."""
 
 
 def kit(source: str) -> str:
@@ -39,7 +34,7 @@ def kit(source: str) -> str:
         task = yaml.safe_load((EXAMPLE / "task.yaml").read_text())
         task |= {"train": str(EXAMPLE / "train.jsonl"), "source_adapter": {"type": source}, "source_training": TYPES[source]}
         (place.parent / "task.yaml").write_text(yaml.safe_dump(task))
-        translora("prepare", str(place.parent / "task.yaml"), "--base", SOURCE, "--out", str(place), "--no-discriminator")
+        translora("prepare", str(place.parent / "task.yaml"), "--base", SOURCE, "--out", str(place), "--no-discriminator", *ENGINE)
     return str(place)
 
 
@@ -48,11 +43,11 @@ def moved(source: str, target: str) -> dict[str, Any]:
     run, result = WORK / source / target, WORK / source / f"{target}.json"
     recipe = {"selection": {"quota": QUOTA}, "training": TYPES[target], "adapter": {"type": target}, "cluster": {"engines": [2, 2]}}
     (WORK / source / f"{target}.yaml").write_text(yaml.safe_dump(recipe))
-    translora("transfer", kit(source), "--target", TARGET, "--out", str(run), "--recipe", str(WORK / source / f"{target}.yaml"))
+    translora("transfer", kit(source), "--target", TARGET, "--out", str(run), "--recipe", str(WORK / source / f"{target}.yaml"), *ENGINE)
     if not result.exists():
         rows = WORK / "test.jsonl"
         rows.write_text("\n".join((EXAMPLE / "test.jsonl").read_text().splitlines()[:TESTED]) + "\n")
-        translora("evaluate", str(run), "--data", str(rows), "--json", str(result))
+        translora("evaluate", str(run), "--data", str(rows), "--json", str(result), *ENGINE)
     found: dict[str, Any] = json.loads(result.read_text())
     return found
 

@@ -9,21 +9,14 @@ there is not computed again.
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import results
-from rounds import EXAMPLE, TARGET, judged_kit
+from rounds import EXAMPLE, TARGET, judged_kit, translora
 
 WORK = results.ROOT / "runs" / "engines" / results.commit().replace(" ", "-")
 """Of one commit: another's runs would say nothing of it."""
 SIDES = {"transformers": "cluster.engines=[2,2]", "vllm": "cluster.engines=[1,1]"}
 """As many engines of each kind as do best on two cores: vLLM's one uses both."""
-
-
-def translora(*arguments: str) -> None:
-    print("translora", *arguments, flush=True)
-    subprocess.run([sys.executable, "-m", "translora_ray.cli", *arguments], cwd=results.ROOT, check=True)
 
 
 def main() -> None:

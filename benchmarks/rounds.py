@@ -12,7 +12,7 @@ from typing import Any
 
 import results
 
-from translora_ray.config import Recipe, Vllm, load_task
+from translora_ray.config import Adapter, Recipe, Vllm, load_task
 from translora_ray.engines.base import AdapterRef
 from translora_ray.kit import Kit, choose_seeds, load
 from translora_ray.records import Pack, read_rows, request_pack
@@ -21,6 +21,8 @@ SOURCE, TARGET = "packaged:smollm2-135m-instruct", "packaged:gemma-3-270m"
 EXAMPLE = results.ROOT / "examples" / "support_routing"
 SETTINGS = Vllm(cpu_cache_gib=1.0)
 CPUS = 2
+LORA = Adapter(type="lora", rank=16, alpha=32.0, dropout=0.0, modules="all-linear")
+"""The usual adapter, for benchmarks in which what it has learnt does not matter."""
 Round = Callable[[int], tuple[float, int, int]]
 """Round number -> (seconds, tokens, candidates that are kept)."""
 Part = Callable[[int, int, str], list[str]]
@@ -59,12 +61,17 @@ def example_kit() -> Kit:
     return Kit("", task, SOURCE, "", len(rows), choose_seeds(rows, task.seeds, 0), None, "", nothing, SOURCE, "", nothing)
 
 
+def translora(*arguments: str) -> None:
+    """One of the commands, which must succeed."""
+    print("translora", *arguments, flush=True)
+    subprocess.run([sys.executable, "-m", "translora_ray.cli", *arguments], cwd=results.ROOT, check=True)
+
+
 def judged_kit() -> Kit:
     """The example's kit with its discriminator, in runs/bench-kit; made where it is not there."""
     place = results.ROOT / "runs" / "bench-kit"
     if not place.exists():
-        made = ("prepare", str(EXAMPLE / "task.yaml"), "--base", SOURCE, "--out", str(place), "--engine", "transformers")
-        subprocess.run([sys.executable, "-m", "translora_ray.cli", *made], cwd=results.ROOT, check=True)
+        translora("prepare", str(EXAMPLE / "task.yaml"), "--base", SOURCE, "--out", str(place), "--engine", "transformers")
     return load(place)
 
 

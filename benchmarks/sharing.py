@@ -19,10 +19,10 @@ from typing import Any
 import results
 import torch
 from demo import memory, tree
-from rounds import CPUS, SETTINGS, Round, Side, alternate, example_kit, packs_of, run_parts, table
+from rounds import CPUS, LORA, SETTINGS, Round, Side, alternate, example_kit, packs_of, run_parts, table
 
 from translora_ray import adapting, models
-from translora_ray.config import Adapter, Synthesis
+from translora_ray.config import Synthesis
 from translora_ray.engines.base import AdapterRef
 from translora_ray.records import Pack, derive_seed, read_rows, request_pack
 from translora_ray.stream.discriminate import Discriminator
@@ -32,7 +32,7 @@ from translora_ray.stream.teach import Teacher
 
 def random_adapter(model: Any, base: str, folder: Path, seed: int) -> AdapterRef:
     """An adapter of the usual size that changes something: what it has learnt costs nothing."""
-    adapted = adapting.create(model, Adapter(type="lora", rank=16, alpha=32.0, dropout=0.0, modules="all-linear"), seed)
+    adapted = adapting.create(model, LORA, seed)
     for name, weight in adapted.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(weight, std=0.002)

@@ -15,16 +15,15 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import results
-from rounds import CPUS, EXAMPLE, Side, alternate, run_parts
+from rounds import CPUS, EXAMPLE, LORA, Side, alternate, run_parts
 
 from translora_ray import adapting, models, references
-from translora_ray.config import Adapter, Training, load_task
+from translora_ray.config import Training, load_task
 from translora_ray.records import read_rows
 from translora_ray.training import loop
 from translora_ray.training.task import encode, task_pairs
 
 SETTINGS = Training(epochs=1, batch_size=8, learning_rate=5e-4)
-LORA = Adapter(type="lora", rank=16, alpha=32.0, dropout=0.0, modules="all-linear")
 Epoch = Callable[[Any, list[loop.Encoded], int, int], list[float]]
 """(base with a fresh adapter, rows, padding token, seed) -> the loss of each step."""
 

@@ -12,9 +12,9 @@ import tempfile
 from typing import Any
 
 import results
-from rounds import CPUS, EXAMPLE, alternate, run_parts
+from rounds import CPUS, EXAMPLE, LORA, alternate, run_parts
 
-from translora_ray.config import Adapter, Cluster, Training, load_task
+from translora_ray.config import Cluster, Training, load_task
 from translora_ray.records import Candidate, read_rows
 from translora_ray.storage import RunStore
 from translora_ray.stream.requests import Desk
@@ -22,7 +22,6 @@ from translora_ray.training.trainer import Job, train_target
 from translora_ray.workflow import ray_session
 
 SETTINGS = Training(epochs=2)
-LORA = Adapter(type="lora", rank=16, alpha=32.0, dropout=0.0, modules="all-linear")
 
 
 def trained(workers: int, base: str, count: int, turn: int) -> tuple[float, int, dict[str, Any]]:
