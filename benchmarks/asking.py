@@ -1,18 +1,19 @@
-"""The stream's requests as others take them: a bare engine, `ray.data.llm`. A module of its own, because Ray's workers import it."""
+"""What the stream's generator asks of an engine, for those that ask the same in other ways. A module of its own, because Ray's workers import it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import pyarrow as pa
-from rounds import example_kit
+from rounds import CPUS, SETTINGS, example_kit, kept
 
 from translora_ray import models
-from translora_ray.config import Recipe, Synthesis
+from translora_ray.config import Cluster, Recipe, Selection, Synthesis
 from translora_ray.prompts import prompt_ids, synthesis_prompt, synthesis_stops
-from translora_ray.records import Pack, packs_from_table
-from translora_ray.stream.requests import PackSource
+from translora_ray.records import Pack
+from translora_ray.stream.dedup import SeedFilter
+from translora_ray.stream.plan import Plan, Pool
+from translora_ray.stream.synthesize import ROLE
 
 VARIANTS: dict[str, tuple[bool, dict[str, float]]] = {
     "as the stream does it": (True, {"temperature": Synthesis().temperature, "min_p": Synthesis().min_p}),
@@ -42,25 +43,24 @@ def asked(base: str) -> Requests:
     return requests
 
 
-class Prompts(PackSource):
-    """The stream's requests as rows for `ray.data.llm`, behind the same gate."""
-
-    def __init__(self, desk: Any, size: int, base: str) -> None:
-        super().__init__(desk, [(Recipe().seed, size)])
-        self.base = base
-
-    def _packs(self) -> Iterable[pa.Table]:
-        requests = asked(self.base)
-        for block in super()._packs():
-            yield rows_of(requests, *packs_from_table(block))
+def written(packs: Sequence[Pack], texts: Iterable[tuple[str, bool]]) -> int:
+    """Candidates that are kept of what an engine wrote: (text, ended by itself) for each request in turn."""
+    for candidate, (text, ended) in zip([candidate for pack in packs for candidate in pack.candidates], texts, strict=True):
+        candidate.input = text.strip()
+        if not ended or not candidate.input:
+            candidate.reason = "unfinished or empty"
+    copies = SeedFilter(example_kit().seed_inputs, Selection().near_duplicate)
+    return kept([copies.process(pack) for pack in packs])
 
 
-BLOCK = 1 << 20
-"""Bytes from which a Ray Data source lets go of a block. A pack's rows are padded to a little more: less would wait for the next pack, much more would
-be split."""
+class Writing(Plan):
+    """A stream whose only role is the generator."""
+
+    def pools(self) -> list[Pool]:
+        return [Pool("vllm", self.target, (ROLE,))]
 
 
-def rows_of(requests: Requests, pack: Pack) -> pa.Table:
-    made = requests(pack, *next(iter(VARIANTS.values())))
-    pad = "-" * int(1.1 * BLOCK / len(made))
-    return pa.Table.from_pylist([{"pack": pack.number, "row": row, "ids": ids, "sampling": drawn, "pad": pad} for row, (ids, drawn) in enumerate(made)])
+def writing(base: str, packs: int, size: int) -> Writing:
+    """The transfer's own stream as far as candidates: one engine on all cores, `packs` packs of `size` requests at once."""
+    cluster = Cluster(vllm=SETTINGS.model_copy(update={"packs": packs}))
+    return Writing(example_kit(), base, Recipe(synthesis=Synthesis(pack_size=size)), cluster, "vllm", CPUS, 0)

@@ -1,6 +1,6 @@
 """What the stream adds to vLLM, and what other prompts and samplings would give.
 
-    make bench-generation      (or: python benchmarks/generation.py [stream] [library] [choices] --base REF)
+    make bench-generation      (or: python benchmarks/generation.py [stream] [choices] --base REF)
 
 Engines are loaded before the first round and each side is warmed up. Nothing else may run on the machine.
 """
@@ -9,28 +9,14 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterable, Sequence
 from typing import Any
 
-from asking import BLOCK, VARIANTS, Prompts, asked, rows_of
-from rounds import CPUS, SETTINGS, SOURCE, Side, alternate, example_kit, judged_kit, kept, packs_of, run_parts, table
+from asking import VARIANTS, asked, writing, written
+from rounds import SETTINGS, SOURCE, Side, alternate, judged_kit, kept, packs_of, run_parts, table
 
-from translora_ray.config import Cluster, Recipe, Selection, Synthesis
 from translora_ray.engines.transformers import TransformersEngine
-from translora_ray.records import Pack
-from translora_ray.stream.dedup import SeedFilter
 from translora_ray.stream.discriminate import verdicts
 from translora_ray.stream.requests import Desk
-
-
-def written(packs: Sequence[Pack], texts: Iterable[tuple[str, bool]]) -> int:
-    """Candidates that are kept of what an engine wrote: (text, ended by itself) for each request in turn."""
-    for candidate, (text, ended) in zip([candidate for pack in packs for candidate in pack.candidates], texts, strict=True):
-        candidate.input = text.strip()
-        if not ended or not candidate.input:
-            candidate.reason = "unfinished or empty"
-    copies = SeedFilter(example_kit().seed_inputs, Selection().near_duplicate)
-    return kept([copies.process(pack) for pack in packs])
 
 
 def bare(base: str, packs: int, size: int, pipe: Any) -> None:
@@ -61,20 +47,10 @@ def streamed(base: str, packs: int, size: int, pipe: Any) -> None:
     """A process with the transfer's own stream on a local Ray: source, gate, actor with one engine, packs back in the driver."""
     import ray
 
+    from translora_ray.placement import ray_session
     from translora_ray.stream.pipeline import open_stream
-    from translora_ray.stream.plan import Plan, Pool
-    from translora_ray.stream.synthesize import ROLE
-    from translora_ray.workflow import ray_session
 
-    class Writing(Plan):
-        """A stream whose only role is the generator."""
-
-        def pools(self) -> list[Pool]:
-            return [Pool("vllm", base, (ROLE,))]
-
-    recipe = Recipe(synthesis=Synthesis(pack_size=size))
-    cluster = Cluster(vllm=SETTINGS.model_copy(update={"packs": packs}))
-    plan = Writing(example_kit(), base, recipe, cluster, "vllm", CPUS, 0)
+    plan = writing(base, packs, size)
     with ray_session(plan.cluster):
         desk = Desk.remote([0], 0)  # type: ignore[attr-defined]
         arriving = open_stream([plan], desk)
@@ -89,73 +65,10 @@ def streamed(base: str, packs: int, size: int, pipe: Any) -> None:
         arriving.close()
 
 
-def processor(base: str, packs: int, size: int, pipe: Any) -> None:
-    """A process with `ray.data.llm`'s processor, its engine, batches and prompts those of the stream."""
-    from translora_ray.engines.vllm import Log, engine_arguments
-
-    Log()  # Ray's workers inherit the environment that engines of the stream have
-    import ray
-    from ray.data.llm import build_processor, vLLMEngineProcessorConfig
-
-    ray.init(address="local", num_cpus=CPUS + 4, include_dashboard=False, log_to_driver=False, logging_level="error")
-    engine = engine_arguments(base, [], SETTINGS, 1)
-    settings = vLLMEngineProcessorConfig(
-        model_source=engine.pop("model"),
-        engine_kwargs=engine,
-        batch_size=size,
-        max_concurrent_batches=packs,
-        max_tasks_in_flight_per_actor=packs + 1,
-        concurrency=1,
-        chat_template_stage=False,
-        tokenize_stage=False,
-        detokenize_stage=False,
-        log_engine_metrics=False,
-        placement_group_config={"bundle_per_worker": {"CPU": CPUS}},
-    )
-    process = build_processor(
-        settings,
-        preprocess=lambda row: {"pack": row["pack"], "row": row["row"], "tokenized_prompt": row["ids"], "sampling_params": row["sampling"]},
-        postprocess=lambda row: {name: row[name] for name in ("pack", "row", "generated_text", "num_generated_tokens")},
-    )
-    first = rows_of(asked(base), *packs_of(0, 1, size))
-    longest = first["sampling"][0].as_py()["max_tokens"]
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.target_max_block_size = BLOCK
-    desk = Desk.remote([0], 0)  # type: ignore[attr-defined]
-    source = ray.data.read_datasource(Prompts(desk, size, base), override_num_blocks=1, concurrency=1, num_cpus=0)
-    blocks = process(source).iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)  # rows ahead would wait for the next round
-    arriving = (row for block in blocks for row in block.to_pylist())
-    ray.get(desk.arrived.remote())
-    for _ in range(size):
-        next(arriving)
-    pipe.send("ready")
-    while (turn := pipe.recv()) is not None:
-        began = time.perf_counter()
-        ray.get([desk.arrived.remote() for _ in range(packs)])
-        rows = sorted((next(arriving) for _ in range(packs * size)), key=lambda row: (row["pack"], row["row"]))
-        seconds = time.perf_counter() - began
-        count = written(packs_of(turn[1], packs, size), [(row["generated_text"], row["num_generated_tokens"] < longest) for row in rows])
-        pipe.send((seconds, sum(row["num_generated_tokens"] for row in rows), count))
-    ray.shutdown()
-
-
 def stream(rounds: int, requests: int, base: str) -> list[str]:
     """What the stream adds: a bare engine with all prompts at once is the measure."""
     measured = compared({"vllm.LLM": bare, "the stream": streamed}, rounds, requests, base)
     return ["### The stream against a bare `vllm.LLM`", "", *measured, "", "Wanted of the stream: ratios of at least 0.95.", ""]
-
-
-def library(rounds: int, requests: int, base: str) -> list[str]:
-    """What Ray's own library for engines in datasets makes of the same prompts."""
-    lines = ["### The stream against `ray.data.llm`", ""]
-    return [
-        *lines,
-        *compared({"ray.data.llm": processor, "the stream": streamed}, rounds, requests, base),
-        "",
-        "Wanted of the stream: ratios of at least 1.",
-        "",
-    ]
 
 
 def compared(kinds: dict[str, Any], rounds: int, requests: int, base: str) -> list[str]:
@@ -186,4 +99,4 @@ def choices(rounds: int, requests: int, base: str) -> list[str]:
 
 
 if __name__ == "__main__":
-    run_parts(__doc__, {"stream": stream, "library": library, "choices": choices})
+    run_parts(__doc__, {"stream": stream, "choices": choices})

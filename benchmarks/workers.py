@@ -15,11 +15,11 @@ import results
 from rounds import CPUS, EXAMPLE, LORA, alternate, run_parts
 
 from translora_ray.config import Cluster, Training, load_task
+from translora_ray.placement import ray_session
 from translora_ray.records import Candidate, read_rows
 from translora_ray.storage import RunStore
 from translora_ray.stream.requests import Desk
 from translora_ray.training.trainer import Job, train_target
-from translora_ray.workflow import ray_session
 
 SETTINGS = Training(epochs=2)
 

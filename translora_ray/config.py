@@ -140,6 +140,15 @@ class Recipe(Section):
     training: Training = Training()
     adapter: Adapter = Adapter()
     """Type and size of the target adapter; None inherits from the source adapter."""
+    overlap: bool = False
+    """Training begins with the first examples that are committed, and takes the others as they come: the first epoch has their order. The workers hold their
+    resources beside the engines."""
+
+    @model_validator(mode="after")
+    def _knows_its_rows(self) -> Recipe:
+        if self.overlap and self.training.held_out:
+            raise ValueError("rows held out are drawn from all of them, before training begins: leave overlap or training.held_out out")
+        return self
 
     def digest(self) -> str:
         return hashlib.sha256(json.dumps(self.model_dump(), sort_keys=True).encode()).hexdigest()[:16]

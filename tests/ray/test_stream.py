@@ -15,13 +15,13 @@ import ray
 
 from translora_ray import kit
 from translora_ray.config import Cluster, Recipe, Selection, Synthesis
+from translora_ray.placement import ray_session
 from translora_ray.progress import Display
 from translora_ray.records import pack_to_table, packs_from_table
 from translora_ray.storage import RunStore
 from translora_ray.stream import pipeline
 from translora_ray.stream.plan import Plan
 from translora_ray.stream.requests import Desk
-from translora_ray.workflow import ray_session
 
 pytestmark = pytest.mark.ray
 PACKS = 40

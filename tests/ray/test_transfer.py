@@ -307,3 +307,28 @@ def test_more_than_the_cluster_has_is_said_before_anything_is_made(
     assert main(arguments(tiny_kit, tiny_gemma, tmp_path / "run", setting)) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+OVERLAP = ("overlap=true", "cluster.engine_cpus=0.5", "cluster.worker_cpus=0.5", "selection.quota=240", "synthesis.pack_size=4", "training.epochs=2")
+
+
+def test_overlapped_training_begins_before_the_stream_ends_and_a_kill_changes_nothing(tiny_kit: Path, tiny_gemma: str, tmp_path: Path) -> None:
+    calm, run = tmp_path / "calm", tmp_path / "run"
+    assert main(arguments(tiny_kit, tiny_gemma, calm, *OVERLAP)) == 0
+    often = arguments(tiny_kit, tiny_gemma, run, *OVERLAP, "cluster.checkpoint_seconds=0")
+    kill_when(often, lambda: _has_checkpoint(run), tmp_path / "first.log")
+    assert 0 < sum(row.accepted for row in rows(run)) < 240
+    assert main(arguments(tiny_kit, tiny_gemma, run, *OVERLAP)) == 0
+    assert rows(run) == rows(calm)
+    trained = [json.loads((place / "manifest.json").read_text())["training"] for place in (run, calm)]
+    assert trained[0]["started_at_steps"][-1] > 0
+    assert trained[0]["rows"] == 240 and trained[0]["tokens"] == trained[1]["tokens"]
+    assert trained[0]["epoch_losses"] == pytest.approx(trained[1]["epoch_losses"], rel=1e-3)
+    same_weights(run, calm)
+
+
+def test_overlapped_training_ends_with_a_stream_that_fails(tiny_kit: Path, tiny_gemma: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    assert main(arguments(tiny_kit, tiny_gemma, run, *OVERLAP, "selection.max_candidates=1")) == 1
+    assert "of 240 examples after 240 candidates" in capsys.readouterr().err
+    assert not (run / "adapter").exists()

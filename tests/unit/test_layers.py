@@ -19,13 +19,13 @@ LAYERS = [
     {"evaluation.metrics", "evaluation.statistics", "stream.synthesize", "stream.dedup", "stream.discriminate", "stream.teach"},
     {"kit"},
     {"stream.plan"},
-    {"stream.requests", "stream.collect", "evaluation.compare"},
+    {"stream.requests", "stream.collect", "evaluation.compare", "placement"},
     {"stream.pipeline", "training.trainer"},
     {"evaluation.report"},
     {"workflow", "inspection"},
     {"cli"},
 ]
-RAY = {"stream.pipeline", "stream.requests", "training.trainer", "workflow"}
+RAY = {"stream.pipeline", "stream.requests", "training.trainer", "placement", "workflow"}
 VLLM = {"engines.vllm", "engines.vllm_worker"}
 
 

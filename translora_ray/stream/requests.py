@@ -20,7 +20,8 @@ from translora_ray.records import Step, pack_to_table, request_pack
 
 @ray.remote(num_cpus=0)
 class Desk:
-    """Hands out the packs of the transfers that share a stream, in turn, counts model loads, and passes training steps on to whoever shows them."""
+    """Hands out the packs of the transfers that share a stream, in turn, counts model loads, and passes training steps on to whoever shows
+    them."""
 
     def __init__(self, first: Sequence[int], cap: int) -> None:
         """`first` is the number of each transfer's first pack; at most `cap` packs are on their way at once."""
@@ -32,6 +33,7 @@ class Desk:
         self.changed = asyncio.Event()
         self.loads: list[str] = []
         self.latest: Step | None = None
+        self.ended: str | None = None
 
     async def lease(self, turn: int) -> tuple[int, int] | None:
         """The pack of this turn, 0, 1, 2, ..., as (transfer, number): of the transfer that had the fewest so far. Waits until one may go out; None
@@ -67,6 +69,13 @@ class Desk:
 
     async def step(self, step: Step) -> None:
         self.latest = step
+
+    async def end(self, reason: str) -> None:
+        """No more rows will come for whoever trains on the stream."""
+        self.ended = reason
+
+    async def why_ended(self) -> str | None:
+        return self.ended
 
     async def latest_step(self) -> Step | None:
         return self.latest

@@ -87,11 +87,13 @@ def autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     return torch.autocast(device.type, dtype=torch.bfloat16) if computes_in_bf16(device.type) else contextlib.nullcontext()
 
 
-def hold_out(rows: Sequence[Encoded], share: float, seed: int) -> tuple[list[Encoded], list[Encoded]]:
+def hold_out(rows: Sequence[Encoded], share: float, seed: int) -> tuple[Sequence[Encoded], list[Encoded]]:
     """(rows to train on, rows to choose epoch and learning rate by): `share` of the rows, one at least, drawn by `seed`; none where it is 0."""
-    if share and len(rows) < 2:
+    if not share:
+        return rows, []
+    if len(rows) < 2:
         raise UsageError("There is one row alone, which can not be trained on and held out: leave training.held_out out, or make more rows.")
-    held = set(random.Random(f"{seed}/held out").sample(range(len(rows)), max(1, round(share * len(rows))) if share else 0))
+    held = set(random.Random(f"{seed}/held out").sample(range(len(rows)), max(1, round(share * len(rows)))))
     return [row for i, row in enumerate(rows) if i not in held], [rows[i] for i in sorted(held)]
 
 
@@ -101,6 +103,7 @@ class Loop:
     `run_epoch` is called for each epoch in turn until `done`. A step's rows and random numbers derive from its number, so a loop that goes on
     from a state makes the steps that an undisturbed one would. Each worker has all trainable weights, and adds up its gradients with the others'.
     `at_once` is the most rows that a worker computes together, whose gradients add up to a step's; alone, it is halved when memory runs out.
+    `in_order` takes the rows of the first epoch one after the other, for rows that come while it trains.
     """
 
     def __init__(
@@ -113,8 +116,9 @@ class Loop:
         rank: int = 0,
         world: int = 1,
         at_once: int | None = None,
+        in_order: bool = False,
     ) -> None:
-        self.model, self.pad_id, self.settings, self.seed = model, pad_id, settings, seed
+        self.model, self.pad_id, self.settings, self.seed, self.in_order = model, pad_id, settings, seed, in_order
         self.rows, self.held_out = hold_out(rows, settings.held_out, seed)
         self.rank, self.world = rank, world
         self.at_once = min(at_once or settings.batch_size, settings.batch_size)
@@ -168,13 +172,12 @@ class Loop:
     def run_epoch(self) -> Iterator[Step]:
         """Train what is left of the epoch, yielding a `Step` after each optimiser step; afterwards `epoch` is one higher."""
         self.model.train()
-        lengths = [len(row.ids) for row in self.rows]
-        batches = epoch_batches(lengths, self.settings.batch_size, self.seed, self.epoch)
+        batches = self._batches()
         began, before = time.perf_counter(), self.tokens
         for indices in batches[self.position :]:
             torch.manual_seed(derive_seed(self.seed, "step", self.step, self.rank))
             loss = self._step(indices)
-            self.tokens += sum(lengths[i] for i in indices)
+            self.tokens += sum(len(self.rows[i].ids) for i in indices)
             self.position += 1
             yield Step(self.step, self.steps_per_epoch * self.settings.epochs, loss, self.tokens - before, time.perf_counter() - began)
         self.epoch, self.position = self.epoch + 1, 0
@@ -182,6 +185,13 @@ class Loop:
             self.held_out_losses.append(self._held_out_loss())
             if self.best_epoch == self.epoch:
                 self._best = [weight.detach().cpu().clone() for weight in self._weights]
+
+    def _batches(self) -> list[list[int]]:
+        """Row indices of the epoch's steps."""
+        size = self.settings.batch_size
+        if self.in_order and self.epoch == 0:
+            return [list(range(start, min(start + size, len(self.rows)))) for start in range(0, len(self.rows), size)]
+        return epoch_batches([len(row.ids) for row in self.rows], size, self.seed, self.epoch)
 
     def _held_out_loss(self) -> float:
         self.model.eval()

@@ -24,6 +24,22 @@ def task_pairs(task: Task, rows: Sequence[TaskRow]) -> list[Pair]:
     return [(task_prompt(task.prompt, row.input, task.format), row.target) for row in rows]
 
 
+class AsTheyCome(Sequence[loop.Encoded]):
+    """Rows that are encoded when they are asked for, of pairs that may still be to come: asking for one waits for it."""
+
+    def __init__(self, pairs: Sequence[Pair], encoded: Callable[[Pair], loop.Encoded]) -> None:
+        self.pairs, self.encoded = pairs, encoded
+        self.known: dict[int, loop.Encoded] = {}
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, row: Any) -> Any:
+        if row not in self.known:
+            self.known[row] = self.encoded(self.pairs[row])
+        return self.known[row]
+
+
 def encode(tokenizer: Any, pairs: Sequence[Pair], context: int) -> list[loop.Encoded]:
     """Token ids per pair; the labels are the answer and the end token. A row longer than the context is an error, never cut."""
     rows = []
@@ -47,8 +63,9 @@ def start(
     at_once: int | None = None,
     recompute: bool = False,
     spread: bool = False,
+    coming: bool = False,
 ) -> loop.Loop:
-    """Load the base, put a fresh adapter on it and encode the rows. `adapter` must be fully set.
+    """Load the base, put a fresh adapter on it and encode the rows. `adapter` must be fully set. `coming` says that asking for a pair may wait for it.
 
     `recompute` keeps few activations and computes the others again for the gradients (torch's gradient checkpointing). `spread` leaves each of
     the `world` workers a part of the base.
@@ -62,8 +79,9 @@ def start(
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if spread:
         _spread(model, device or "cpu", world)
-    rows = encode(tokenizer, pairs, models.context_of(model) - (adapter.virtual_tokens or 0))
-    return loop.Loop(model, rows, tokenizer.pad_token_id, settings, derive_seed(seed, "order"), rank, world, at_once)
+    context = models.context_of(model) - (adapter.virtual_tokens or 0)
+    rows = AsTheyCome(pairs, lambda pair: encode(tokenizer, [pair], context)[0]) if coming else encode(tokenizer, pairs, context)
+    return loop.Loop(model, rows, tokenizer.pad_token_id, settings, derive_seed(seed, "order"), rank, world, at_once, in_order=coming)
 
 
 def _spread(model: Any, device: str, world: int) -> None:

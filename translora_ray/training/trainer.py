@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,20 +19,24 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from translora_ray import adapters, adapting
 from translora_ray.config import Adapter, Cluster, Task, Training
-from translora_ray.errors import Diverged, RunFailed
+from translora_ray.errors import Diverged, RunFailed, StreamEnded
 from translora_ray.records import TaskRow
-from translora_ray.storage import ADAPTER, TRAIN, RunStore
+from translora_ray.storage import ADAPTER, SHARDS, TRAIN, RunStore
 from translora_ray.training import task as task_training
 from translora_ray.training.loop import Loop
 
 STATE = "state.pt"
 MAX_FAILURES = 3
+POLL_SECONDS = 1.0
 FACTS = ("loss", "rows", "tokens", "seconds", "epoch_losses", "started_at_steps", "rows_at_once", "learning_rate", "best_epoch", "held_out_losses")
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a worker needs to know. `adapter` is fully set; `steps` receives `Step`s (an actor handle)."""
+    """What a worker needs to know. `adapter` is fully set; `steps` is the handle of a `Desk`, which receives `Step`s and says when no rows will come.
+
+    `arriving` is (run, number of rows) where training begins while the stream still commits them there.
+    """
 
     task: Task
     target: str
@@ -40,6 +45,7 @@ class Job:
     seed: int
     cluster: Cluster
     steps: Any
+    arriving: tuple[RunStore, int] | None = None
 
 
 def train_target(job: Job, store: RunStore, cluster: Cluster, cpus: float, gpus: float) -> dict[str, Any]:
@@ -69,7 +75,9 @@ def _outcome(result: Any) -> dict[str, Any]:
 
 def _fit(job: Job, name: str, store: RunStore, cluster: Cluster, cpus: float, gpus: float) -> Any:
     """One run of Ray Train; returns its result, whose `return_value` says why the run was in vain, if it was."""
-    rows = ray.data.read_parquet(store.shard_paths(), filesystem=store.fs, columns=["index", "input", "target", "reason"], override_num_blocks=1, num_cpus=0)
+    columns = ["index", "input", "target", "reason"]
+    read = {"filesystem": store.fs, "columns": columns, "override_num_blocks": 1, "num_cpus": 0}
+    datasets = {} if job.arriving else {"train": ray.data.read_parquet(store.shard_paths(), **read)}
     least, most = cluster.workers
     trainer = TorchTrainer(
         _worker,
@@ -80,7 +88,7 @@ def _fit(job: Job, name: str, store: RunStore, cluster: Cluster, cpus: float, gp
             resources_per_worker={"CPU": cpus, **({"GPU": gpus} if gpus else {})},
         ),
         torch_config=TorchConfig(timeout_s=1800),
-        datasets={"train": rows},
+        datasets=datasets,
         dataset_config=DataConfig(datasets_to_split=[]),  # an equal split would drop the remainder; workers slice by rank instead
         run_config=RunConfig(
             name=name,
@@ -107,15 +115,50 @@ def _accepted_rows() -> list[TaskRow]:
     return [TaskRow(text, target) for _, text, target in sorted(found)]
 
 
+class Arriving(Sequence[task_training.Pair]):
+    """The accepted rows of a stream that still commits them, by index: asking for one that is not there waits for it, or raises `StreamEnded`.
+
+    Read from the run itself: Ray Data knows a dataset's files when it begins.
+    """
+
+    def __init__(self, job: Job) -> None:
+        assert job.arriving
+        self.store, self.total = job.arriving
+        self.job, self.shards = job, 0
+        self.pairs: list[task_training.Pair] = []
+
+    def __len__(self) -> int:
+        return self.total
+
+    def __getitem__(self, row: Any) -> Any:
+        if not 0 <= row < self.total:
+            raise IndexError(row)
+        while row >= len(self.pairs):
+            reason = ray.get(self.job.steps.why_ended.remote())  # asked first: all that was committed before is there for every worker to see
+            if not self._look() and reason:
+                raise StreamEnded(reason)
+        return self.pairs[row]
+
+    def _look(self) -> bool:
+        """Whether there is something new, for which it waits a while."""
+        if len(self.store.names(SHARDS)) == self.shards:
+            time.sleep(POLL_SECONDS)
+            return False
+        shards = [candidates for _, candidates, _ in self.store.shards()]
+        rows = [TaskRow(candidate.input, candidate.target or "") for candidates in shards for candidate in candidates if candidate.accepted]
+        self.shards, self.pairs = len(shards), task_training.task_pairs(self.job.task, rows)
+        return True
+
+
 def _worker(config: dict[str, Any]) -> str | None:
     """One worker's life: load, catch up with the last checkpoint, train what is left. Returns why that would be in vain, if it would."""
     job: Job = config["job"]
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
-    pairs = task_training.task_pairs(job.task, _accepted_rows())
+    pairs = Arriving(job) if job.arriving else task_training.task_pairs(job.task, _accepted_rows())
     device, cluster = str(ray.train.torch.get_device()), job.cluster
     memory = (cluster.rows_at_once, cluster.recompute, cluster.spread_base)
-    loop = task_training.start(job.target, pairs, job.adapter, job.training, job.seed, rank, world, device, *memory)
+    loop = task_training.start(job.target, pairs, job.adapter, job.training, job.seed, rank, world, device, *memory, coming=bool(job.arriving))
     history: dict[str, Any] = {"losses": [], "epoch_losses": [], "seconds": 0.0, "started_at_steps": []}
     if checkpoint := ray.train.get_checkpoint():
         with checkpoint.as_directory() as folder:
@@ -127,7 +170,7 @@ def _worker(config: dict[str, Any]) -> str | None:
     try:
         while not loop.done:
             _epoch(loop, job, history, rank)
-    except Diverged as failure:  # on all workers at once, and after every restart: not raised, so that Ray does not try again
+    except (Diverged, StreamEnded) as failure:  # on all workers at once, and after every restart: not raised, so that Ray does not try again
         return str(failure)
     loop.use_best()
     _report(loop, job, history, rank)

@@ -1,0 +1,108 @@
+"""Where things run: the Ray that a command works on, what one engine and one worker take of it, and whether it has that much."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import ray
+from ray.exceptions import RayError
+from ray.train.v2.api.exceptions import TrainingFailedError
+
+from translora_ray.config import Cluster
+from translora_ray.errors import RunFailed, TransLoraError, UsageError
+from translora_ray.stream.plan import Plan
+
+
+@contextlib.contextmanager
+def ray_session(cluster: Cluster) -> Iterator[bool]:
+    """A Ray to work on, True if it is a local one of our own, which ends with the context."""
+    address = cluster.address or os.environ.get("RAY_ADDRESS")
+    own = address is None and not ray.is_initialized()
+    if own:
+        # One CPU more than there are: Ray Data must have some to read with while engines or workers hold all the real ones.
+        ray.init(address="local", num_cpus=cpus() + 1, include_dashboard=False, log_to_driver=False, logging_level="error", _temp_dir=None)
+    elif not ray.is_initialized():
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level="error")
+        except (ConnectionError, ValueError):
+            raise UsageError(f"There is no Ray at {address}: start it, or leave cluster.address out for a local one.") from None
+    try:
+        yield own
+    finally:
+        if own:
+            ray.shutdown()
+
+
+@contextlib.contextmanager
+def ray_failures() -> Iterator[None]:
+    """Errors of actors and workers as one sentence. Ray wraps them in its own, which keep the original as text."""
+    try:
+        yield
+    except TransLoraError:
+        raise
+    except (RayError, TrainingFailedError, RuntimeError) as error:
+        ours = re.findall(r"translora_ray\.errors\.\w+: (.+)", str(error))
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        logs = "what is committed stays; Ray's logs are in /tmp/ray/session_latest/logs"
+        raise RunFailed(ours[-1] if ours else f"{type(error).__name__}: {lines[-1]} ({logs})") from error
+
+
+def cpus() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one engine or one worker takes."""
+
+    cpus: float
+    gpus: float
+
+    def places(self, node: dict[str, float]) -> int:
+        """How many of them a node has room for."""
+        gpus = node.get("GPU", 0)
+        rooms = [node.get("CPU", 0) / self.cpus] if self.cpus else []
+        if self.gpus:  # a share of a GPU is a share of one and the same
+            rooms.append(int(gpus) * int(1 / self.gpus + 1e-9) if self.gpus < 1 else gpus / self.gpus)
+        return int(min(rooms, default=1 << 20) + 1e-9)
+
+
+def share(resource: str, local: bool, parts: int) -> float:
+    """What one of `parts` gets by default: an even share of this machine on a local Ray, else 1 CPU and no GPU."""
+    if resource == "CPU":
+        return max(1.0, cpus() // parts) if local else 1.0
+    gpus = int(ray.cluster_resources().get("GPU", 0)) if local else 0
+    return 1 / -(-parts // gpus) if gpus else 0.0
+
+
+def given(wanted: float | None, default: float) -> float:
+    return default if wanted is None else wanted
+
+
+def check_resources(plan: Plan, worker: Resources) -> None:
+    """Raise `UsageError` when the least that the stream or the training, or both where they overlap, ask for is more than the cluster's nodes have now."""
+    needs = [
+        ("engines", plan.cluster.engines[0] * len(plan.pools()), Resources(plan.engine_cpus, plan.engine_gpus)),
+        ("training workers", plan.cluster.workers[0], worker),
+    ]
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if plan.recipe.overlap:
+        for name, amounts in (("CPU", [each.cpus * count for _, count, each in needs]), ("GPU", [each.gpus * count for _, count, each in needs])):
+            if sum(amounts) > (there := sum(node.get(name, 0) for node in nodes)):
+                wanted = f"{amounts[0]:g} and {amounts[1]:g} {name}, together more than the cluster's {there:g}"
+                raise UsageError(f"Engines and training workers overlap and ask for {wanted}: ask for less, or leave overlap out.")
+    for who, count, each in needs:
+        for name, amount in (("CPU", each.cpus), ("GPU", each.gpus)):
+            there, most = sum(node.get(name, 0) for node in nodes), max(node.get(name, 0) for node in nodes)
+            if count * amount > there:
+                raise UsageError(f"The {who} ask for {count * amount:g} {name}, the cluster has {there:g}: ask for less, or add nodes.")
+            if amount > most:
+                raise UsageError(f"One of the {who} asks for {amount:g} {name}, no node has more than {most:g}: ask for less, or add larger nodes.")
+        places = sum(each.places(node) for node in nodes)
+        if places < count:
+            wanted = f"{each.cpus:g} CPU and {each.gpus:g} GPU each"
+            raise UsageError(f"The nodes have room for {places} of the {count} {who} ({wanted} on one node): ask for less, or add nodes.")
