@@ -12,9 +12,10 @@ from typing import Any
 
 import results
 
-from translora_ray.config import Adapter, Recipe, Vllm, load_task
+from translora_ray.config import Adapter, Recipe, Vllm
 from translora_ray.engines.base import AdapterRef
 from translora_ray.kit import Kit, choose_seeds, load
+from translora_ray.reading import load_task
 from translora_ray.records import Pack, read_rows, request_pack
 
 SOURCE, TARGET = "packaged:smollm2-135m-instruct", "packaged:gemma-3-270m"

@@ -18,7 +18,8 @@ import results
 from rounds import CPUS, EXAMPLE, LORA, Side, alternate, run_parts
 
 from translora_ray import adapting, models, references
-from translora_ray.config import Training, load_task
+from translora_ray.config import Training
+from translora_ray.reading import load_task
 from translora_ray.records import read_rows
 from translora_ray.training import loop
 from translora_ray.training.task import encode, task_pairs

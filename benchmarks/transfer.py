@@ -23,7 +23,7 @@ from typing import Any
 import results
 import yaml
 
-from translora_ray.config import load_config, load_task
+from translora_ray.reading import load_config, load_task
 
 ROOT = Path(__file__).parent.parent
 SOURCE, TARGET = "packaged:smollm2-135m-instruct", "packaged:gemma-3-270m"

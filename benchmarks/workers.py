@@ -14,8 +14,9 @@ from typing import Any
 import results
 from rounds import CPUS, EXAMPLE, LORA, alternate, run_parts
 
-from translora_ray.config import Cluster, Training, load_task
+from translora_ray.config import Cluster, Training
 from translora_ray.placement import ray_session
+from translora_ray.reading import load_task
 from translora_ray.records import Candidate, read_rows
 from translora_ray.storage import RunStore
 from translora_ray.stream.requests import Desk
@@ -32,7 +33,8 @@ def trained(workers: int, base: str, count: int, turn: int) -> tuple[float, int,
         store = RunStore(scratch)
         rows = [Candidate(index, 0, row.input, None, row.target) for index, row in enumerate(read_rows(task.train)[:count])]
         store.write_shard(0, 0, rows, {})
-        job = Job(task, base, LORA, SETTINGS, turn, cluster, Desk.remote([], 0))  # type: ignore[attr-defined]
+        steps = Desk.remote([], 0)  # type: ignore[attr-defined]
+        job = Job(task, base, LORA, SETTINGS, turn, cluster, steps, frozenset(row.index for row in rows))
         facts = train_target(job, store, cluster, CPUS / workers, 0)
     return facts["seconds"], facts["tokens"], facts
 

@@ -9,13 +9,13 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from translora_ray import __version__
 from translora_ray.errors import TransLoraError, UsageError, first_line
 
 if TYPE_CHECKING:
-    from translora_ray.config import EngineKind
+    from translora_ray.config import Cluster, EngineKind
     from translora_ray.engines.base import OpenEngine
     from translora_ray.progress import Display
 
@@ -51,10 +51,16 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument("run", metavar="RUN")
     evaluate.add_argument("--data", required=True, metavar="test.jsonl")
     evaluate.add_argument("--oracle", metavar="train.jsonl", help="also train an adapter on these real rows, for comparison")
+    evaluate.add_argument(
+        "--arms", nargs="+", default=[], metavar="ARM", help="also adapters made in other ways: copy, seeds_only, unfiltered, a selection method"
+    )
+    evaluate.add_argument("--gate", action="store_true", help="exit 1 where the real rows say that the adapter must not ship")
     evaluate.add_argument("--json", metavar="FILE", help="write the result there; - for standard output")
 
     inspect = commands.add_parser("inspect", help="say what a kit, adapter, run or model is, and whether it is sound")
     inspect.add_argument("path", metavar="PATH", nargs="+", help="one path or model reference; two models are checked as a pair")
+    for command in (prepare, evaluate):
+        command.add_argument("--set", action="append", default=[], metavar="cluster.key=value", help="how engines are loaded, e.g. cluster.vllm.dtype=float32")
     for command in (prepare, transfer, evaluate):
         command.add_argument("--engine", choices=ENGINES, default="auto", help="auto: vllm where it is installed")
     return root
@@ -99,17 +105,26 @@ def _place(path: str, name: str) -> str:
     return str(Path(path).resolve())
 
 
-def _opener(kind: EngineKind, display: Display) -> OpenEngine:
+def _placement(overrides: Sequence[str]) -> Cluster:
+    """The cluster section that `--set` describes, for commands that work on this machine alone."""
+    from translora_ray.reading import load_config
+
+    if strange := [override for override in overrides if not override.startswith(("cluster.vllm.", "cluster.engine_gpus="))]:
+        raise UsageError(f"--set {strange[0]}: this command takes cluster.vllm.* and cluster.engine_gpus alone.")
+    return load_config(None, list(overrides)).cluster
+
+
+def _opener(kind: EngineKind, cluster: Cluster, display: Display) -> OpenEngine:
     """Opens engines of the kind that was chosen, or of the one that can serve the adapters."""
     from translora_ray.engines.select import engine_for, open_engine
 
-    return lambda base, used: open_engine(engine_for(kind, used, display.say), base, used)
+    return lambda base, used: open_engine(engine_for(kind, used, display.say), base, used, cluster.vllm, cluster.engine_gpus)
 
 
 def _prepare(options: argparse.Namespace) -> int:
-    from translora_ray.config import load_task
+    from translora_ray.reading import load_task
 
-    task = load_task(options.task)
+    task, cluster = load_task(options.task), _placement(options.set)
     out = _place(options.out, "--out")
     from translora_ray import kit
     from translora_ray.engines.select import choose_engine
@@ -124,7 +139,7 @@ def _prepare(options: argparse.Namespace) -> int:
             out,
             options.adapter,
             not options.no_discriminator,
-            _opener(engine, display),
+            _opener(engine, cluster, display),
             display,
         )
     show_facts(f"transfer kit {options.out}", {key: facts[key] for key in ("base", "rows", "discriminator", "seconds", "digest")})
@@ -132,7 +147,7 @@ def _prepare(options: argparse.Namespace) -> int:
 
 
 def _transfer(options: argparse.Namespace) -> int:
-    from translora_ray.config import load_config
+    from translora_ray.reading import load_config
 
     config = load_config(options.recipe, options.set)
     kit, out = _place(options.kit, "KIT"), _place(options.out, "--out")
@@ -143,9 +158,9 @@ def _transfer(options: argparse.Namespace) -> int:
     with Display() as display:
         manifest = workflow.transfer(kit, _reference(options.target), out, config, options.engine, display)
     counts = {f"rejected, {reason}": count for reason, count in manifest["counts"]["rejects"].items()}
-    facts = {"adapter": f"{options.out}/adapter", "accepted": manifest["counts"]["accepted"], "candidates": manifest["counts"]["candidates"], **counts}
+    facts = {"adapter": f"{options.out}/adapter", **{name: manifest["counts"][name] for name in ("trained", "held_out", "accepted", "candidates")}, **counts}
     show_facts(f"transfer {options.out}", facts | {"final loss": round(manifest["training"]["loss"], 4), "seconds": manifest["seconds"]})
-    return 0
+    return _judged(manifest["gate"], "without real rows")
 
 
 def _evaluate(options: argparse.Namespace) -> int:
@@ -158,17 +173,26 @@ def _evaluate(options: argparse.Namespace) -> int:
         place = Path(_place(options.json, "--json"))
         if place.is_dir() or not place.parent.is_dir():
             raise UsageError(f"--json {options.json}: this is a directory, or lies in none; name a file in one that exists.")
-    engine = choose_engine(options.engine)
+    engine, cluster = choose_engine(options.engine), _placement(options.set)
     with Display() as display:
-        result = evaluate(options.run, options.data, options.oracle, _opener(engine, display), display)
+        result = evaluate(options.run, options.data, options.oracle, options.arms, _opener(engine, cluster, display), display)
     text = json.dumps(result, indent=2)
     if options.json == "-":
         print(text)
-        return 0
-    if options.json:
+    elif options.json:
         Path(options.json).write_text(text + "\n")
-    show_evaluation(result)
-    return 0
+    if options.json != "-":
+        show_evaluation(result)
+    refused = _judged(result["gate"], "on real rows", sys.stderr if options.json == "-" else None)
+    return refused if options.gate else 0
+
+
+def _judged(gate: dict[str, Any] | None, where: str, stream: TextIO | None = None) -> int:
+    """Say a verdict; the exit code that it asks for."""
+    if gate is None:
+        return 0
+    print(f"verdict {where}: {gate['verdict']}" + "".join(f"\n  {reason}" for reason in gate["reasons"]), file=stream)
+    return int(gate["verdict"] == "refuse")
 
 
 def _inspect(options: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""What users write in YAML: the task, the recipe and the cluster section. Nothing heavy is imported here.
+"""What users write in YAML: the task, the recipe and the cluster section. `reading.py` reads it. Nothing heavy is imported here.
 
 Identity is not placement: the recipe is hashed and makes a run what it is, the cluster section never is.
 """
@@ -7,17 +7,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
-from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-
-from translora_ray.errors import UsageError
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 EngineKind = Literal["auto", "transformers", "vllm"]
 AdapterType = Literal["lora", "rslora", "dora", "prompt_tuning", "ia3"]
+Method = Literal["auto", "discriminator", "importance", "excess", "both", "none"]
+JUDGING: set[Method] = {"discriminator", "importance", "both"}
+"""Methods that ask the discriminator."""
+CUTTING: set[Method] = {"discriminator", "both"}
+"""Methods that reject what is not above its threshold."""
+BY_EXCESS: set[Method] = {"excess", "both"}
+"""Methods that ask how much more the adapter says than its base."""
+CHOOSING: set[Method] = {"importance", "excess", "both"}
+"""Methods that choose when all candidates are answered."""
 
 
 class Section(BaseModel):
@@ -90,6 +94,9 @@ class Task(Section):
     """Longest answer in tokens."""
     seeds: int = Field(5, ge=1)
     """Rows that go into the kit (paper: 5, one task needed 15). Spread over the targets where these are classes."""
+    labels: list[str] | Literal["from_rows", "open"] = "from_rows"
+    """The classes that answers come from; the teacher's other answers are rejects. `from_rows`: the different targets of the rows where these come at least
+    four times each in the mean, else as `open`: any text. Names of classes go into the kit, so give `open` where they are secret."""
     format: Literal["text", "chat"] = "text"
     """`chat` sends the prompt as one user message through each base's own template."""
     seed: int = 0
@@ -99,6 +106,11 @@ class Task(Section):
     source_adapter: Adapter = Adapter()
     """Type and size of the source adapter; None means LoRA of rank 16, alpha twice the rank, dropout 0, all linear layers."""
     discriminator_training: Training = Training(epochs=3)
+
+    @property
+    def classes(self) -> list[str]:
+        """The labels, once `prepare` has found them; none where answers are open."""
+        return self.labels if isinstance(self.labels, list) else []
 
 
 class Synthesis(Section):
@@ -119,16 +131,52 @@ class Synthesis(Section):
 
 
 class Selection(Section):
-    """Which candidates become examples."""
+    """Which candidates become examples, and which of the teacher's answers are trusted."""
 
+    method: Method = "auto"
+    """`discriminator`: verdicts above `threshold` (paper). `importance`: examples are drawn by the discriminator's calibrated odds, so that they are spread as
+    the real prompts are. `excess`: those on which the adapter says most beyond its base, log p(source + adapter) - log p(source) of the answer per token
+    (TiTok, arXiv 2510.04682); it needs no discriminator. `both`: excess among verdicts above the threshold. `none`: all. `auto`: discriminator, or excess
+    where the kit has none."""
     quota: int | None = Field(None, ge=1)
-    """Examples to accept; None: as many as the task had rows (paper)."""
+    """Examples to train on; None: as many as the task had rows (paper)."""
     threshold: float = 0.0
     """Least log p(yes) - log p(no) of the discriminator; 0 is the paper's p(yes) > p(no)."""
+    surplus: float = Field(2.0, ge=1)
+    """Answered candidates per example wanted, of which `importance`, `excess` and `both` choose (TiTok: 2)."""
+    balance: float | None = Field(None, ge=1)
+    """Most examples of one of the task's labels, in even shares; the others are rejects. None: as they come."""
+    votes: int = Field(1, ge=1)
+    """Answers of the teacher to each prompt, of which the most frequent counts (self-consistency, arXiv 2203.11171). 1: one answer, the likeliest."""
+    vote_temperature: float = Field(0.7, gt=0)
+    """At which the votes are drawn."""
+    margin: float = Field(0.4, ge=0, le=1)
+    """Least share of the votes by which the most frequent answer leads the next; else the candidate is a reject."""
     near_duplicate: float = Field(0.95, gt=0, le=1)
     """Similarity (1 - normalised edit distance) from which a candidate repeats a seed or an accepted prompt."""
     max_candidates: int = Field(30, ge=1)
     """Candidates per example wanted, after which a run that is not full stops with an error."""
+
+
+class Gate(Section):
+    """What a transferred adapter has to show, without real rows, before it ships (`evaluation/gate.py`)."""
+
+    held_out: float = Field(0.1, ge=0, le=0.5)
+    """Examples made beside the quota, as a share of it, which are not trained on: the adapter answers them, and agrees with the teacher or not. 0: no gate."""
+    ship: float = Field(0.9, ge=0, le=1)
+    """Least agreement, and least accuracy on the seeds, with which an adapter ships; between this and `refuse` a person reviews."""
+    refuse: float = Field(0.5, ge=0, le=1)
+    """Agreement, or accuracy on the seeds, below which an adapter is refused."""
+    acceptance: float = Field(0.02, ge=0, le=1)
+    """Least share of candidates that became examples; below it a person reviews."""
+    loss: float = Field(0.05, ge=0, le=1)
+    """On real rows (`translora evaluate`): accuracy that may be lost to the source adapter or the bare target, whichever is better."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Gate:
+        if self.refuse > self.ship:
+            raise ValueError("refuse must not be higher than ship")
+        return self
 
 
 class Recipe(Section):
@@ -137,6 +185,7 @@ class Recipe(Section):
     seed: int = 0
     synthesis: Synthesis = Synthesis()
     selection: Selection = Selection()
+    gate: Gate = Gate()
     training: Training = Training()
     adapter: Adapter = Adapter()
     """Type and size of the target adapter; None inherits from the source adapter."""
@@ -148,6 +197,8 @@ class Recipe(Section):
     def _knows_its_rows(self) -> Recipe:
         if self.overlap and self.training.held_out:
             raise ValueError("rows held out are drawn from all of them, before training begins: leave overlap or training.held_out out")
+        if self.overlap and self.selection.method in CHOOSING:
+            raise ValueError(f"{self.selection.method} chooses among all examples, before training begins: leave overlap out, or selection.method")
         return self
 
     def digest(self) -> str:
@@ -225,82 +276,3 @@ class Config(Section):
 
     recipe: Recipe = Recipe()
     cluster: Cluster = Cluster()
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML in which 5e-4 is a number, as in YAML 1.2."""
-
-
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
-
-_S = TypeVar("_S", bound=Section)
-
-
-def load_task(path: str | Path) -> Task:
-    """Read TASK.yaml; `train` comes back as an absolute path."""
-    task = _validate(Task, _read_yaml(path), str(path))
-    if "{input}" not in task.prompt:
-        raise UsageError(f"{path}: prompt has no {{input}} in it, so no row could be shown to a model; add it.")
-    return task.model_copy(update={"train": str((Path(path).parent / task.train).resolve())})
-
-
-def load_config(path: str | Path | None, overrides: list[str]) -> Config:
-    """RECIPE.yaml with `--set` overrides (`training.epochs=3`, `cluster.workers=2`). Recipe sections stand at the top level."""
-    tree = _read_yaml(path) if path else {}
-    for override in overrides:
-        key, equals, value = override.partition("=")
-        if not equals:
-            raise UsageError(f"--set {override}: write key=value, e.g. training.epochs=3.")
-        *parents, leaf = key.split(".")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-            if not isinstance(node, dict):
-                raise UsageError(f"--set {override}: {parent} is a value, not a section.")
-        try:
-            node[leaf] = yaml.load(value, Loader=_Loader)
-        except (yaml.YAMLError, ValueError):
-            raise UsageError(f"--set {override}: {value} is not a YAML value.") from None
-    where = str(path) if path else "--set"
-    cluster = _validate(Cluster, tree.pop("cluster", None) or {}, where, "cluster.")
-    return Config(recipe=_validate(Recipe, tree, where), cluster=cluster)
-
-
-def differing_field(stored: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> str | None:
-    """The first field in which two nested dictionaries differ, as `training.epochs is 6 there and 3 here`; None if none."""
-    for key in sorted(stored.keys() | wanted.keys()):
-        there, here = stored.get(key), wanted.get(key)
-        if isinstance(there, dict) and isinstance(here, dict):
-            if found := differing_field(there, here, f"{prefix}{key}."):
-                return found
-        elif there != here:
-            return f"{prefix}{key} is {there} there and {here} here"
-    return None
-
-
-def _read_yaml(path: str | Path) -> dict[str, Any]:
-    try:
-        tree = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader)
-    except OSError as error:
-        raise UsageError(f"{path} can not be read: {error.strerror}.") from None
-    except (yaml.YAMLError, ValueError) as error:
-        line = getattr(getattr(error, "problem_mark", None), "line", None)
-        raise UsageError(f"{path} is not valid YAML{'' if line is None else f' at line {line + 1}'}: correct it.") from None
-    if not isinstance(tree, dict):
-        raise UsageError(f"{path} must be a YAML mapping of keys to values.")
-    return tree
-
-
-def _validate(section: type[_S], tree: dict[str, Any], where: str, prefix: str = "") -> _S:
-    try:
-        return section.model_validate(tree)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = prefix + ".".join(map(str, first["loc"]))
-        if first["type"] == "extra_forbidden":
-            raise UsageError(f"{where}: unknown key {key}; remove it or correct its spelling.") from None
-        if first["type"] == "missing":
-            raise UsageError(f"{where}: the key {key} is missing; add it.") from None
-        if first["type"] == "value_error":
-            raise UsageError(f"{where}: {key}: {first['msg'].removeprefix('Value error, ')}.") from None
-        raise UsageError(f"{where}: {key}: {first['msg']}, not {first['input']!r}.") from None

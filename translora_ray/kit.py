@@ -26,7 +26,7 @@ from translora_ray.prompts import NO, YES, Prompt, discriminator_prompt
 from translora_ray.records import TaskRow, derive_seed, read_rows, request_pack
 from translora_ray.storage import MANIFEST, RunStore, commit_folder
 from translora_ray.stream.dedup import SeedFilter, Seen
-from translora_ray.stream.discriminate import verdicts
+from translora_ray.stream.discriminate import calibrate, verdicts
 from translora_ray.stream.synthesize import Synthesizer
 from translora_ray.training import task as training
 
@@ -36,6 +36,7 @@ ADAPTER = "adapter"
 DISCRIMINATOR = "discriminator"
 HELD_OUT = 0.1
 NEGATIVE_TRIES = 4
+ROWS_PER_LABEL = 4
 NO_SOURCE = adapters.AdapterInfo(path="", base="", type="lora", parameters=0, digest="", shapes={})
 """What source adapter and discriminator take over from: nothing."""
 
@@ -144,6 +145,23 @@ def choose_seeds(rows: Sequence[TaskRow], count: int, seed: int) -> list[TaskRow
     return chosen
 
 
+def find_labels(task: Task, rows: Sequence[TaskRow]) -> Task:
+    """`task` with the labels that its rows have, or `open`. Raises `UsageError` where rows have others than the task names."""
+    found = sorted({row.target.strip() for row in rows})
+    if task.classes:
+        check_labels(task, rows, task.train)
+        return task
+    classes = task.labels == "from_rows" and task.metric in ("exact_match", "choice") and len(rows) >= ROWS_PER_LABEL * len(found) > ROWS_PER_LABEL
+    return task.model_copy(update={"labels": found if classes else "open"})
+
+
+def check_labels(task: Task, rows: Sequence[TaskRow], where: str) -> None:
+    """Raise `UsageError` where targets are none of the task's labels."""
+    strange = [row.target.strip() for row in rows if task.classes and row.target.strip() not in task.classes]
+    if strange:
+        raise UsageError(f"{where}: {len(strange)} rows have a target that is none of the task's labels, {strange[0]!r} first: correct them, or the labels.")
+
+
 def prepare(task: Task, base: str, out: str | Path, adapter: str | None, discriminate: bool, open_engine: OpenEngine, progress: Display) -> dict[str, Any]:
     """Make the kit for `task` at `out`, which must not exist. Returns the facts.
 
@@ -157,6 +175,7 @@ def prepare(task: Task, base: str, out: str | Path, adapter: str | None, discrim
         raise UsageError(f"{out} exists already: choose another --out, or remove it.")
     RunStore(str(out)).check_writable()
     rows = read_rows(task.train)
+    task = find_labels(task, rows)
     if len(rows) < task.seeds:
         raise UsageError(f"{task.train} has {len(rows)} rows, fewer than the {task.seeds} seeds asked for: lower seeds, or add rows.")
     if discriminate and len(rows) < 10:
@@ -248,7 +267,8 @@ def _discriminator(
     facts["seconds"][DISCRIMINATOR] = round(time.perf_counter() - began, 1)
     judge = AdapterRef(DISCRIMINATOR, str(scratch / DISCRIMINATOR))
     engine = open_engine(base, [judge])
-    accepted = [sum(verdict > 0 for verdict in verdicts(engine, task.name, texts, judge)) for texts in (real[:held], negatives[:held])]
+    found = [verdicts(engine, task.name, texts, judge) for texts in (real[:held], negatives[:held])]
+    accepted = [sum(verdict > 0 for verdict in side) for side in found]
     engine.close()
     return {
         "negatives": len(negatives),
@@ -256,6 +276,7 @@ def _discriminator(
         "held_out_negatives": held,
         "true_accept_rate": accepted[0] / held,
         "false_accept_rate": accepted[1] / held,
+        "calibration": calibrate(*found),
     }
 
 

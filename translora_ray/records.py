@@ -30,7 +30,8 @@ class TaskRow:
 class Candidate:
     """A synthetic prompt on its way. Stages fill it; the first `reason` makes it a reject and later stages leave it alone.
 
-    `verdict` is the discriminator's log p(yes) - log p(no); `target` is the teacher's answer.
+    `verdict` is the discriminator's log p(yes) - log p(no); `target` is the teacher's answer; `excess` is how much likelier each of its tokens is with the
+    source adapter than without, in the mean of logarithms.
     """
 
     index: int
@@ -39,6 +40,7 @@ class Candidate:
     verdict: float | None = None
     target: str | None = None
     reason: str | None = None
+    excess: float | None = None
 
     @property
     def accepted(self) -> bool:
@@ -74,7 +76,15 @@ TOO_LONG = "prompt too long"
 """The reason of a candidate that a model can not take whole."""
 
 CANDIDATE = pa.struct(
-    [("index", pa.int64()), ("seed", pa.int64()), ("input", pa.string()), ("verdict", pa.float64()), ("target", pa.string()), ("reason", pa.string())]
+    [
+        ("index", pa.int64()),
+        ("seed", pa.int64()),
+        ("input", pa.string()),
+        ("verdict", pa.float64()),
+        ("target", pa.string()),
+        ("reason", pa.string()),
+        ("excess", pa.float64()),
+    ]
 )
 PACK = pa.schema([("number", pa.int64()), ("candidates", pa.list_(CANDIDATE)), ("transfer", pa.int32()), ("spent", pa.string())])
 SHARD = pa.schema(list(CANDIDATE))

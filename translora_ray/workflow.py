@@ -17,11 +17,13 @@ from typing import Any
 import ray
 
 from translora_ray import __version__, adapters, adapting, kit, models
-from translora_ray.config import Adapter, Config, EngineKind, Recipe, differing_field
+from translora_ray.config import Adapter, Config, EngineKind, Recipe
 from translora_ray.engines.select import choose_engine, engine_for
 from translora_ray.errors import RunFailed, UsageError, first_line
+from translora_ray.gating import examples, pass_gate
 from translora_ray.placement import Resources, check_resources, given, ray_failures, ray_session, share
 from translora_ray.progress import Display
+from translora_ray.reading import differing_field
 from translora_ray.storage import ADAPTER, IDENTITY, MANIFEST, TRAIN, RunStore
 from translora_ray.stream.collect import Totals
 from translora_ray.stream.pipeline import run_stream
@@ -59,6 +61,7 @@ def transfer(kit_path: str, target: str, out: str, config: Config, engine: Engin
     _target_adapter(loaded, target, config.recipe)
     with ray_session(config.cluster) as local:
         plan = _plan(loaded, target, config, engine, local)
+        plan.check()
         parts = config.cluster.workers[1] + (_engines(plan) if config.recipe.overlap else 0)
         worker = Resources(config.cluster.worker_cpus or share("CPU", local, parts), given(config.cluster.worker_gpus, share("GPU", local, parts)))
         check_resources(plan, worker)
@@ -66,7 +69,7 @@ def transfer(kit_path: str, target: str, out: str, config: Config, engine: Engin
             _check_identity(store, identity)  # another process may have begun here meanwhile
             store.write_json(IDENTITY, identity)
             totals, training, streamed = (_overlapped if config.recipe.overlap else _in_turn)(plan, store, worker, display)
-            return _finish(plan, store, identity, totals, training, {"stream": streamed, "transfer": time.monotonic() - began})
+            return _finish(plan, store, identity, totals, training, {"stream": streamed, "began": began}, display)
 
 
 def _identity(loaded: kit.Kit, target: str, config: Config) -> dict[str, Any]:
@@ -169,8 +172,8 @@ def _train(plan: Plan, store: RunStore, worker: Resources, steps: Any, display: 
     display.say(f"target adapter: {adapters.title(adapter)}")
     if adapter.type not in adapters.SERVED_BY_VLLM:
         display.say("vLLM can not serve an adapter of this type; transformers and peft do.")
-    arriving = (store, plan.quota) if plan.recipe.overlap else None
-    job = Job(plan.kit.task, plan.target, adapter, plan.recipe.training, plan.recipe.seed, plan.cluster, steps, arriving)
+    rows = (store, plan.quota) if plan.recipe.overlap else frozenset(candidate.index for candidate in examples(plan, store)[0])
+    job = Job(plan.kit.task, plan.target, adapter, plan.recipe.training, plan.recipe.seed, plan.cluster, steps, rows)
     with _watching(steps, display):
         facts = train_target(job, store, plan.cluster, worker.cpus, worker.gpus)
     facts["adapter"] = adapter.model_dump()
@@ -208,10 +211,15 @@ def _watching(steps: Any, display: Display) -> Iterator[None]:
         thread.join()
 
 
-def _finish(plan: Plan, store: RunStore, identity: dict[str, Any], totals: Totals, training: dict[str, Any], seconds: dict[str, float]) -> dict[str, Any]:
+def _finish(
+    plan: Plan, store: RunStore, identity: dict[str, Any], totals: Totals, training: dict[str, Any], times: dict[str, float], display: Display
+) -> dict[str, Any]:
+    """Gate, manifest, report. `times`: seconds of the stream, and when this attempt began."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = store.fetch_folder(ADAPTER, Path(scratch) / ADAPTER)
         info = _check_fits(folder, plan.target)
+    trained, held_out = examples(plan, store)
+    verdict = pass_gate(plan, store, totals, display)
     manifest = {
         **identity,
         "task": plan.kit.task.model_dump(),
@@ -227,13 +235,18 @@ def _finish(plan: Plan, store: RunStore, identity: dict[str, Any], totals: Total
             "quota": plan.quota,
             "candidates": totals.candidates,
             "accepted": totals.accepted,
+            "trained": len(trained),
+            "held_out": len(held_out),
+            "left": totals.accepted - len(trained) - len(held_out),
             "rejects": dict(totals.rejects),
             "engine_loads": totals.loads,
         },
         "tokens": {**totals.tokens, "training": training["tokens"]},
         "seconds": {**{role: round(spent, 1) for role, spent in totals.seconds.items()}, "training": round(training["seconds"], 1)},
-        "last_attempt_seconds": {name: round(spent, 1) for name, spent in seconds.items()},
+        "last_attempt_seconds": {"stream": round(times["stream"], 1), "transfer": round(time.monotonic() - times["began"], 1)},
         "training": training,
+        "selection": plan.method,
+        "gate": verdict,
         "driver_peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
     }
     store.write_json(MANIFEST, manifest)

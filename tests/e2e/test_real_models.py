@@ -32,7 +32,10 @@ def test_prepare_transfer_and_evaluate(tmp_path: Path) -> None:
     kit, run = tmp_path / "kit", tmp_path / "run"
     assert main(["prepare", str(tmp_path / "task.yaml"), "--base", SOURCE, "--out", str(kit), *ENGINE]) == 0
     settings = ["--set", "selection.quota=12", "--set", "selection.threshold=-100", "--set", "training.epochs=1", "--set", "synthesis.pack_size=16"]
-    assert main(["transfer", str(kit), "--target", TARGET, "--out", str(run), *settings, *ENGINE]) == 0
+    code = main(["transfer", str(kit), "--target", TARGET, "--out", str(run), *settings, *ENGINE])
+    manifest = json.loads((run / "manifest.json").read_text())
+    assert code == int(manifest["gate"]["verdict"] == "refuse")
+    assert (manifest["counts"]["trained"], manifest["counts"]["held_out"], manifest["training"]["rows"]) == (12, 2, 12)
     assert main(["inspect", str(run)]) == 0
     assert main(["evaluate", str(run), "--data", str(tmp_path / "test.jsonl"), "--json", str(tmp_path / "result.json"), *ENGINE]) == 0
     result = json.loads((tmp_path / "result.json").read_text())

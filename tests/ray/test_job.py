@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.ray.test_transfer import arguments
+from tests.ray.conftest import arguments
 
 pytestmark = pytest.mark.ray
 ROOT = Path(__file__).parents[2]

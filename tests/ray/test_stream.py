@@ -14,7 +14,7 @@ import pytest
 import ray
 
 from translora_ray import kit
-from translora_ray.config import Cluster, Recipe, Selection, Synthesis
+from translora_ray.config import Cluster, Gate, Recipe, Selection, Synthesis
 from translora_ray.placement import ray_session
 from translora_ray.progress import Display
 from translora_ray.records import pack_to_table, packs_from_table
@@ -71,7 +71,7 @@ def test_transfers_that_share_engines_accept_what_each_would_alone(tiny_kit: Pat
     cluster = Cluster(commit_seconds=0)
     plans = []
     for seed, quota in ((0, 8), (1, 20), (2, 12)):
-        recipe = Recipe(seed=seed, synthesis=synthesis, selection=selection.model_copy(update={"quota": quota}))
+        recipe = Recipe(seed=seed, gate=Gate(held_out=0), synthesis=synthesis, selection=selection.model_copy(update={"quota": quota}))
         plans.append(Plan(kit.load(tiny_kit), tiny_gemma, recipe, cluster, "transformers", 1.0, 0.0))
     stores = {name: [RunStore(str(tmp_path / f"{name}{plan.recipe.seed}")) for plan in plans] for name in ("together", "alone")}
     with ray_session(cluster), Display() as display:

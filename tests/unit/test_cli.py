@@ -13,9 +13,10 @@ import yaml
 from tests.conftest import save_model, task_rows, write_task
 from translora_ray import models
 from translora_ray.cli import main
-from translora_ray.config import Recipe, load_config
+from translora_ray.config import Recipe
 from translora_ray.engines.select import choose_engine
 from translora_ray.errors import UsageError
+from translora_ray.reading import load_config
 
 ROOT = Path(__file__).parents[2]
 
@@ -243,7 +244,7 @@ def test_fingerprints_tell_bases_apart(tiny_llama: str, tiny_gemma: str) -> None
 
 
 def test_shipped_yaml_parses_and_rows_come_from_their_script(tmp_path: Path) -> None:
-    from translora_ray.config import load_task
+    from translora_ray.reading import load_task
 
     example = ROOT / "examples" / "support_routing"
     assert load_task(example / "task.yaml").name == "support_routing"

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from translora_ray import adapters, kit
-from translora_ray.config import Cluster, Recipe, Selection, Synthesis
+from translora_ray.config import Cluster, Gate, Recipe, Selection, Synthesis
 from translora_ray.errors import RunFailed
 from translora_ray.records import Candidate, Pack, request_pack
 from translora_ray.storage import RunStore
@@ -17,7 +17,7 @@ from translora_ray.stream.plan import Plan
 
 @pytest.fixture
 def plan(tiny_kit: Path, tiny_gemma: str) -> Plan:
-    recipe = Recipe(selection=Selection(quota=25, near_duplicate=1.0, max_candidates=10), synthesis=Synthesis(pack_size=4))
+    recipe = Recipe(gate=Gate(held_out=0), selection=Selection(quota=25, near_duplicate=1.0, max_candidates=10), synthesis=Synthesis(pack_size=4))
     return Plan(kit.load(tiny_kit), tiny_gemma, recipe, Cluster(commit_seconds=0), "transformers", 1.0, 0.0)
 
 

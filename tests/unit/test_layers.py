@@ -8,6 +8,7 @@ LAYERS = [
     {"errors"},
     {"records"},
     {"config"},
+    {"reading", "evaluation.metrics"},
     {"prompts", "storage", "progress", "references"},
     {"models", "adapters"},
     {"adapting"},
@@ -16,16 +17,19 @@ LAYERS = [
     {"engines.select"},
     {"training.loop"},
     {"training.task"},
-    {"evaluation.metrics", "evaluation.statistics", "stream.synthesize", "stream.dedup", "stream.discriminate", "stream.teach"},
+    {"evaluation.statistics", "stream.synthesize", "stream.dedup", "stream.discriminate", "stream.teach"},
     {"kit"},
     {"stream.plan"},
-    {"stream.requests", "stream.collect", "evaluation.compare", "placement"},
+    {"stream.choose", "evaluation.gate"},
+    {"stream.requests", "stream.collect", "evaluation.distance", "placement"},
+    {"evaluation.arms"},
+    {"evaluation.compare"},
     {"stream.pipeline", "training.trainer"},
-    {"evaluation.report"},
+    {"evaluation.report", "gating"},
     {"workflow", "inspection"},
     {"cli"},
 ]
-RAY = {"stream.pipeline", "stream.requests", "training.trainer", "placement", "workflow"}
+RAY = {"stream.pipeline", "stream.requests", "training.trainer", "placement", "gating", "workflow"}
 VLLM = {"engines.vllm", "engines.vllm_worker"}
 
 

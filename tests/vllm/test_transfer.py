@@ -16,7 +16,7 @@ from peft import LoraConfig, get_peft_model
 
 from tests.conftest import processes, write_task
 from tests.e2e.test_real_models import EXAMPLE, SOURCE, TARGET
-from tests.ray.test_transfer import arguments, rows
+from tests.ray.conftest import arguments, rows
 from translora_ray import adapting, models
 from translora_ray.cli import main
 from translora_ray.config import Vllm
@@ -113,7 +113,7 @@ def test_transformers_serves_the_role_that_vllm_can_not_and_says_so(
     torch.manual_seed(0)
     config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], use_dora=True, init_lora_weights=False, task_type="CAUSAL_LM")
     adapting.save(get_peft_model(models.load_base(tiny_llama), config), tmp_path / "dora", tiny_llama)
-    made = ["prepare", str(write_task(tmp_path)), "--base", tiny_llama, "--out", str(tmp_path / "kit"), "--adapter", str(tmp_path / "dora")]
+    made = ["prepare", str(write_task(tmp_path, labels="open")), "--base", tiny_llama, "--out", str(tmp_path / "kit"), "--adapter", str(tmp_path / "dora")]
     assert main([*made, "--engine", "transformers"]) == 0
     run = tmp_path / "run"
     assert main(on_vllm(tmp_path / "kit", tiny_gemma, run, "selection.quota=10", "cluster.engine_cpus=0.5")) == 0
@@ -133,7 +133,7 @@ def test_the_real_models_from_rows_to_a_comparison(tmp_path: Path) -> None:
     kit, run = tmp_path / "kit", tmp_path / "run"
     engine = ("--engine", "vllm")
     assert main(["prepare", str(tmp_path / "task.yaml"), "--base", SOURCE, "--out", str(kit), *engine]) == 0
-    settings = ["selection.quota=12", "selection.threshold=-100", "training.epochs=1", "synthesis.pack_size=16"]
+    settings = ["selection.quota=12", "selection.threshold=-100", "training.epochs=1", "synthesis.pack_size=16", "gate.held_out=0"]
     words = [part for setting in settings for part in ("--set", setting)]
     assert main(["transfer", str(kit), "--target", TARGET, "--out", str(run), *words, *engine]) == 0
     assert facts_of(run)[1] == [SOURCE]

@@ -2,27 +2,44 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from translora_ray import adapters, kit
-from translora_ray.config import Adapter, Task, Training
+from translora_ray.config import Recipe, Task
 from translora_ray.engines.base import AdapterRef, Engine, Generate, OpenEngine, Sampling
 from translora_ray.errors import UsageError
+from translora_ray.evaluation import arms, gate
+from translora_ray.evaluation.distance import distances
 from translora_ray.evaluation.metrics import METRICS
 from translora_ray.evaluation.statistics import flips, mcnemar, paired_interval, wilson
 from translora_ray.progress import Display
-from translora_ray.prompts import Prompt, few_shot_prompt, task_prompt
+from translora_ray.prompts import Prompt, clean_answer, few_shot_prompt, task_prompt
 from translora_ray.records import TaskRow, read_rows
 from translora_ray.storage import ADAPTER, EVALUATION, MANIFEST, RunStore
-from translora_ray.training.task import task_pairs, train_adapter
+from translora_ray.stream.dedup import normal
+from translora_ray.stream.discriminate import verdicts
 
 CHUNK = 128
+FEW = 30
+"""Rows below which the width of the interval is said."""
+ANSWERS = f"{EVALUATION}/answers.jsonl"
 
 
-def evaluate(run: str, data: str, oracle: str | None, open_engine: OpenEngine, display: Display) -> dict[str, Any]:
-    """Accuracy of every arm on `data`, with Wilson's 95 % interval, and recovery where there is an `oracle` training set.
+@dataclass
+class Answered:
+    """An arm's answers to the test rows and their scores."""
+
+    texts: list[str]
+    scores: list[float]
+
+
+def evaluate(run: str, data: str, oracle: str | None, extra: Sequence[str], open_engine: OpenEngine, display: Display) -> dict[str, Any]:
+    """Accuracy of every arm on `data`, with Wilson's 95 % interval, and recovery where there is an `oracle` training set; `extra` are names of `arms.EXTRA`.
 
     The oracle is an adapter on the target base, trained on the real rows exactly as the transferred one was on synthetic rows.
     """
@@ -34,56 +51,81 @@ def evaluate(run: str, data: str, oracle: str | None, open_engine: OpenEngine, d
     if loaded.digest != manifest["kit"]:
         raise UsageError(f"The kit at {loaded.path} is not the one {run} was made from: bring back the original.")
     rows = read_rows(data)
-    oracle_rows = read_rows(oracle) if oracle else None
-    task = loaded.task
+    oracle_rows = read_rows(oracle) if oracle else []
+    _check_rows(loaded, rows, data, oracle_rows, display)
+    task, recipe = loaded.task, Recipe.model_validate(manifest["recipe"])
     with tempfile.TemporaryDirectory() as scratch:
         transferred = AdapterRef("transferred", str(store.fetch_folder(ADAPTER, Path(scratch) / ADAPTER)))
         if adapters.inspect(transferred.path).digest != manifest["adapter_digest"]:
             raise UsageError(f"The adapter in {run} is not the one its manifest describes: remove the run, and transfer again.")
+        made = arms.Arms(loaded, manifest, recipe, store, Path(scratch), display)
+        made.check(extra)
         bare = [task_prompt(task.prompt, row.input, task.format) for row in rows]
         shots = [(seed.input, seed.target) for seed in loaded.seeds]
         few = [few_shot_prompt(task.prompt, shots, row.input, task.format) for row in rows]
-        source_arms = {"source_base": (bare, None), "source_adapter": (bare, loaded.adapter)}
+        judged = loaded.discriminator is not None and loaded.base == loaded.teacher_base
+        engine = open_engine(manifest["source_base"], [loaded.adapter, *([loaded.discriminator_adapter] if judged else [])])
+        found = _answer(engine, {"source_base": (bare, None), "source_adapter": (bare, loaded.adapter)}, task, loaded.seeds, rows, display)
+        real = verdicts(engine, task.name, [row.input for row in rows], loaded.discriminator_adapter) if judged else None
+        sets = made.sets(extra, engine)
+        engine.close()
         target_arms = {"target_base": (bare, None), "target_few_shot": (few, None), "transferred": (bare, transferred)}
         if oracle_rows:
-            target_arms["oracle"] = (bare, AdapterRef("oracle", _oracle(manifest, task, oracle_rows, Path(scratch), display)))
-        scores: dict[str, list[float]] = {}
-        for base, arms in ((manifest["source_base"], source_arms), (manifest["target_base"], target_arms)):
-            used = [adapter for _, adapter in arms.values() if adapter]
-            scores |= _answer(open_engine(base, used), arms, task, loaded.seeds, rows, display)
-    result = summary(scores, task.metric)
+            sets["oracle"] = oracle_rows
+        target_arms |= {name: (bare, adapter) for name, adapter in made.trained(extra, sets).items()}
+        used = [adapter for _, adapter in target_arms.values() if adapter]
+        engine = open_engine(manifest["target_base"], used)
+        found |= _answer(engine, target_arms, task, loaded.seeds, rows, display)
+        engine.close()
+    result = summary({arm: answered.scores for arm, answered in found.items()}, task.metric)
+    result["gate"] = gate.on_rows(recipe.gate, result["against"])
+    if real is not None:
+        result["verdicts"] = {"real": real}
+    result["distance"] = distances(loaded, store, [row.input for row in rows], display)
+    store.write(ANSWERS, _lines(rows, found))
     store.write_json(f"{EVALUATION}/result.json", result)
     return result
 
 
+def _check_rows(loaded: kit.Kit, rows: Sequence[TaskRow], data: str, oracle: Sequence[TaskRow], display: Display) -> None:
+    """Raise `UsageError` for test rows that were seen in training or have no label of the task; say how little a few rows tell."""
+    kit.check_labels(loaded.task, rows, data)
+    tested = {normal(row.input) for row in rows}
+    for known, name in ((loaded.seeds, "the kit's seeds"), (oracle, "--oracle")):
+        if common := tested & {normal(row.input) for row in known}:
+            raise UsageError(f"{data}: {len(common)} of its inputs are among {name}, which adapters learn from: take them out.")
+    if len(rows) < FEW:
+        low, high = wilson(len(rows) / 2, len(rows))
+        display.say(f"{data} has {len(rows)} rows: an accuracy of 0.5 would have an interval of {low:.2f} to {high:.2f}. Take {FEW} or more.")
+
+
 def _answer(
-    engine: Engine, arms: dict[str, tuple[list[Prompt], AdapterRef | None]], task: Task, seeds: list[TaskRow], rows: list[TaskRow], display: Display
-) -> dict[str, list[float]]:
-    """Scores per row of the arms that share an engine. Text answers end at the line where all seeds' answers are one line."""
+    engine: Engine, asked: dict[str, tuple[list[Prompt], AdapterRef | None]], task: Task, seeds: list[TaskRow], rows: list[TaskRow], display: Display
+) -> dict[str, Answered]:
+    """Answers of the arms that share an engine. Text answers end at the line where all seeds' answers are one line."""
     stop = ("\n",) if task.format == "text" and not any("\n" in seed.target for seed in seeds) else ()
     sampling = Sampling(task.max_new_tokens, stop=stop)
     metric = METRICS[task.metric]
-    scores = {}
-    for arm, (prompts, adapter) in arms.items():
+    found = {}
+    for arm, (prompts, adapter) in asked.items():
         phase = display.phase(arm)
-        answers = []
+        answers: list[str] = []
         for start in range(0, len(prompts), CHUNK):
             part = prompts[start : start + CHUNK]
-            answers += engine.generate([Generate(prompt, sampling, adapter) for prompt in part])
+            answers += [clean_answer(answer.text) for answer in engine.generate([Generate(prompt, sampling, adapter) for prompt in part])]
             phase.update(len(answers), len(rows))
-        scores[arm] = [metric(answer.text.strip(), row.target) for answer, row in zip(answers, rows, strict=True)]
-    engine.close()
-    return scores
+        found[arm] = Answered(answers, [metric(answer, row.target) for answer, row in zip(answers, rows, strict=True)])
+    return found
 
 
-def _oracle(manifest: dict[str, Any], task: Task, rows: list[TaskRow], scratch: Path, display: Display) -> str:
-    out = scratch / "oracle"
-    chosen = {"learning_rate": manifest["training"]["learning_rate"], "learning_rates": None}
-    settings = Training(**manifest["recipe"]["training"] | chosen)
-    pairs = task_pairs(task, rows)
-    adapter = Adapter(**manifest["training"]["adapter"])
-    train_adapter(manifest["target_base"], pairs, adapter, settings, manifest["recipe"]["seed"], out, display.phase("oracle training").step)
-    return str(out)
+def _lines(rows: Sequence[TaskRow], found: dict[str, Answered]) -> bytes:
+    """JSONL: each test row with every arm's answer and score."""
+    lines = []
+    for number, row in enumerate(rows):
+        answers = {arm: answered.texts[number] for arm, answered in found.items()}
+        scores = {arm: answered.scores[number] for arm, answered in found.items()}
+        lines.append(json.dumps({"input": row.input, "target": row.target, "answers": answers, "scores": scores}, ensure_ascii=False))
+    return ("\n".join(lines) + "\n").encode()
 
 
 def summary(scores: dict[str, list[float]], metric: str) -> dict[str, Any]:
@@ -92,21 +134,21 @@ def summary(scores: dict[str, list[float]], metric: str) -> dict[str, Any]:
     `against` compares transferred with the better of source adapter and bare target, row by row: the mean difference with its 95 % interval, and
     McNemar's p. `negative_flips` counts rows that the bare target got right and the transferred adapter gets wrong.
     """
-    arms = {}
+    found = {}
     for arm, values in scores.items():
         low, high = wilson(sum(values), len(values))
-        arms[arm] = {"accuracy": sum(values) / len(values), "low": low, "high": high}
+        found[arm] = {"accuracy": sum(values) / len(values), "low": low, "high": high}
     ours = scores["transferred"]
-    against = max(("source_adapter", "target_base"), key=lambda arm: arms[arm]["accuracy"])
+    against = max(("source_adapter", "target_base"), key=lambda arm: found[arm]["accuracy"])
     difference, low, high = paired_interval(ours, scores[against])
     paired = {"arm": against, "difference": difference, "low": low, "high": high, "p": mcnemar(ours, scores[against])}
     flipped = len(flips(scores["target_base"], ours))
-    return {"n": len(ours), "metric": metric, "arms": arms, "recovery": recovery(arms), "against": paired, "negative_flips": flipped}
+    return {"n": len(ours), "metric": metric, "arms": found, "recovery": recovery(found), "against": paired, "negative_flips": flipped}
 
 
-def recovery(arms: dict[str, dict[str, float]]) -> float | None:
-    """(transferred - bare target) / (oracle - bare target); None without an oracle or where the oracle gains nothing."""
-    if "oracle" not in arms or arms["oracle"]["accuracy"] <= arms["target_base"]["accuracy"]:
+def recovery(accuracies: dict[str, dict[str, float]], arm: str = "transferred") -> float | None:
+    """(`arm` - bare target) / (oracle - bare target); None without an oracle or where the oracle gains nothing."""
+    if "oracle" not in accuracies or accuracies["oracle"]["accuracy"] <= accuracies["target_base"]["accuracy"]:
         return None
-    bare = arms["target_base"]["accuracy"]
-    return (arms["transferred"]["accuracy"] - bare) / (arms["oracle"]["accuracy"] - bare)
+    bare = accuracies["target_base"]["accuracy"]
+    return (accuracies[arm]["accuracy"] - bare) / (accuracies["oracle"]["accuracy"] - bare)

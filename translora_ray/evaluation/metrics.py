@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
 
+from translora_ray.config import Task
+
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 _CHOICE = re.compile(r"\(?\b([A-Z])\b\)?")
+_ANY = re.compile(r"\S")
 CODE_SECONDS = 10
 
 
@@ -63,3 +67,16 @@ METRICS: dict[str, Callable[[str, str], float]] = {
     "rouge_l": rouge_l,
     "code": code,
 }
+
+
+def well_formed(task: Task, answer: str) -> bool:
+    """Whether the answer could be right at all: one of the task's labels where it has some, else something that its metric can read."""
+    if task.classes:
+        return any(METRICS[task.metric](answer, label) == 1 for label in task.classes)
+    if task.metric == "code":
+        try:
+            ast.parse(answer)
+        except (SyntaxError, ValueError):
+            return False
+        return True
+    return bool({"number": _NUMBER, "choice": _CHOICE}.get(task.metric, _ANY).search(answer))

@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from translora_ray.evaluation.arms import EXTRA
 from translora_ray.models import ModelInfo
 
 ARMS = {
@@ -17,6 +18,7 @@ ARMS = {
     "target_few_shot": "target, seeds as examples",
     "transferred": "target + transferred adapter",
     "oracle": "target + adapter on the real rows",
+    **EXTRA,
 }
 
 
@@ -31,6 +33,8 @@ def show_evaluation(result: dict[str, Any]) -> None:
     interval = f"{against['low']:+.3f} to {against['high']:+.3f}, McNemar p {against['p']:.2g}"
     lines = [f"transferred minus {ARMS[against['arm']]}: {against['difference']:+.3f} ({interval})"]
     lines.append(f"negative flips: {result['negative_flips']} of {result['n']} rows were right on the bare target and are wrong now")
+    if "distance" in result:
+        lines.append(f"distance of prompts to the real ones (MMD): accepted {result['distance']['filtered']:.3f}, all {result['distance']['unfiltered']:.3f}")
     if result["recovery"] is not None:
         lines.append(f"recovery: {result['recovery']:.3f} of what training on the real rows gains")
     Console().print("\n".join(lines), markup=False, highlight=False)

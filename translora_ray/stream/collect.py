@@ -19,6 +19,7 @@ from translora_ray.stream.dedup import Seen
 from translora_ray.stream.plan import Plan
 
 NOT_NEEDED = "quota was full"
+LABEL_FULL = "enough of this label"
 
 
 @dataclass
@@ -50,11 +51,13 @@ class Collector:
         self.plan, self.store = plan, store
         self.totals = Totals()
         self.seen = Seen(plan.recipe.selection.near_duplicate)
+        self.labels: Counter[str] = Counter()
         for last, candidates, facts in store.shards():
             self.totals.add(last, candidates, facts)
             for candidate in candidates:
                 if candidate.accepted:
                     self.seen.add(candidate.input)
+                    self.labels[candidate.target or ""] += 1
         self.attempt = uuid.uuid4().hex[:8]
         self.next = self.totals.packs
         self.accepted = self.totals.accepted
@@ -64,7 +67,7 @@ class Collector:
 
     @property
     def full(self) -> bool:
-        return self.accepted >= self.plan.quota
+        return self.accepted >= self.plan.wanted
 
     def take(self, pack: Pack, loads: list[str]) -> None:
         self._waiting[pack.number] = pack
@@ -73,11 +76,11 @@ class Collector:
             self.next += 1
         if self._decided and (self.full or time.monotonic() - self._committed_at >= self.plan.cluster.commit_seconds):
             self.commit(loads)
-        limit = self.plan.quota * self.plan.recipe.selection.max_candidates
+        limit = self.plan.wanted * self.plan.recipe.selection.max_candidates
         if not self.full and self.next * self.plan.recipe.synthesis.pack_size >= limit:
             self.commit(loads)
             raise RunFailed(
-                f"Only {self.accepted} of {self.plan.quota} examples after {self.totals.candidates} candidates "
+                f"Only {self.accepted} of {self.plan.wanted} examples after {self.totals.candidates} candidates "
                 f"({_reasons(self.totals)}): lower selection.quota or selection.threshold, or prepare the kit with more seeds."
             )
 
@@ -87,10 +90,16 @@ class Collector:
                 candidate.reason = NOT_NEEDED
             elif repeat := self.seen.repeats(candidate.input):
                 candidate.reason = repeat
+            elif self._enough_of(candidate.target or ""):
+                candidate.reason = LABEL_FULL
             else:
                 self.seen.add(candidate.input)
+                self.labels[candidate.target or ""] += 1
                 self.accepted += 1
         self._decided.append(pack)
+
+    def _enough_of(self, label: str) -> bool:
+        return self.plan.label_cap is not None and self.labels[label] >= self.plan.label_cap
 
     def commit(self, loads: list[str]) -> None:
         if not self._decided:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
+import numpy
+
 from translora_ray.engines.base import AdapterRef, Engine, Score
 from translora_ray.prompts import NO, YES, discriminator_prompt
 from translora_ray.records import TOO_LONG, Pack
@@ -19,8 +21,24 @@ def verdicts(engine: Engine, task_name: str, inputs: Sequence[str], adapter: Ada
     return [yes - no for yes, no in scores]
 
 
+def calibrate(real: Sequence[float], synthetic: Sequence[float]) -> tuple[float, float]:
+    """(a, b), so that a * verdict + b is the logarithm of how much likelier a prompt is among real ones than among synthetic ones.
+
+    Platt's scaling (1999) on verdicts that the discriminator was not trained on, with his smoothed targets and each side counting the same; Newton's steps.
+    """
+    verdict = numpy.asarray([*real, *synthetic], dtype=float)
+    target = numpy.asarray([(len(real) + 1) / (len(real) + 2)] * len(real) + [1 / (len(synthetic) + 2)] * len(synthetic))
+    weight = numpy.asarray([1 / len(real)] * len(real) + [1 / len(synthetic)] * len(synthetic))
+    rows, found = numpy.stack([verdict, numpy.ones_like(verdict)], axis=1), numpy.zeros(2)
+    for _ in range(50):
+        likely = 1 / (1 + numpy.exp(-numpy.clip(rows @ found, -30, 30)))
+        slope = rows.T @ (weight * (likely - target)) + 1e-3 * found
+        found = found - numpy.linalg.solve((rows * (weight * likely * (1 - likely))[:, None]).T @ rows + 1e-3 * numpy.eye(2), slope)
+    return float(found[0]), float(found[1])
+
+
 class Discriminator:
-    """Accepts a candidate whose verdict is above the threshold (Trans-LoRA: p(yes) > p(no), so 0)."""
+    """Gives verdicts, and accepts a candidate whose verdict is above the threshold (Trans-LoRA: p(yes) > p(no), so 0)."""
 
     def __init__(self, engine: Engine, task_name: str, adapter: AdapterRef, threshold: float) -> None:
         self.engine, self.task_name, self.adapter, self.threshold = engine, task_name, adapter, threshold

@@ -79,7 +79,7 @@ def _writing(plan: Plan, engine: Engine) -> list[Stage]:
 
 def _judging(plan: Plan, engine: Engine) -> list[Stage]:
     kit = plan.kit
-    return [discriminate.Discriminator(engine, kit.task.name, kit.discriminator_adapter, plan.recipe.selection.threshold)]
+    return [discriminate.Discriminator(engine, kit.task.name, kit.discriminator_adapter, plan.threshold)]
 
 
 def _teaching(plan: Plan, engine: Engine) -> list[Stage]:
@@ -90,7 +90,7 @@ def _teaching(plan: Plan, engine: Engine) -> list[Stage]:
     def learnable(prompt: Prompt, answer: str) -> bool:
         return len(prompt_ids(tokenizer, prompt)) + len(answer_ids(tokenizer, prompt, answer)) <= context
 
-    return [teach.Teacher(engine, kit.task, kit.adapter, learnable)]
+    return [teach.Teacher(engine, kit.task, kit.adapter, learnable, plan.recipe.selection, plan.by_excess)]
 
 
 STAGES: dict[str, Callable[[Plan, Engine], list[Stage]]] = {synthesize.ROLE: _writing, discriminate.ROLE: _judging, teach.ROLE: _teaching}
@@ -106,7 +106,7 @@ def run_stream(plans: Sequence[Plan], stores: Sequence[RunStore], display: Displ
         return [collector.totals for collector in collectors]
     phases = [display.phase("examples" if len(plans) == 1 else f"examples, {plan.kit.task.name}") for plan in plans]
     for phase, collector in zip(phases, collectors, strict=True):
-        phase.update(collector.accepted, collector.plan.quota, "loading engines")
+        phase.update(collector.accepted, collector.plan.wanted, "loading engines")
     cap = sum((plans[0].packs_at_once(pool) + 1) * plans[0].cluster.engines[1] for pool in plans[0].pools())
     desk = Desk.remote([collector.next for collector in collectors], cap)  # type: ignore[attr-defined]
     ray.get([desk.full.remote(transfer) for transfer, collector in enumerate(collectors) if collector.full])
@@ -177,4 +177,4 @@ def open_stream(plans: Sequence[Plan], desk: Any) -> Generator[Pack]:
 
 def _show(phase: Phase, collector: Collector, rate: float) -> None:
     looked_at = max(1, collector.next * collector.plan.recipe.synthesis.pack_size)
-    phase.update(min(collector.accepted, collector.plan.quota), collector.plan.quota, f"{collector.accepted / looked_at:.0%} accepted, {rate:.0f} tokens/s")
+    phase.update(min(collector.accepted, collector.plan.wanted), collector.plan.wanted, f"{collector.accepted / looked_at:.0%} accepted, {rate:.0f} tokens/s")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from translora_ray import adapters
-from translora_ray.config import Cluster, EngineKind, Recipe
+from translora_ray.config import BY_EXCESS, CHOOSING, CUTTING, JUDGING, Cluster, EngineKind, Method, Recipe
 from translora_ray.engines.base import AdapterRef
 from translora_ray.engines.select import engine_for
+from translora_ray.errors import UsageError
 from translora_ray.kit import Kit
 from translora_ray.stream import discriminate, synthesize, teach
 
@@ -26,7 +28,70 @@ class Plan:
 
     @property
     def quota(self) -> int:
+        """Examples to train on."""
         return self.recipe.selection.quota or self.kit.rows
+
+    @property
+    def held_out(self) -> int:
+        """Examples that the gate wants beside them."""
+        return math.ceil(self.recipe.gate.held_out * self.quota)
+
+    @property
+    def wanted(self) -> int:
+        """Candidates to answer: the stream's quota."""
+        return math.ceil((self.quota + self.held_out) * (self.recipe.selection.surplus if self.chooses else 1))
+
+    @property
+    def method(self) -> Method:
+        """How candidates are selected, `auto` decided."""
+        chosen = self.recipe.selection.method
+        if chosen == "auto":
+            return "excess" if self.kit.discriminator is None else "discriminator"
+        return chosen
+
+    @property
+    def judges(self) -> bool:
+        """Whether the discriminator is asked."""
+        return self.method in JUDGING
+
+    @property
+    def threshold(self) -> float:
+        """The verdict that a candidate must be above."""
+        return self.recipe.selection.threshold if self.method in CUTTING else -math.inf
+
+    @property
+    def by_excess(self) -> bool:
+        """Whether examples are chosen by what the adapter adds to their answers."""
+        return self.method in BY_EXCESS
+
+    @property
+    def chooses(self) -> bool:
+        """Whether more candidates are answered than become examples."""
+        return self.method in CHOOSING
+
+    @property
+    def calibration(self) -> tuple[float, float]:
+        """(a, b): a * verdict + b is the log-odds that a prompt is a real one."""
+        a, b = (self.kit.discriminator or {})["calibration"]
+        return a, b
+
+    @property
+    def label_cap(self) -> int | None:
+        """Most examples of one label, None where any number may be."""
+        balance, labels = self.recipe.selection.balance, self.kit.task.classes
+        return math.ceil(balance * self.wanted / len(labels)) if balance and labels else None
+
+    def check(self) -> None:
+        """Raise `UsageError` where the kit has not what the recipe asks for."""
+        kit, method = self.kit, self.method
+        if self.judges and kit.discriminator is None:
+            raise UsageError(f"The kit {kit.path} has no discriminator, which selection.method {method} asks: use excess or none, or prepare a kit with one.")
+        if method == "importance" and "calibration" not in (kit.discriminator or {}):
+            raise UsageError(f"The kit {kit.path} was made before discriminators were calibrated, which importance needs: prepare it again.")
+        if self.recipe.selection.balance and not kit.task.classes:
+            raise UsageError("selection.balance needs a task with labels, and this one's answers are open: leave it out, or prepare the kit with labels.")
+        if self.recipe.overlap and self.chooses:
+            raise UsageError(f"{method} chooses among all examples, before training begins: leave overlap out, or set selection.method to none.")
 
     def packs_at_once(self, pool: Pool) -> int:
         """Packs that one engine of the pool computes at the same time."""
@@ -43,10 +108,10 @@ class Plan:
         kit = self.kit
         writer = self.target if self.recipe.synthesis.generator == "target" else kit.base
         places = [(self.engine, writer, synthesize.ROLE)]
-        if kit.discriminator is not None:
+        if self.judges:
             places.append((self.engine, kit.base, discriminate.ROLE))
         places.append((engine_for(self.engine, [kit.adapter], lambda message: None), kit.teacher_base, teach.ROLE))
-        alone = kit.discriminator is not None and adapters.inspect(kit.adapter.path).type == "ia3"
+        alone = self.judges and adapters.inspect(kit.adapter.path).type == "ia3"
         pools: list[Pool] = []
         for engine, base, role in places:
             if pools and (pools[-1].engine, pools[-1].base) == (engine, base) and not (alone and role == teach.ROLE):

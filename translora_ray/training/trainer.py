@@ -35,7 +35,7 @@ FACTS = ("loss", "rows", "tokens", "seconds", "epoch_losses", "started_at_steps"
 class Job:
     """What a worker needs to know. `adapter` is fully set; `steps` is the handle of a `Desk`, which receives `Step`s and says when no rows will come.
 
-    `arriving` is (run, number of rows) where training begins while the stream still commits them there.
+    `rows` are the indices of those that are trained on, or (run, number of rows) where training begins while the stream still commits them there.
     """
 
     task: Task
@@ -45,7 +45,11 @@ class Job:
     seed: int
     cluster: Cluster
     steps: Any
-    arriving: tuple[RunStore, int] | None = None
+    rows: frozenset[int] | tuple[RunStore, int]
+
+    @property
+    def arriving(self) -> tuple[RunStore, int] | None:
+        return self.rows if isinstance(self.rows, tuple) else None
 
 
 def train_target(job: Job, store: RunStore, cluster: Cluster, cpus: float, gpus: float) -> dict[str, Any]:
@@ -75,7 +79,7 @@ def _outcome(result: Any) -> dict[str, Any]:
 
 def _fit(job: Job, name: str, store: RunStore, cluster: Cluster, cpus: float, gpus: float) -> Any:
     """One run of Ray Train; returns its result, whose `return_value` says why the run was in vain, if it was."""
-    columns = ["index", "input", "target", "reason"]
+    columns = ["index", "input", "target"]
     read = {"filesystem": store.fs, "columns": columns, "override_num_blocks": 1, "num_cpus": 0}
     datasets = {} if job.arriving else {"train": ray.data.read_parquet(store.shard_paths(), **read)}
     least, most = cluster.workers
@@ -104,14 +108,14 @@ def _fit(job: Job, name: str, store: RunStore, cluster: Cluster, cpus: float, gp
     return result
 
 
-def _accepted_rows() -> list[TaskRow]:
-    """The accepted rows of all shards in the order of their index: the same on every worker and after every restart.
+def _rows(wanted: frozenset[int]) -> list[TaskRow]:
+    """The wanted rows of all shards in the order of their index: the same on every worker and after every restart.
 
     Read through Ray Data once per worker start, not per epoch: rows are short texts, and each pass of a dataset costs seconds.
     """
     found: list[tuple[int, str, str]] = []
     for batch in ray.train.get_dataset_shard("train").iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-        found += [(row["index"], row["input"], row["target"]) for row in batch.to_pylist() if row["reason"] is None]
+        found += [(row["index"], row["input"], row["target"]) for row in batch.to_pylist() if row["index"] in wanted]
     return [TaskRow(text, target) for _, text, target in sorted(found)]
 
 
@@ -155,7 +159,7 @@ def _worker(config: dict[str, Any]) -> str | None:
     job: Job = config["job"]
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
-    pairs = Arriving(job) if job.arriving else task_training.task_pairs(job.task, _accepted_rows())
+    pairs = Arriving(job) if isinstance(job.rows, tuple) else task_training.task_pairs(job.task, _rows(job.rows))
     device, cluster = str(ray.train.torch.get_device()), job.cluster
     memory = (cluster.rows_at_once, cluster.recompute, cluster.spread_base)
     loop = task_training.start(job.target, pairs, job.adapter, job.training, job.seed, rank, world, device, *memory, coming=bool(job.arriving))

@@ -1,0 +1,267 @@
+"""Which candidates become examples, which answers count, and what the gate makes of the result."""
+
+import json
+import math
+import random
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+
+from tests.conftest import task_rows
+from translora_ray import kit
+from translora_ray.config import Cluster, Gate, Recipe, Selection, Synthesis, Task
+from translora_ray.engines.base import Complete, Generate, Generation, Sampling
+from translora_ray.engines.transformers import TransformersEngine
+from translora_ray.errors import UsageError
+from translora_ray.evaluation import gate
+from translora_ray.evaluation.distance import bandwidth, embed, mmd
+from translora_ray.evaluation.metrics import well_formed
+from translora_ray.progress import Display
+from translora_ray.prompts import task_prompt
+from translora_ray.records import Candidate, Pack, TaskRow, request_pack
+from translora_ray.storage import RunStore
+from translora_ray.stream.choose import choose
+from translora_ray.stream.collect import LABEL_FULL, Collector
+from translora_ray.stream.discriminate import calibrate
+from translora_ray.stream.plan import Plan
+from translora_ray.stream.teach import ILL_FORMED, UNSURE, Teacher
+
+
+@pytest.fixture
+def loaded(tiny_kit: Path) -> kit.Kit:
+    return kit.load(tiny_kit)
+
+
+def planned(loaded: kit.Kit, held_out: float = 0.1, **selection: Any) -> Plan:
+    recipe = Recipe(selection=Selection(quota=20, **selection), gate=Gate(held_out=held_out), synthesis=Synthesis(pack_size=4))
+    return Plan(loaded, "target", recipe, Cluster(commit_seconds=0), "transformers", 1.0, 0.0)
+
+
+def candidates(count: int) -> list[Candidate]:
+    draw = random.Random(0)
+    return [Candidate(i, i, f"prompt {i}", draw.gauss(0, 1), "a", excess=draw.gauss(0, 1)) for i in range(count)]
+
+
+@pytest.mark.parametrize(("method", "wanted"), [("discriminator", 22), ("none", 22), ("excess", 44), ("importance", 44), ("both", 44)])
+def test_methods_that_choose_want_more_answers_than_examples(loaded: kit.Kit, method: str, wanted: int) -> None:
+    plan = planned(loaded, method=method)
+    assert (plan.quota, plan.held_out, plan.wanted) == (20, 2, wanted)
+    trained, held_out = choose(plan, candidates(wanted))
+    assert (len(trained), len(held_out)) == (20, 2)
+    assert [row.index for row in trained + held_out] == sorted({row.index for row in trained + held_out})
+
+
+def test_excess_takes_the_highest(loaded: kit.Kit) -> None:
+    rows = candidates(44)
+    best = sorted([row for row in rows if row.index not in (3, 4)], key=lambda row: row.excess or 0.0)[-22:]
+    rows[3].excess, rows[4].excess = None, math.nan
+    trained, held_out = choose(planned(loaded, method="excess"), rows)
+    assert {row.index for row in trained + held_out} == {row.index for row in best}
+
+
+def test_importance_draws_by_the_calibrated_odds_and_not_only_the_best(loaded: kit.Kit) -> None:
+    """Written ones have verdicts from N(0, 1), real ones would have them from N(1, 1): log-odds of v - 1/2, and a mean near 1 of those chosen."""
+    sure = replace(loaded, discriminator={"calibration": [1.0, -0.5]})
+    plan = planned(sure, method="importance", held_out=0.0, surplus=10.0)
+    means, worst = [], []
+    for start in range(20):
+        draw = random.Random(start)
+        rows = [Candidate(i, 1000 * start + i, str(i), draw.gauss(0, 1), "a") for i in range(200)]
+        trained, _ = choose(plan, rows)
+        means.append(numpy.mean([row.verdict or 0.0 for row in trained]))
+        worst.append(min(row.verdict or 0.0 for row in trained))
+    assert numpy.mean(means) == pytest.approx(0.93, abs=0.12)  # a little less than 1: drawn without replacement
+    assert max(worst) < 1.2  # the 20 best of 200 would all be above
+
+
+def test_calibration_finds_the_odds_of_two_known_distributions() -> None:
+    """N(2, 1) against N(0, 1): the log-odds are 2 v - 2, whatever the numbers of each."""
+    draw = random.Random(0)
+    a, b = calibrate([draw.gauss(2, 1) for _ in range(4000)], [draw.gauss(0, 1) for _ in range(1000)])
+    assert (a, b) == (pytest.approx(2.0, abs=0.2), pytest.approx(-2.0, abs=0.25))
+    a, b = calibrate([5.0] * 5, [-5.0] * 5)  # told apart wholly: finite all the same
+    assert 0 < a < 2
+
+
+def test_prepare_calibrates_the_discriminator(loaded: kit.Kit) -> None:
+    a, b = planned(loaded, method="importance").calibration
+    assert math.isfinite(a) and math.isfinite(b)
+
+
+@pytest.mark.parametrize(
+    ("selection", "without", "message"),
+    [
+        ({"method": "importance"}, {"discriminator": None}, "has no discriminator, which selection.method importance asks"),
+        ({"method": "importance"}, {"discriminator": {}}, "made before discriminators were calibrated"),
+        ({"balance": 2.0}, {"open": True}, "selection.balance needs a task with labels"),
+    ],
+)
+def test_a_kit_that_lacks_what_the_recipe_asks_is_refused(loaded: kit.Kit, selection: dict[str, Any], without: dict[str, Any], message: str) -> None:
+    if without.pop("open", False):
+        without = {"task": loaded.task.model_copy(update={"labels": "open"})}
+    with pytest.raises(UsageError, match=message):
+        planned(replace(loaded, **without), **selection).check()
+
+
+def test_a_kit_without_a_discriminator_selects_by_excess(loaded: kit.Kit) -> None:
+    assert planned(loaded).method == "discriminator"
+    alone = planned(replace(loaded, discriminator=None))
+    assert (alone.method, alone.by_excess, alone.judges) == ("excess", True, False)
+    assert [pool.roles for pool in alone.pools()] == [("generator", "teacher")]
+    unjudged = planned(loaded, method="none")
+    assert [pool.roles for pool in unjudged.pools()] == [("generator", "teacher")]
+
+
+def test_no_label_gets_more_than_its_share(loaded: kit.Kit, tmp_path: Path) -> None:
+    assert loaded.task.classes == ["a", "b", "c"]
+    plan = planned(loaded, balance=1.2, near_duplicate=1.0)
+    assert plan.label_cap == 9  # 1.2 * 22 / 3
+    collector = Collector(plan, RunStore(str(tmp_path / "run")))
+    for number in range(20):
+        pack = request_pack(0, number, 4)
+        for candidate in pack.candidates:
+            candidate.input, candidate.target = f"prompt {candidate.index}", "a" if candidate.index % 4 else random.Random(candidate.index).choice("bc")
+        collector.take(pack, [])
+        if collector.full:
+            break
+    counted = collector.labels
+    assert max(counted.values()) == 9 and sum(counted.values()) == 22
+    assert collector.totals.rejects[LABEL_FULL] > 0
+    assert Collector(plan, collector.store).labels == counted  # also after an interruption
+
+
+@pytest.mark.parametrize(
+    ("keys", "good", "bad"),
+    [
+        ({"labels": ["card lost", "refund"]}, "refund", "refunds"),
+        ({"labels": ["(A)", "(B)"], "metric": "choice"}, "The answer is (B)", "C"),
+        ({"metric": "number"}, "so it is 12", "twelve"),
+        ({"metric": "choice"}, "(C)", "none"),
+        ({"metric": "code"}, "def f(): return 1", "def f(: return"),
+        ({}, "anything", " "),
+    ],
+)
+def test_answers_that_can_not_be_right_are_known(keys: dict[str, Any], good: str, bad: str) -> None:
+    task = Task(name="t", prompt="{input}", train="t", **keys)
+    assert (well_formed(task, good), well_formed(task, bad)) == (True, False)
+
+
+def test_labels_are_found_where_targets_are_classes() -> None:
+    task = Task(name="t", prompt="{input}", train="rows.jsonl")
+    classes = [TaskRow(str(i), "ab"[i % 2]) for i in range(20)]
+    assert kit.find_labels(task, classes).classes == ["a", "b"]
+    assert kit.find_labels(task, [TaskRow(str(i), str(i)) for i in range(20)]).labels == "open"
+    assert kit.find_labels(task, [TaskRow(str(i), "a") for i in range(20)]).labels == "open"  # nothing to tell apart
+    assert kit.find_labels(task.model_copy(update={"labels": "open"}), classes).labels == "open"
+    with pytest.raises(UsageError, match=r"rows.jsonl: 10 rows have a target that is none of the task's labels, 'b' first"):
+        kit.find_labels(task.model_copy(update={"labels": ["a", "c"]}), classes)
+
+
+class Voter:
+    """An engine that gives scripted answers in turn."""
+
+    def __init__(self, answers: list[str]) -> None:
+        self.answers = answers
+        self.seeds: list[int] = []
+
+    def fits(self, prompt: object, new_tokens: int) -> bool:
+        return True
+
+    def generate(self, requests: list[Generate]) -> list[Generation]:
+        self.seeds += [request.seed for request in requests]
+        return [Generation(text, 1, 1, text != "endless") for text in self.answers]
+
+
+@pytest.mark.parametrize(
+    ("answers", "target", "reason"),
+    [
+        (["a", "b", "a", "a", "a"], "a", None),
+        (["a", "b", "a", "b", "a"], "a", UNSURE),
+        (["a", "endless", "endless", "a", "a"], "a", None),
+        (["endless"] * 5, "endless", "answer too long"),
+        (["z"] * 5, "z", ILL_FORMED),
+    ],
+)
+def test_the_teachers_votes_are_counted(loaded: kit.Kit, answers: list[str], target: str, reason: str | None) -> None:
+    voter = Voter(answers)
+    pack = Pack(0, [Candidate(0, 7, "red 1 blue")])
+    Teacher(voter, loaded.task, loaded.adapter, selection=Selection(votes=5, margin=0.4)).process(pack)  # type: ignore[arg-type]
+    assert (pack.candidates[0].target, pack.candidates[0].reason) == (target, reason)
+    assert len(set(voter.seeds)) == 5
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_llama: str) -> Iterator[TransformersEngine]:
+    engine = TransformersEngine(tiny_llama)
+    yield engine
+    engine.close()
+
+
+def test_excess_is_what_the_adapter_adds_to_each_token(engine: TransformersEngine, loaded: kit.Kit) -> None:
+    pack = Pack(0, [Candidate(i, i, row["input"]) for i, row in enumerate(task_rows(6))])
+    Teacher(engine, loaded.task, loaded.adapter, by_excess=True).process(pack)
+    for candidate in pack.open():
+        prompt = task_prompt(loaded.task.prompt, candidate.input, "text")
+        ours, bare = engine.token_logprobs([Complete(prompt, candidate.target or "", adapter) for adapter in (loaded.adapter, None)])
+        assert candidate.excess == pytest.approx(numpy.mean(ours) - numpy.mean(bare), abs=0.05)
+        assert candidate.excess > 0  # the adapter was trained on these rows
+    greedy = engine.generate([Generate(task_prompt(loaded.task.prompt, row.input, "text"), Sampling(4), loaded.adapter) for row in pack.open()])
+    assert [answer.text.strip() for answer in greedy] == [row.target for row in pack.open()]
+
+
+def answered(agreement: float = 1.0, seeds: float = 1.0, accepted: float = 0.5, given: str = "aabbcc") -> dict[str, Any]:
+    seen = gate.answers(["a", "b", "c"], [TaskRow("1", "a"), TaskRow("2", "b")], list(given))
+    return gate.without_rows(Gate(), {"agreement": agreement, "seeds": seeds}, accepted, seen)
+
+
+@pytest.mark.parametrize(
+    ("found", "verdict", "reason"),
+    [
+        ({}, "ship", None),
+        ({"agreement": 0.8}, "review", r"answers new prompts otherwise than its teacher \(0.800\)"),
+        ({"agreement": 0.4}, "refuse", "otherwise than its teacher"),
+        ({"agreement": math.nan}, "refuse", "otherwise than its teacher"),
+        ({"seeds": 0.2, "accepted": 0.001}, "refuse", "gets seeds wrong"),
+        ({"accepted": 0.001}, "review", "few candidates"),
+        ({"given": "aabb"}, "review", "no example has the label 'c'"),
+        ({"given": "a" * 98 + "bc"}, "review", "nearly all examples have one answer"),
+    ],
+)
+def test_the_gate_says_why(found: dict[str, Any], verdict: str, reason: str | None) -> None:
+    judged = answered(**found)
+    assert judged["verdict"] == verdict
+    if reason:
+        assert any(re.search(reason, each) for each in judged["reasons"])
+    else:
+        assert judged["reasons"] == []
+    assert json.dumps(judged)
+
+
+@pytest.mark.parametrize(("low", "high", "verdict"), [(-0.04, 0.03, "ship"), (-0.08, 0.01, "review"), (-0.2, -0.06, "refuse")])
+def test_real_rows_decide_by_the_whole_interval(low: float, high: float, verdict: str) -> None:
+    paired = {"arm": "source_adapter", "difference": (low + high) / 2, "low": low, "high": high, "p": 0.5}
+    assert gate.on_rows(Gate(loss=0.05), paired)["verdict"] == verdict
+
+
+def test_mmd_is_nothing_between_halves_and_something_between_others(tiny_llama: str) -> None:
+    real = random.Random(1).sample([row["input"] for row in task_rows(80)], 80)
+    other = [f"{i} times {i + 1} is what number?" for i in range(40)]
+    with Display() as display:
+        vectors = embed(tiny_llama, [*real, *other], display)
+    assert numpy.linalg.norm(vectors, axis=1) == pytest.approx(numpy.ones(120), abs=1e-4)
+    width = bandwidth(vectors)
+    same, apart = mmd(vectors[:40], vectors[40:80], width), mmd(vectors[:80], vectors[80:], width)
+    assert abs(same) < 0.05
+    assert apart > 0.3
+
+
+def test_a_recipe_that_can_not_be_is_refused() -> None:
+    with pytest.raises(ValueError, match="excess chooses among all examples"):
+        Recipe(overlap=True, selection=Selection(method="excess"))
+    with pytest.raises(ValueError, match="refuse must not be higher than ship"):
+        Gate(ship=0.3, refuse=0.5)

@@ -1,0 +1,125 @@
+"""What a transfer is compared with beyond its own parts: adapters made in other ways from the same kit, and from the candidates of the same run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from translora_ray import adapters, models
+from translora_ray.config import Adapter, Cluster, Method, Recipe, Training
+from translora_ray.engines.base import AdapterRef, Engine
+from translora_ray.errors import UsageError
+from translora_ray.evaluation.metrics import well_formed
+from translora_ray.kit import Kit
+from translora_ray.progress import Display
+from translora_ray.records import Candidate, Pack, TaskRow
+from translora_ray.storage import RunStore
+from translora_ray.stream.choose import choose
+from translora_ray.stream.collect import LABEL_FULL, NOT_NEEDED
+from translora_ray.stream.dedup import Seen
+from translora_ray.stream.discriminate import OFF_TASK
+from translora_ray.stream.plan import Plan
+from translora_ray.stream.teach import ILL_FORMED, UNSURE, Teacher
+from translora_ray.training.task import task_pairs, train_adapter
+
+SELECTED: tuple[Method, ...] = ("discriminator", "importance", "excess", "both")
+EXTRA: dict[str, str] = {
+    "copy": "source adapter as it is on the target",
+    "seeds_only": "target, trained on the seeds",
+    "unfiltered": "target, trained on candidates as they come",
+    **{str(method): f"target, trained on candidates by {method}" for method in SELECTED},
+}
+"""Arms that are made when they are asked for, and their titles."""
+WRITTEN = {None, OFF_TASK, UNSURE, ILL_FORMED, LABEL_FULL, NOT_NEEDED}
+"""Reasons of candidates that are well written and no copies: what an arm may choose from."""
+
+
+@dataclass
+class Arms:
+    """Makes arms for one run. Every adapter is trained on the target as the transferred one was, on as many rows where there are so many."""
+
+    kit: Kit
+    manifest: dict[str, Any]
+    recipe: Recipe
+    store: RunStore
+    scratch: Path
+    display: Display
+
+    def check(self, names: Sequence[str]) -> None:
+        """Raise `UsageError` for an arm that can not be made."""
+        for name in names:
+            if name not in EXTRA:
+                raise UsageError(f"--arms {name}: there is no such arm; there are {', '.join(EXTRA)}.")
+            if name in SELECTED:
+                self._plan(name).check()
+        if "copy" in names:
+            target = self.manifest["target_base"]
+            try:
+                adapters.check_fits(adapters.inspect(self.kit.adapter.path), target, models.linear_shapes(target), models.width(target))
+            except UsageError as error:
+                raise UsageError(f"--arms copy: {error}") from None
+
+    def sets(self, names: Sequence[str], engine: Engine) -> dict[str, Sequence[TaskRow]]:
+        """The rows that each arm trains on. `engine` holds the teacher, and the discriminator where it is on the same base."""
+        found: dict[str, Sequence[TaskRow]] = {"seeds_only": self.kit.seeds} if "seeds_only" in names else {}
+        wanted = [name for name in names if name == "unfiltered" or name in SELECTED]
+        pool = self._answered(engine, any(self._plan(name).by_excess for name in wanted if name in SELECTED)) if wanted else []
+        for name in wanted:
+            rows = self._selected(pool, name) if name in SELECTED else _rows(pool[: self.manifest["counts"]["quota"]])
+            if not rows:
+                raise UsageError(f"--arms {name}: no candidate of the run is left to train on; leave this arm out.")
+            found[name] = rows
+        return found
+
+    def trained(self, names: Sequence[str], sets: dict[str, Sequence[TaskRow]]) -> dict[str, AdapterRef]:
+        """An adapter for each set of rows, and the copy."""
+        found = {"copy": self.kit.adapter} if "copy" in names else {}
+        chosen = {"learning_rate": self.manifest["training"]["learning_rate"], "learning_rates": None}
+        settings = Training.model_validate(self.recipe.training.model_dump() | chosen)
+        adapter = Adapter.model_validate(self.manifest["training"]["adapter"])
+        for name, rows in sets.items():
+            out, shown = self.scratch / name, self.display.phase(f"{name.replace('_', ' ')} training").step
+            train_adapter(self.manifest["target_base"], task_pairs(self.kit.task, rows), adapter, settings, self.recipe.seed, out, shown)
+            found[name] = AdapterRef(name, str(out))
+        return found
+
+    def _plan(self, method: Method) -> Plan:
+        selection = self.recipe.selection.model_copy(update={"method": method})
+        recipe = self.recipe.model_copy(update={"selection": selection, "overlap": False})
+        return Plan(self.kit, self.manifest["target_base"], recipe, Cluster(), "transformers", 1.0, 0.0)
+
+    def _answered(self, engine: Engine, by_excess: bool) -> list[Candidate]:
+        """Candidates of the run in their order, without repetitions, each with the teacher's answer whatever it is: as many as the methods choose from."""
+        candidates = [candidate for _, shard, _ in self.store.shards() for candidate in shard]
+        most = math.ceil((self.manifest["counts"]["quota"] + self._plan("none").held_out) * self.recipe.selection.surplus)
+        seen = Seen(self.recipe.selection.near_duplicate)
+        pool: list[Candidate] = []
+        for candidate in candidates:
+            fresh = candidate.reason in WRITTEN and not seen.repeats(candidate.input)
+            if fresh and (len(pool) < most or (candidate.verdict or -math.inf) > self.recipe.selection.threshold):
+                seen.add(candidate.input)
+                pool.append(replace(candidate, reason=None))
+        open_task = self.kit.task.model_copy(update={"labels": "open", "metric": "exact_match"})
+        teacher = Teacher(engine, open_task, self.kit.adapter, selection=self.recipe.selection, by_excess=by_excess)
+        phase, size = self.display.phase("answers for the arms"), self.recipe.synthesis.pack_size
+        for start in range(0, len(pool), size):
+            teacher.process(Pack(0, pool[start : start + size]))
+            phase.update(min(len(pool), start + size), len(pool))
+        return [candidate for candidate in pool if candidate.target]
+
+    def _selected(self, pool: Sequence[Candidate], method: Method) -> list[TaskRow]:
+        plan = self._plan(method)
+        cut = plan.threshold
+
+        def taken(candidate: Candidate) -> bool:
+            judged = not plan.judges or (candidate.verdict is not None and candidate.verdict > cut)
+            return judged and candidate.accepted and well_formed(self.kit.task, candidate.target or "")
+
+        return _rows(choose(plan, [candidate for candidate in pool if taken(candidate)])[0])
+
+
+def _rows(candidates: Sequence[Candidate]) -> list[TaskRow]:
+    return [TaskRow(candidate.input, candidate.target or "") for candidate in candidates]

@@ -1,0 +1,80 @@
+"""How far synthetic prompts lie from real ones: maximum mean discrepancy between what the source base makes of them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import numpy
+
+from translora_ray import models
+from translora_ray.kit import Kit
+from translora_ray.progress import Display
+from translora_ray.storage import RunStore
+from translora_ray.stream.dedup import normal
+
+MOST = 400
+"""Prompts of each side, drawn where there are more."""
+BATCH = 32
+
+
+def distances(kit: Kit, store: RunStore, real: Sequence[str], display: Display) -> dict[str, float]:
+    """MMD of accepted prompts (`filtered`) and of all that were written (`unfiltered`) to real ones, by the source base's hidden states (paper: table 6)."""
+    candidates = [candidate for _, shard, _ in store.shards() for candidate in shard if candidate.input]
+    accepted = [candidate.input for candidate in candidates if candidate.accepted]
+    written = list({normal(candidate.input): candidate.input for candidate in candidates}.values())
+    sides = [random.Random(0).sample(texts, min(MOST, len(texts))) for texts in (list(real), accepted, written)]
+    vectors = embed(kit.base, [text for texts in sides for text in texts], display)
+    ends = numpy.cumsum([len(texts) for texts in sides])
+    true, filtered, unfiltered = vectors[: ends[0]], vectors[ends[0] : ends[1]], vectors[ends[1] :]
+    width = bandwidth(vectors)
+    return {"filtered": mmd(true, filtered, width), "unfiltered": mmd(true, unfiltered, width)}
+
+
+def embed(base: str, texts: Sequence[str], display: Display) -> Any:
+    """Mean of the last hidden state over a text's tokens: array (texts, hidden size), centred and scaled to the length of 1."""
+    import torch
+
+    tokenizer, model = models.load_tokenizer(base), models.load_base(base)
+    phase = display.phase("embedding")
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # texts of like length share a batch
+    found: list[Any] = [None] * len(texts)
+    with torch.inference_mode():
+        for start in range(0, len(order), BATCH):
+            part = order[start : start + BATCH]
+            batch = tokenizer([texts[i] for i in part], return_tensors="pt", padding=True, truncation=True, max_length=models.context_of(model)).to(
+                model.device
+            )
+            hidden = model(**batch, output_hidden_states=True, logits_to_keep=1).hidden_states[-1].float()
+            mask = batch["attention_mask"][..., None]
+            for i, vector in zip(part, ((hidden * mask).sum(1) / mask.sum(1)).cpu().numpy(), strict=True):
+                found[i] = vector
+            phase.update(min(len(order), start + BATCH), len(order))
+    vectors = numpy.stack(found)
+    del model
+    models.release()
+    vectors = vectors - vectors.mean(axis=0)
+    return vectors / numpy.maximum(1e-9, numpy.linalg.norm(vectors, axis=1, keepdims=True))
+
+
+def bandwidth(vectors: Any) -> float:
+    """The median of the squared distances (Gretton et al., JMLR 2012, section 8)."""
+    return float(numpy.median(_squares(vectors, vectors)[numpy.triu_indices(len(vectors), 1)]))
+
+
+def mmd(ours: Any, theirs: Any, width: float) -> float:
+    """Unbiased squared MMD with a Gaussian kernel (Gretton et al., JMLR 2012, lemma 6), 0 in the mean for two draws of the same; below 0 by chance."""
+
+    def kernel(one: Any, other: Any) -> Any:
+        return numpy.exp(-_squares(one, other) / max(1e-9, width))
+
+    def within(side: Any) -> float:
+        n = len(side)
+        return float((kernel(side, side).sum() - n) / max(1, n * (n - 1)))
+
+    return within(ours) + within(theirs) - 2 * float(kernel(ours, theirs).mean())
+
+
+def _squares(one: Any, other: Any) -> Any:
+    return numpy.maximum(0.0, (one**2).sum(1)[:, None] + (other**2).sum(1)[None] - 2 * one @ other.T)

@@ -1,0 +1,57 @@
+"""Between training and manifest: which examples are trained on and which are kept back, and what the finished adapter does with the latter."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from translora_ray.engines.base import AdapterRef, Generate, Sampling
+from translora_ray.engines.select import engine_for, open_engine
+from translora_ray.evaluation import gate
+from translora_ray.evaluation.metrics import METRICS
+from translora_ray.progress import Display
+from translora_ray.prompts import clean_answer, task_prompt
+from translora_ray.records import Candidate, TaskRow
+from translora_ray.storage import ADAPTER, RunStore
+from translora_ray.stream.choose import choose
+from translora_ray.stream.collect import Totals
+from translora_ray.stream.plan import Plan
+
+
+def examples(plan: Plan, store: RunStore) -> tuple[list[Candidate], list[Candidate]]:
+    """(trained on, held out): what `choose` makes of the committed shards."""
+    return choose(plan, [candidate for _, candidates, _ in store.shards() for candidate in candidates])
+
+
+def pass_gate(plan: Plan, store: RunStore, totals: Totals, display: Display) -> dict[str, Any] | None:
+    """The verdict on the adapter in the run, None where the recipe holds nothing out for it."""
+    if not plan.held_out:
+        return None
+    trained, held_out = examples(plan, store)
+    phase = display.phase("gate")
+    phase.update(0, 1, "loading the adapter")
+    rows = [TaskRow(candidate.input, candidate.target or "") for candidate in held_out]
+    needs = {"num_cpus": plan.engine_cpus, "num_gpus": plan.engine_gpus}
+    scores = ray.get(ray.remote(_scores).options(**needs).remote(plan, store, [*rows, *plan.kit.seeds]))
+    phase.update(1, 1)
+    sides = {"agreement": scores[: len(rows)], "seeds": scores[len(rows) :]}
+    measured = {name: sum(side) / len(side) for name, side in sides.items()}
+    answers = gate.answers(plan.kit.task.classes, plan.kit.seeds, [candidate.target or "" for candidate in trained])
+    return {**gate.without_rows(plan.recipe.gate, measured, totals.accepted / totals.candidates, answers), "held_out": len(rows)}
+
+
+def _scores(plan: Plan, store: RunStore, rows: Sequence[TaskRow]) -> list[float]:
+    """What the run's adapter makes of rows, by the task's metric. Runs where an engine has room."""
+    task = plan.kit.task
+    with tempfile.TemporaryDirectory() as scratch:
+        adapter = AdapterRef("transferred", str(store.fetch_folder(ADAPTER, Path(scratch) / ADAPTER)))
+        kind = engine_for(plan.engine, [adapter], lambda message: None)
+        engine = open_engine(kind, plan.target, [adapter], plan.cluster.vllm, plan.engine_gpus)
+        sampling = Sampling(task.max_new_tokens)
+        given = engine.generate([Generate(task_prompt(task.prompt, row.input, task.format), sampling, adapter) for row in rows])
+        engine.close()
+    return [METRICS[task.metric](clean_answer(answer.text), row.target) for answer, row in zip(given, rows, strict=True)]

@@ -1,0 +1,46 @@
+"""Which of the answered candidates become examples, when all of them are there, and which are kept back for the gate. No Ray, no model.
+
+A pure function of the committed candidates and the recipe: it is computed again wherever it is needed, and stored nowhere.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+
+from translora_ray.records import Candidate, derive_seed
+from translora_ray.stream.plan import Plan
+
+LIGHTEST, HEAVIEST = -3.0, 3.0
+"""Log-odds beyond these say that the discriminator was calibrated on few verdicts, not that a prompt is worth a hundred others."""
+
+
+def choose(plan: Plan, candidates: Sequence[Candidate]) -> tuple[list[Candidate], list[Candidate]]:
+    """(examples to train on, examples held out) of all candidates of a run, each in the order of their index.
+
+    `plan.quota` and `plan.held_out` of them where the method chooses among more; the last ones by index are held out, which were written as the others were.
+    """
+    accepted = sorted((candidate for candidate in candidates if candidate.accepted), key=lambda candidate: candidate.index)
+    wanted = plan.quota + plan.held_out
+    if plan.chooses:
+        best = sorted(accepted, key=lambda candidate: _worth(plan, candidate), reverse=True)[:wanted]
+        accepted = sorted(best, key=lambda candidate: candidate.index)
+    chosen = accepted[:wanted]
+    held_out = len(chosen) * plan.held_out // wanted
+    return chosen[: len(chosen) - held_out], chosen[len(chosen) - held_out :]
+
+
+def _worth(plan: Plan, candidate: Candidate) -> float:
+    """Excess, or a key that draws without replacement by weight (Efraimidis and Spirakis, 2006; here with Gumbel noise)."""
+    if plan.by_excess:
+        return _number(candidate.excess)
+    a, b = plan.calibration
+    weight = min(HEAVIEST, max(LIGHTEST, a * _number(candidate.verdict) + b))
+    draw = random.Random(derive_seed(candidate.seed, "importance")).random()
+    return weight - math.log(-math.log(draw or 0.5))
+
+
+def _number(value: float | None) -> float:
+    """Last of all where there is none."""
+    return -math.inf if value is None or math.isnan(value) else value
