@@ -41,7 +41,13 @@ def kit(source: str) -> str:
 def moved(source: str, target: str) -> dict[str, Any]:
     """The evaluation of a transfer from one type to another."""
     run, result = WORK / source / target, WORK / source / f"{target}.json"
-    recipe = {"selection": {"quota": QUOTA, "method": "none"}, "gate": {"held_out": 0.0}, "training": TYPES[target], "adapter": {"type": target}, "cluster": {"engines": [2, 2]}}
+    recipe = {
+        "selection": {"quota": QUOTA, "method": "none"},
+        "gate": {"held_out": 0.0},
+        "training": TYPES[target],
+        "adapter": {"type": target},
+        "cluster": {"engines": [2, 2]},
+    }
     (WORK / source / f"{target}.yaml").write_text(yaml.safe_dump(recipe))
     translora("transfer", kit(source), "--target", TARGET, "--out", str(run), "--recipe", str(WORK / source / f"{target}.yaml"), *ENGINE)
     if not result.exists():
