@@ -31,6 +31,9 @@ def test_evaluate_measures_every_arm(calm: Path, tiny_kit: Path, tiny_llama: str
     assert "target + transferred adapter" in capsys.readouterr().out
     assert set(result["distance"]) == {"filtered", "unfiltered"}
     assert len(result["verdicts"]["real"]) == 30
+    assert f"<h2>Verdict: {result['gate']['verdict']}</h2><p>On 30 real rows" in (calm / "report.html").read_text()
+    shown = json.loads((calm / "evaluation" / "map.json").read_text())["points"]
+    assert (len(shown["seeds"]), len(shown["real"]), len(shown["accepted"])) == (5, 30, 40)
     answered = [json.loads(line) for line in (calm / "evaluation" / "answers.jsonl").read_text().splitlines()]
     for arm, found in result["arms"].items():
         assert found["accuracy"] == pytest.approx(sum(row["scores"][arm] for row in answered) / 30)

@@ -20,7 +20,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from translora_ray import adapters, adapting
 from translora_ray.config import Adapter, Cluster, Task, Training
 from translora_ray.errors import Diverged, RunFailed, StreamEnded
-from translora_ray.records import TaskRow
+from translora_ray.records import Step, TaskRow
 from translora_ray.storage import ADAPTER, SHARDS, TRAIN, RunStore
 from translora_ray.training import task as task_training
 from translora_ray.training.loop import Loop
@@ -28,7 +28,21 @@ from translora_ray.training.loop import Loop
 STATE = "state.pt"
 MAX_FAILURES = 3
 POLL_SECONDS = 1.0
-FACTS = ("loss", "rows", "tokens", "seconds", "epoch_losses", "started_at_steps", "rows_at_once", "learning_rate", "best_epoch", "held_out_losses")
+CURVE_POINTS = 200
+"""Most points of the loss over the steps that are kept for the report."""
+FACTS = (
+    "loss",
+    "rows",
+    "tokens",
+    "seconds",
+    "epoch_losses",
+    "started_at_steps",
+    "rows_at_once",
+    "learning_rate",
+    "best_epoch",
+    "held_out_losses",
+    "loss_curve",
+)
 
 
 @dataclass(frozen=True)
@@ -163,13 +177,13 @@ def _worker(config: dict[str, Any]) -> str | None:
     device, cluster = str(ray.train.torch.get_device()), job.cluster
     memory = (cluster.rows_at_once, cluster.recompute, cluster.spread_base)
     loop = task_training.start(job.target, pairs, job.adapter, job.training, job.seed, rank, world, device, *memory, coming=bool(job.arriving))
-    history: dict[str, Any] = {"losses": [], "epoch_losses": [], "seconds": 0.0, "started_at_steps": []}
+    history: dict[str, Any] = {"losses": [], "epoch_losses": [], "seconds": 0.0, "started_at_steps": [], "loss_curve": []}
     if checkpoint := ray.train.get_checkpoint():
         with checkpoint.as_directory() as folder:
             adapting.load_weights(loop.model, folder)
             state = torch.load(Path(folder) / STATE, map_location="cpu", weights_only=True)
             loop.load_state_dict(state["loop"])
-            history = state["history"]
+            history |= state["history"]
     history["started_at_steps"].append(loop.step)
     try:
         while not loop.done:
@@ -186,6 +200,7 @@ def _epoch(loop: Loop, job: Job, history: dict[str, Any], rank: int) -> None:
     reported = began = time.monotonic()
     for step in loop.run_epoch():
         history["losses"].append(step.loss)
+        _add_point(history, step)
         if rank == 0:
             job.steps.step.remote(step)
         if loop.any_worker(rank == 0 and time.monotonic() - reported >= job.cluster.checkpoint_seconds):
@@ -197,6 +212,14 @@ def _epoch(loop: Loop, job: Job, history: dict[str, Any], rank: int) -> None:
     history["losses"] = []
     if not loop.done:
         _report(loop, job, history, rank)
+
+
+def _add_point(history: dict[str, Any], step: Step) -> None:
+    """Every so many steps a point (step, mean loss since the last point, within the epoch), so that a long training keeps no longer a list than a short one."""
+    every = -(-step.steps // CURVE_POINTS)
+    if step.step % every == 0:
+        recent = history["losses"][-every:]
+        history["loss_curve"].append([step.step, sum(recent) / len(recent)])
 
 
 def _report(loop: Loop, job: Job, history: dict[str, Any], rank: int) -> None:
