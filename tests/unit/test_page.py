@@ -243,6 +243,11 @@ def test_a_run_that_is_not_on_local_disk(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+def test_keys_in_a_uri_are_not_shown(tmp_path: Path) -> None:
+    assert page.place(RunStore("s3://key:secret@bucket/runs/one?region=eu-west-1")) == "s3://bucket/runs/one"
+    assert page.place(RunStore(f"{tmp_path}/run/")) == f"{tmp_path}/run"
+
+
 def test_the_same_run_gives_the_same_page(made: Made, run: Path) -> None:
     page.write(RunStore(str(run)), made[1], SEEDS)
     assert (run / "report.html").read_text() == made[0]

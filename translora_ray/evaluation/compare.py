@@ -85,7 +85,7 @@ def evaluate(run: str, data: str, oracle: str | None, extra: Sequence[str], open
     store.write_json(MAP, points)
     store.write_json(RESULT, result)
     page.write(store, manifest, loaded.seeds)
-    display.say(f"report: {store.uri}/{REPORT}")
+    display.say(f"report: {page.place(store)}/{REPORT}")
     return result
 
 

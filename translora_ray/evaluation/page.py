@@ -59,8 +59,13 @@ def write(store: RunStore, manifest: dict[str, Any], seeds: Sequence[TaskRow]) -
     candidates = [candidate for _, shard, _ in store.shards() for candidate in shard]
     lines = store.read(ANSWERS).decode().split("\n") if store.exists(ANSWERS) else []
     found = [store.read_json(name) if store.exists(name) else None for name in (RESULT, MAP)]
-    run = Run(store.uri, manifest, seeds, candidates, found[0], [json.loads(line) for line in lines if line], found[1])
+    run = Run(place(store), manifest, seeds, candidates, found[0], [json.loads(line) for line in lines if line], found[1])
     store.write(REPORT, render(run).encode())
+
+
+def place(store: RunStore) -> str:
+    """Where the run lies, for people to read: a URI may have keys in it."""
+    return store.root if store.local else f"{store.uri.split('://')[0]}://{store.root}"
 
 
 def render(run: Run) -> str:
