@@ -28,6 +28,7 @@ from translora_ray.evaluation.distance import plane
 from translora_ray.evaluation.plots import ACCEPTED, REAL, REJECTED
 from translora_ray.records import Candidate, TaskRow
 from translora_ray.storage import ANSWERS, MANIFEST, MAP, REPORT, RESULT, RunStore
+from translora_ray.stream.collect import NOT_NEEDED
 from translora_ray.stream.dedup import DUPLICATE, SEED_COPY
 from translora_ray.stream.discriminate import OFF_TASK
 from translora_ray.stream.teach import UNSURE
@@ -38,11 +39,11 @@ SEEDS = [TaskRow(f"where is my parcel number {i}", LABELS[i % 4]) for i in range
 
 
 def candidates(judged: bool) -> list[Candidate]:
-    """Six packs of 16: copies, duplicates, prompts off the task, and accepted ones with answers."""
+    """Six packs of 16: copies, duplicates, prompts off the task, accepted ones with answers, and six that nobody needed."""
     draw, found = random.Random(0), []
     for i in range(96):
         text, verdict = f"what about order {i} {'please ' * (i % 5)}", draw.gauss(1.5, 2.0)
-        reason = SEED_COPY if i % 16 == 3 else OFF_TASK if judged and verdict <= 0 else DUPLICATE if i % 16 == 9 else None
+        reason = NOT_NEEDED if i >= 90 else SEED_COPY if i % 16 == 3 else OFF_TASK if judged and verdict <= 0 else DUPLICATE if i % 16 == 9 else None
         asked = judged and reason != SEED_COPY
         found.append(Candidate(i, i, text, verdict if asked else None, None if reason else LABELS[i % 4], reason, None if judged else draw.gauss(0, 1)))
     found[0].input, found[0].reason, found[0].target = EVIL, None, LABELS[2]
@@ -168,7 +169,7 @@ def test_the_page_says_what_manifest_and_evaluation_say(made: Made) -> None:
     for check in facts["gate"]["checks"]:
         assert {check["name"], f"{check['value']:.3f}"} <= set(seen.words)
     for reason, count in facts["counts"]["rejects"].items():
-        assert f"rejected: {reason}" in seen.words and f"{count}" in seen.words
+        assert (reason if reason == NOT_NEEDED else f"rejected: {reason}") in seen.words and f"{count}" in seen.words
     for phase, tokens in facts["tokens"].items():
         assert {phase, f"{tokens:,}", f"{facts['seconds'][phase]:,.1f}"} <= set(seen.words)
     for fact in (*facts["lineage"], facts["kit"], facts["adapter_digest"], facts["recipe_hash"], facts["versions"]["torch"]):
@@ -190,6 +191,7 @@ def test_every_plot_is_sound_and_told_in_words(made: Made) -> None:
     assert f"target + transferred adapter {result['arms']['transferred']['accuracy']:.3f}" in told
     assert f"{accepted / written:.3f} of {written} candidates" in told
     assert f"accepted ({sum(row.accepted for row in candidates(True))})" in told
+    assert f"rejected ({sum(row.reason not in (None, NOT_NEEDED) for row in candidates(True))})" in told
     assert "mean of the first epoch 2.100, of the last 0.310" in told
     assert all(label in told for label in LABELS)
 

@@ -18,6 +18,7 @@ from translora_ray.evaluation.report import ARMS
 from translora_ray.evaluation.statistics import flips
 from translora_ray.records import Candidate, TaskRow
 from translora_ray.storage import ANSWERS, MAP, REPORT, RESULT, RunStore
+from translora_ray.stream.collect import NOT_NEEDED
 
 EXAMPLES, PER_REASON, FLIPS = 6, 2, 20
 """Rows shown of the accepted candidates, of the rejected ones for each reason, and of the negative flips."""
@@ -47,7 +48,8 @@ class Run:
 
     @property
     def rejected(self) -> list[Candidate]:
-        return [candidate for candidate in self.candidates if not candidate.accepted]
+        """Those that came when the quota was full are neither."""
+        return [candidate for candidate in self.candidates if candidate.reason not in (None, NOT_NEEDED)]
 
     @property
     def recipe(self) -> Recipe:
@@ -139,12 +141,12 @@ def _gate(run: Run) -> Html:
 def _stream(run: Run) -> Html:
     counts, written = run.manifest["counts"], max(1, run.manifest["counts"]["candidates"])
     kinds = [("accepted", counts["accepted"]), *sorted(counts["rejects"].items(), key=lambda item: -item[1])]
-    rows = [(name if name == "accepted" else f"rejected: {name}", f"{count:,}", f"{count / written:.1%}") for name, count in kinds]
+    rows = [(name if name in ("accepted", NOT_NEEDED) else f"rejected: {name}", f"{count:,}", f"{count / written:.1%}") for name, count in kinds]
     caption = f"{counts['candidates']:,} candidates, selected by {run.manifest['selection']}; of the accepted ones {counts['trained']:,} were trained on, "
     caption += f"{counts['held_out']:,} held out for the gate and {counts['left']:,} left over"
     content = [table(caption, ("outcome", "candidates", "share"), rows, numbers=(1, 2))]
     if run.candidates:
-        plot = plots.over_time([candidate.reason for candidate in run.candidates], run.recipe.synthesis.pack_size)
+        plot = plots.over_time([candidate.reason for candidate in run.candidates], run.recipe.synthesis.pack_size, NOT_NEEDED)
         content.append(figure(plot, "What became of the candidates, from the first pack to the last."))
     return section("Candidates over time", *content)
 
@@ -257,10 +259,13 @@ def _costs(run: Run) -> Html:
         for phase in dict.fromkeys([*seconds, *tokens])
     ]
     loads = run.manifest["counts"]["engine_loads"]
-    told = f"The last attempt took {last['transfer']:,.1f} s from start to manifest, {last['stream']:,.1f} s of them for the stream. Engines were loaded "
-    told += f"{sum(map(len, loads.values()))} times in {len(loads)} attempts; the driver held at most {run.manifest['driver_peak_mib']:,} MiB."
+    told = [
+        f"last attempt: {last['transfer']:,.1f} s from start to manifest, {last['stream']:,.1f} s of them for the stream",
+        f"attempts that committed candidates: {len(loads)}; engines loaded: {sum(map(len, loads.values()))}",
+        f"memory of the driver at its most: {run.manifest['driver_peak_mib']:,} MiB",
+    ]
     caption = "All attempts together; seconds of packs that were computed at the same time add up"
-    return section("Seconds and tokens", table(caption, ("phase", "seconds", "tokens", "tokens/s"), rows, numbers=(1, 2, 3)), tag("p", told))
+    return section("Seconds and tokens", table(caption, ("phase", "seconds", "tokens", "tokens/s"), rows, numbers=(1, 2, 3)), listed(told))
 
 
 def _origin(run: Run) -> Html:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 REAL, ACCEPTED, REJECTED, SEEDS, GREY = "#0072b2", "#009e73", "#d55e00", "#111111", "#8a8f98"
 """Apart for all kinds of colour vision (Okabe and Ito, 2008)."""
-REASONS = ("#d55e00", "#e69f00", "#cc79a7", "#56b4e9", "#f0e442", "#b0b5bd")
+REASONS, SPARE = ("#d55e00", "#e69f00", "#cc79a7", "#56b4e9", "#f0e442", "#666c76"), "#d9dce1"
 STYLE: Any = {
     "font.size": 9.5,
     "font.family": ["DejaVu Sans"],  # comes with matplotlib: what is measured here does not depend on the machine
@@ -107,12 +107,12 @@ def _edges(low: float, high: float, whole: bool, mark: float) -> Any:
     return mark + width * numpy.arange(math.floor((low - mark) / width), math.ceil((high - mark) / width) + 2)
 
 
-def over_time(reasons: Sequence[str | None], per_pack: int) -> Plot:
-    """What became of the candidates in the order in which they were written; None: accepted."""
+def over_time(reasons: Sequence[str | None], per_pack: int, spare: str) -> Plot:
+    """What became of the candidates in the order in which they were written; None: accepted, `spare`: nobody asked whether it was good enough."""
     packs = -(-len(reasons) // per_pack)
     size = per_pack * -(-packs // PARTS)
     parts = [Counter(reasons[start : start + size]) for start in range(0, len(reasons), size)]
-    ranked = [reason for reason, _ in Counter(reason for reason in reasons if reason).most_common()]
+    ranked = [reason for reason, _ in Counter(reason for reason in reasons if reason not in (None, spare)).most_common() if reason]
     shown, other = (ranked, []) if len(ranked) <= MOST_REASONS else (ranked[: MOST_REASONS - 1], ranked[MOST_REASONS - 1 :])
 
     def draw(axes: Axes) -> None:
@@ -122,6 +122,7 @@ def over_time(reasons: Sequence[str | None], per_pack: int) -> Plot:
         layers: list[tuple[str, list[str | None], str]] = [("accepted", [None], ACCEPTED)]
         layers += [(reason, [reason], colour) for reason, colour in zip(shown, REASONS, strict=False)]
         layers += [("other reasons", [*other], REASONS[-1])] if other else []
+        layers += [(spare, [spare], SPARE)] if spare in reasons else []
         for name, members, colour in layers:
             shares = numpy.array([sum(part[member] for member in members) / part.total() for part in parts])
             axes.bar(lefts, shares, widths, bottom, align="edge", color=colour, edgecolor="white", linewidth=0.6, label=_plain(name, 40))
