@@ -20,16 +20,14 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from translora_ray import adapters, adapting
 from translora_ray.config import Adapter, Cluster, Task, Training
 from translora_ray.errors import Diverged, RunFailed, StreamEnded
-from translora_ray.records import Step, TaskRow
+from translora_ray.records import TaskRow
 from translora_ray.storage import ADAPTER, SHARDS, TRAIN, RunStore
 from translora_ray.training import task as task_training
-from translora_ray.training.loop import Loop
+from translora_ray.training.loop import Loop, add_point
 
 STATE = "state.pt"
 MAX_FAILURES = 3
 POLL_SECONDS = 1.0
-CURVE_POINTS = 200
-"""Most points of the loss over the steps that are kept for the report."""
 FACTS = (
     "loss",
     "rows",
@@ -200,7 +198,7 @@ def _epoch(loop: Loop, job: Job, history: dict[str, Any], rank: int) -> None:
     reported = began = time.monotonic()
     for step in loop.run_epoch():
         history["losses"].append(step.loss)
-        _add_point(history, step)
+        add_point(history["loss_curve"], history["losses"], step)
         if rank == 0:
             job.steps.step.remote(step)
         if loop.any_worker(rank == 0 and time.monotonic() - reported >= job.cluster.checkpoint_seconds):
@@ -212,14 +210,6 @@ def _epoch(loop: Loop, job: Job, history: dict[str, Any], rank: int) -> None:
     history["losses"] = []
     if not loop.done:
         _report(loop, job, history, rank)
-
-
-def _add_point(history: dict[str, Any], step: Step) -> None:
-    """Every so many steps a point (step, mean loss since the last point, within the epoch), so that a long training keeps no longer a list than a short one."""
-    every = -(-step.steps // CURVE_POINTS)
-    if step.step % every == 0:
-        recent = history["losses"][-every:]
-        history["loss_curve"].append([step.step, sum(recent) / len(recent)])
 
 
 def _report(loop: Loop, job: Job, history: dict[str, Any], rank: int) -> None:
