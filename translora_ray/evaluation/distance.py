@@ -12,6 +12,7 @@ from translora_ray import models
 from translora_ray.kit import Kit
 from translora_ray.progress import Display
 from translora_ray.storage import RunStore
+from translora_ray.stream.collect import NOT_NEEDED
 from translora_ray.stream.dedup import normal
 
 MOST = 400
@@ -34,8 +35,8 @@ def distances(kit: Kit, store: RunStore, real: Sequence[str], display: Display) 
     vectors = _unit(numpy.concatenate(parts))  # without the seeds, which are shown and not measured
     true, filtered, unfiltered = numpy.split(vectors, numpy.cumsum(list(map(len, sides)))[:2])
     width = bandwidth(vectors)
-    taken = {normal(text) for text in accepted}
-    rejected = parts[2][numpy.asarray([normal(text) not in taken for text in sides[2]], dtype=bool)]
+    good = {normal(candidate.input) for candidate in candidates if candidate.reason in (None, NOT_NEEDED)}
+    rejected = parts[2][numpy.asarray([normal(text) not in good for text in sides[2]], dtype=bool)]
     shown = {"seeds": seeds, "real": parts[0], "accepted": parts[1], "rejected": rejected}
     return {"filtered": mmd(true, filtered, width), "unfiltered": mmd(true, unfiltered, width)}, plane(shown)
 

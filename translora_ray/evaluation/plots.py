@@ -61,7 +61,7 @@ def arms(found: Mapping[str, Mapping[str, float]], titles: Mapping[str, str], ou
             axes.plot(share, place, "o" if arm == ours else "s", color=colour, markersize=8 if arm == ours else 6)
             axes.annotate(f"{share:.3f}", (share, place), (0, 7), textcoords="offset points", ha="center", fontsize=8.5)
         axes.set_yticks(range(len(found)), [_plain(titles[arm], 60) for arm in found])
-        axes.set(ylim=(len(found) - 0.4, -0.7), xlim=(-0.03, 1.03), xlabel="accuracy, with its 95 % interval")
+        axes.set(ylim=(len(found) - 0.4, -0.7), xlim=(-0.05, 1.05), xlabel="accuracy, with its 95 % interval")
         axes.grid(axis="y", visible=False)
 
     parts = [f"{titles[arm]} {value['accuracy']:.3f} ({value['low']:.3f} to {value['high']:.3f})" for arm, value in found.items()]
