@@ -158,7 +158,12 @@ def _transfer(options: argparse.Namespace) -> int:
     with Display() as display:
         manifest = workflow.transfer(kit, _reference(options.target), out, config, options.engine, display)
     counts = {f"rejected, {reason}": count for reason, count in manifest["counts"]["rejects"].items()}
-    facts = {"adapter": f"{options.out}/adapter", **{name: manifest["counts"][name] for name in ("trained", "held_out", "accepted", "candidates")}, **counts}
+    facts = {
+        "adapter": f"{options.out}/adapter",
+        "report": f"{options.out}/report.html",
+        **{name: manifest["counts"][name] for name in ("trained", "held_out", "accepted", "candidates")},
+        **counts,
+    }
     show_facts(f"transfer {options.out}", facts | {"final loss": round(manifest["training"]["loss"], 4), "seconds": manifest["seconds"]})
     return _judged(manifest["gate"], "without real rows")
 

@@ -30,6 +30,10 @@ SHARDS = "shards"
 ADAPTER = "adapter"
 TRAIN = "train"
 EVALUATION = "evaluation"
+ANSWERS = f"{EVALUATION}/answers.jsonl"
+MAP = f"{EVALUATION}/map.json"
+RESULT = f"{EVALUATION}/result.json"
+REPORT = "report.html"
 _SHARD_NAME = re.compile(r"(\d{6})-(\d{6})\.parquet$")
 
 

@@ -20,11 +20,12 @@ from translora_ray import __version__, adapters, adapting, kit, models
 from translora_ray.config import Adapter, Config, EngineKind, Recipe
 from translora_ray.engines.select import choose_engine, engine_for
 from translora_ray.errors import RunFailed, UsageError, first_line
+from translora_ray.evaluation import page
 from translora_ray.gating import examples, pass_gate
 from translora_ray.placement import Resources, check_resources, given, ray_failures, ray_session, share
 from translora_ray.progress import Display
 from translora_ray.reading import differing_field
-from translora_ray.storage import ADAPTER, IDENTITY, MANIFEST, TRAIN, RunStore
+from translora_ray.storage import ADAPTER, IDENTITY, MANIFEST, REPORT, TRAIN, RunStore
 from translora_ray.stream.collect import Totals
 from translora_ray.stream.pipeline import run_stream
 from translora_ray.stream.plan import Plan
@@ -53,7 +54,10 @@ def transfer(kit_path: str, target: str, out: str, config: Config, engine: Engin
     if store.exists(MANIFEST) and store.exists(f"{ADAPTER}/{adapters.CONFIG}"):
         display.say(f"{out} is finished already.")
         store.remove(TRAIN)
-        return store.read_json(MANIFEST)
+        manifest = store.read_json(MANIFEST)
+        if not store.exists(REPORT):
+            page.write(store, manifest, loaded.seeds)
+        return manifest
     models.require_bits(config.recipe.training.base_bits)
     if config.recipe.training.base_bits and config.cluster.spread_base:
         raise UsageError("A base in few bits can not be spread over workers: leave training.base_bits or cluster.spread_base out.")
@@ -251,4 +255,5 @@ def _finish(
     }
     store.write_json(MANIFEST, manifest)
     store.remove(TRAIN)
+    page.write(store, manifest, plan.kit.seeds)
     return manifest

@@ -10,6 +10,7 @@ import pytest
 from tests.conftest import task_rows, write_task
 from tests.ray.conftest import accuracy, answers, arguments, rows
 from translora_ray.cli import main
+from translora_ray.stream.collect import NOT_NEEDED
 
 pytestmark = pytest.mark.ray
 
@@ -31,6 +32,10 @@ def test_evaluate_measures_every_arm(calm: Path, tiny_kit: Path, tiny_llama: str
     assert "target + transferred adapter" in capsys.readouterr().out
     assert set(result["distance"]) == {"filtered", "unfiltered"}
     assert len(result["verdicts"]["real"]) == 30
+    assert f"<h2>Verdict: {result['gate']['verdict']}</h2><p>On 30 real rows" in (calm / "report.html").read_text()
+    shown = json.loads((calm / "evaluation" / "map.json").read_text())["points"]
+    rejected = {row.input for row in rows(calm) if row.input and row.reason not in (None, NOT_NEEDED)}
+    assert {name: len(points) for name, points in shown.items()} == {"seeds": 5, "real": 30, "accepted": 40, "rejected": len(rejected)}
     answered = [json.loads(line) for line in (calm / "evaluation" / "answers.jsonl").read_text().splitlines()]
     for arm, found in result["arms"].items():
         assert found["accuracy"] == pytest.approx(sum(row["scores"][arm] for row in answered) / 30)
@@ -68,12 +73,15 @@ def test_without_a_discriminator_the_best_by_excess_are_trained_on_and_the_gate_
     assert [manifest["counts"][name] for name in ("quota", "trained", "held_out", "left", "accepted")] == [20, 20, 2, 22, 44]
     assert code == int(verdict["verdict"] == "refuse")
     assert f"verdict without real rows: {verdict['verdict']}" in capsys.readouterr().out
+    assert f"<h2>Verdict: {verdict['verdict']}</h2><p>Without real rows" in (run / "report.html").read_text()
+    (run / "report.html").unlink()
     by_name = {check["name"]: check["value"] for check in verdict["checks"]}
     chosen = sorted((row for row in rows(run) if row.accepted), key=lambda row: row.excess or 0.0)[-22:]
     held_out = sorted(chosen, key=lambda row: row.index)[-2:]
     given = answers(tiny_gemma, run / "adapter", [row.input for row in held_out])
     assert by_name["agreement with the teacher"] == pytest.approx(sum(a == row.target for a, row in zip(given, held_out, strict=True)) / 2, abs=0.5)
     assert main(command) == code  # a finished run says it again
+    assert (run / "report.html").exists()
 
 
 def test_test_rows_that_were_learnt_from_are_refused(calm: Path, tiny_kit: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

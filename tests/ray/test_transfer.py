@@ -74,6 +74,8 @@ def test_the_manifest_accounts_for_every_candidate(calm: Path) -> None:
     assert len(manifest["training"]["epoch_losses"]) == 8
     assert set(manifest["seconds"]) == {"generator", "discriminator", "teacher", "training"}
     assert not (calm / "train").exists()
+    assert [step for step, _ in manifest["training"]["loss_curve"]] == list(range(1, 81))  # every step of so few
+    assert f"of {counts['candidates']} candidates accepted" in (calm / "report.html").read_text()
 
 
 def test_accepted_rows_are_new_and_answered(calm: Path, tiny_kit: Path) -> None:

@@ -14,6 +14,7 @@ from translora_ray import adapters, adapting, models
 from translora_ray.config import Adapter, AdapterType, Training
 from translora_ray.errors import Diverged, RunFailed, UsageError
 from translora_ray.prompts import Prompt
+from translora_ray.records import Step
 from translora_ray.training import loop
 from translora_ray.training.task import encode, start, train_adapter
 
@@ -282,3 +283,15 @@ def test_training_learns_and_saves_an_adapter_that_peft_loads(tiny_llama: str, t
 def test_a_row_over_the_context_is_an_error(tiny_llama: str) -> None:
     with pytest.raises(UsageError, match="exceeds the base's context of 8"):
         encode(models.load_tokenizer(tiny_llama), [(Prompt("too long for it"), "b")], context=8)
+
+
+@pytest.mark.parametrize(("steps", "points"), [(7, 7), (200, 200), (201, 100), (5000, 200)])
+def test_the_loss_that_is_kept_is_short_and_says_the_mean(steps: int, points: int) -> None:
+    curve: list[list[float]] = []
+    losses: list[float] = []
+    for step in range(1, steps + 1):
+        losses.append(float(step))
+        loop.add_point(curve, losses, Step(step, steps, float(step), 0, 1.0))
+    assert len(curve) == points
+    every = curve[0][0]
+    assert curve == [[step, step - (every - 1) / 2] for step in range(int(every), steps + 1, int(every))]

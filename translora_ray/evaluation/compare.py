@@ -13,21 +13,20 @@ from translora_ray import adapters, kit
 from translora_ray.config import Recipe, Task
 from translora_ray.engines.base import AdapterRef, Engine, Generate, OpenEngine, Sampling
 from translora_ray.errors import UsageError
-from translora_ray.evaluation import arms, gate
+from translora_ray.evaluation import arms, gate, page
 from translora_ray.evaluation.distance import distances
 from translora_ray.evaluation.metrics import METRICS
 from translora_ray.evaluation.statistics import flips, mcnemar, paired_interval, wilson
 from translora_ray.progress import Display
 from translora_ray.prompts import Prompt, clean_answer, few_shot_prompt, task_prompt
 from translora_ray.records import TaskRow, read_rows
-from translora_ray.storage import ADAPTER, EVALUATION, MANIFEST, RunStore
+from translora_ray.storage import ADAPTER, ANSWERS, MANIFEST, MAP, REPORT, RESULT, RunStore
 from translora_ray.stream.dedup import normal
 from translora_ray.stream.discriminate import verdicts
 
 CHUNK = 128
 FEW = 30
 """Rows below which the width of the interval is said."""
-ANSWERS = f"{EVALUATION}/answers.jsonl"
 
 
 @dataclass
@@ -81,9 +80,12 @@ def evaluate(run: str, data: str, oracle: str | None, extra: Sequence[str], open
     result["gate"] = gate.on_rows(recipe.gate, result["against"])
     if real is not None:
         result["verdicts"] = {"real": real}
-    result["distance"] = distances(loaded, store, [row.input for row in rows], display)
+    result["distance"], points = distances(loaded, store, [row.input for row in rows], display)
     store.write(ANSWERS, _lines(rows, found))
-    store.write_json(f"{EVALUATION}/result.json", result)
+    store.write_json(MAP, points)
+    store.write_json(RESULT, result)
+    page.write(store, manifest, loaded.seeds)
+    display.say(f"report: {page.place(store)}/{REPORT}")
     return result
 
 

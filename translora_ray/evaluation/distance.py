@@ -12,6 +12,7 @@ from translora_ray import models
 from translora_ray.kit import Kit
 from translora_ray.progress import Display
 from translora_ray.storage import RunStore
+from translora_ray.stream.collect import NOT_NEEDED
 from translora_ray.stream.dedup import normal
 
 MOST = 400
@@ -19,21 +20,52 @@ MOST = 400
 BATCH = 32
 
 
-def distances(kit: Kit, store: RunStore, real: Sequence[str], display: Display) -> dict[str, float]:
-    """MMD of accepted prompts (`filtered`) and of all that were written (`unfiltered`) to real ones, by the source base's hidden states (paper: table 6)."""
+def distances(kit: Kit, store: RunStore, real: Sequence[str], display: Display) -> tuple[dict[str, float], dict[str, Any]]:
+    """(MMD of accepted prompts (`filtered`) and of all that were written (`unfiltered`) to real ones, a map of them for the report).
+
+    Both by the source base's hidden states (paper: table 6).
+    """
     candidates = [candidate for _, shard, _ in store.shards() for candidate in shard if candidate.input]
     accepted = [candidate.input for candidate in candidates if candidate.accepted]
     written = list({normal(candidate.input): candidate.input for candidate in candidates}.values())
     sides = [random.Random(0).sample(texts, min(MOST, len(texts))) for texts in (list(real), accepted, written)]
-    vectors = embed(kit.base, [text for texts in sides for text in texts], display)
-    ends = numpy.cumsum([len(texts) for texts in sides])
-    true, filtered, unfiltered = vectors[: ends[0]], vectors[ends[0] : ends[1]], vectors[ends[1] :]
+    *parts, seeds = numpy.split(
+        _hidden(kit.base, [text for texts in (*sides, kit.seed_inputs) for text in texts], display), numpy.cumsum(list(map(len, sides)))
+    )
+    vectors = _unit(numpy.concatenate(parts))  # without the seeds, which are shown and not measured
+    true, filtered, unfiltered = numpy.split(vectors, numpy.cumsum(list(map(len, sides)))[:2])
     width = bandwidth(vectors)
-    return {"filtered": mmd(true, filtered, width), "unfiltered": mmd(true, unfiltered, width)}
+    good = {normal(candidate.input) for candidate in candidates if candidate.reason in (None, NOT_NEEDED)}
+    rejected = parts[2][numpy.asarray([normal(text) not in good for text in sides[2]], dtype=bool)]
+    shown = {"seeds": seeds, "real": parts[0], "accepted": parts[1], "rejected": rejected}
+    return {"filtered": mmd(true, filtered, width), "unfiltered": mmd(true, unfiltered, width)}, plane(shown)
+
+
+def plane(groups: dict[str, Any]) -> dict[str, Any]:
+    """The groups' vectors on the two directions in which all of them vary most (principal components), and the share of the variance that each shows.
+
+    Points alone: which text a point stands for is not in it.
+    """
+    vectors = _unit(numpy.concatenate(list(groups.values())))
+    _, strength, directions = numpy.linalg.svd(vectors - vectors.mean(axis=0), full_matrices=False)
+    points = (vectors - vectors.mean(axis=0)) @ directions[:2].T
+    parts = numpy.split(points, numpy.cumsum([len(group) for group in groups.values()])[:-1])
+    shares = (strength**2 / max(1e-9, float((strength**2).sum())))[:2]
+    found = {name: [[round(float(value), 4) for value in point] for point in part] for name, part in zip(groups, parts, strict=True)}
+    return {"variance": [round(float(share), 4) for share in shares], "points": found}
 
 
 def embed(base: str, texts: Sequence[str], display: Display) -> Any:
     """Mean of the last hidden state over a text's tokens: array (texts, hidden size), centred and scaled to the length of 1."""
+    return _unit(_hidden(base, texts, display))
+
+
+def _unit(vectors: Any) -> Any:
+    vectors = vectors - vectors.mean(axis=0)
+    return vectors / numpy.maximum(1e-9, numpy.linalg.norm(vectors, axis=1, keepdims=True))
+
+
+def _hidden(base: str, texts: Sequence[str], display: Display) -> Any:
     import torch
 
     tokenizer, model = models.load_tokenizer(base), models.load_base(base)
@@ -51,11 +83,9 @@ def embed(base: str, texts: Sequence[str], display: Display) -> Any:
             for i, vector in zip(part, ((hidden * mask).sum(1) / mask.sum(1)).cpu().numpy(), strict=True):
                 found[i] = vector
             phase.update(min(len(order), start + BATCH), len(order))
-    vectors = numpy.stack(found)
     del model
     models.release()
-    vectors = vectors - vectors.mean(axis=0)
-    return vectors / numpy.maximum(1e-9, numpy.linalg.norm(vectors, axis=1, keepdims=True))
+    return numpy.stack(found)
 
 
 def bandwidth(vectors: Any) -> float:

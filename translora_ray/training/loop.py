@@ -23,6 +23,8 @@ from translora_ray.records import Step, derive_seed
 
 IGNORE = -100
 BUCKET_BATCHES = 16
+CURVE_POINTS = 200
+"""Most points of the loss over the steps that are kept."""
 
 
 @dataclass(frozen=True)
@@ -281,3 +283,11 @@ def train(training: Loop, on_step: Callable[[Step], None] = lambda step: None) -
             on_step(step)
     training.use_best()
     return sum(losses) / max(1, len(losses))
+
+
+def add_point(curve: list[list[float]], losses: Sequence[float], step: Step) -> None:
+    """Every so many steps a point [step, mean loss since the last one], so that a long training keeps no longer a list; `losses` are those of the epoch."""
+    every = -(-step.steps // CURVE_POINTS)
+    if step.step % every == 0:
+        recent = losses[-every:]
+        curve.append([step.step, sum(recent) / len(recent)])

@@ -23,12 +23,24 @@ from translora_ray.errors import Diverged, RunFailed, StreamEnded
 from translora_ray.records import TaskRow
 from translora_ray.storage import ADAPTER, SHARDS, TRAIN, RunStore
 from translora_ray.training import task as task_training
-from translora_ray.training.loop import Loop
+from translora_ray.training.loop import Loop, add_point
 
 STATE = "state.pt"
 MAX_FAILURES = 3
 POLL_SECONDS = 1.0
-FACTS = ("loss", "rows", "tokens", "seconds", "epoch_losses", "started_at_steps", "rows_at_once", "learning_rate", "best_epoch", "held_out_losses")
+FACTS = (
+    "loss",
+    "rows",
+    "tokens",
+    "seconds",
+    "epoch_losses",
+    "started_at_steps",
+    "rows_at_once",
+    "learning_rate",
+    "best_epoch",
+    "held_out_losses",
+    "loss_curve",
+)
 
 
 @dataclass(frozen=True)
@@ -163,13 +175,13 @@ def _worker(config: dict[str, Any]) -> str | None:
     device, cluster = str(ray.train.torch.get_device()), job.cluster
     memory = (cluster.rows_at_once, cluster.recompute, cluster.spread_base)
     loop = task_training.start(job.target, pairs, job.adapter, job.training, job.seed, rank, world, device, *memory, coming=bool(job.arriving))
-    history: dict[str, Any] = {"losses": [], "epoch_losses": [], "seconds": 0.0, "started_at_steps": []}
+    history: dict[str, Any] = {"losses": [], "epoch_losses": [], "seconds": 0.0, "started_at_steps": [], "loss_curve": []}
     if checkpoint := ray.train.get_checkpoint():
         with checkpoint.as_directory() as folder:
             adapting.load_weights(loop.model, folder)
             state = torch.load(Path(folder) / STATE, map_location="cpu", weights_only=True)
             loop.load_state_dict(state["loop"])
-            history = state["history"]
+            history |= state["history"]
     history["started_at_steps"].append(loop.step)
     try:
         while not loop.done:
@@ -186,6 +198,7 @@ def _epoch(loop: Loop, job: Job, history: dict[str, Any], rank: int) -> None:
     reported = began = time.monotonic()
     for step in loop.run_epoch():
         history["losses"].append(step.loss)
+        add_point(history["loss_curve"], history["losses"], step)
         if rank == 0:
             job.steps.step.remote(step)
         if loop.any_worker(rank == 0 and time.monotonic() - reported >= job.cluster.checkpoint_seconds):
