@@ -154,6 +154,8 @@ class Selection(Section):
     """Least share of the votes by which the most frequent answer leads the next; else the candidate is a reject."""
     near_duplicate: float = Field(0.95, gt=0, le=1)
     """Similarity (1 - normalised edit distance) from which a candidate repeats a seed or an accepted prompt."""
+    seed_overlap: float = Field(0.8, gt=0, le=1)
+    """Share of the runs of five words of a seed, or of the candidate, that are in the other, from which the candidate is a copy of it."""
     max_candidates: int = Field(30, ge=1)
     """Candidates per example wanted, after which a run that is not full stops with an error."""
 

@@ -239,6 +239,7 @@ def _finish(
             "held_out": len(held_out),
             "left": totals.accepted - len(trained) - len(held_out),
             "rejects": dict(totals.rejects),
+            "seed_copies": round(totals.seed_copies, 4),
             "engine_loads": totals.loads,
         },
         "tokens": {**totals.tokens, "training": training["tokens"]},

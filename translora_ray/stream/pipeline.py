@@ -73,8 +73,8 @@ class StageActor:
 
 
 def _writing(plan: Plan, engine: Engine) -> list[Stage]:
-    seeds = plan.kit.seed_inputs
-    return [synthesize.Synthesizer(engine, plan.recipe.synthesis, seeds), SeedFilter(seeds, plan.recipe.selection.near_duplicate)]
+    seeds, selection = plan.kit.seed_inputs, plan.recipe.selection
+    return [synthesize.Synthesizer(engine, plan.recipe.synthesis, seeds), SeedFilter(seeds, selection.near_duplicate, selection.seed_overlap)]
 
 
 def _judging(plan: Plan, engine: Engine) -> list[Stage]:
