@@ -234,6 +234,13 @@ def _check_adapter(adapter: str, base: str, progress: Display) -> None:
         progress.say(f"The adapter names {info.base} as its base; its shapes fit, and {base} is taken to be the same.")
 
 
+def order_for_discriminator(task: Task, rows: Sequence[TaskRow]) -> tuple[list[str], list[str]]:
+    """Inputs that the discriminator of `task` is measured on, and those that it learns from: the same ones for the same rows in the same order."""
+    held = max(1, round(len(rows) * HELD_OUT))
+    inputs = [row.input for row in random.Random(derive_seed(task.seed, "held out")).sample(list(rows), len(rows))]
+    return inputs[:held], inputs[held:]
+
+
 def _discriminator(
     task: Task,
     base: str,
@@ -245,15 +252,15 @@ def _discriminator(
     facts: dict[str, Any],
 ) -> dict[str, Any]:
     """Train the discriminator into `scratch` and measure it on what it did not see."""
-    held = max(1, round(len(rows) * HELD_OUT))
-    real = [row.input for row in random.Random(derive_seed(task.seed, "held out")).sample(list(rows), len(rows))]
+    unseen, learnt = order_for_discriminator(task, rows)
+    held = len(unseen)
     began = time.perf_counter()
     engine = open_engine(base, [])
     negatives = _negatives(task, engine, seeds, len(rows), progress.phase("negatives"))
     engine.close()
     facts["seconds"]["negatives"] = round(time.perf_counter() - began, 1)
     began = time.perf_counter()
-    pairs = [(discriminator_prompt(task.name, text), YES) for text in real[held:]]
+    pairs = [(discriminator_prompt(task.name, text), YES) for text in learnt]
     pairs += [(discriminator_prompt(task.name, text), NO) for text in negatives[held:]]
     training.train_adapter(
         base,
@@ -267,7 +274,7 @@ def _discriminator(
     facts["seconds"][DISCRIMINATOR] = round(time.perf_counter() - began, 1)
     judge = AdapterRef(DISCRIMINATOR, str(scratch / DISCRIMINATOR))
     engine = open_engine(base, [judge])
-    found = [verdicts(engine, task.name, texts, judge) for texts in (real[:held], negatives[:held])]
+    found = [verdicts(engine, task.name, texts, judge) for texts in (unseen, negatives[:held])]
     accepted = [sum(verdict > 0 for verdict in side) for side in found]
     engine.close()
     return {

@@ -22,7 +22,7 @@ LAYERS = [
     {"stream.plan"},
     {"stream.choose", "evaluation.gate"},
     {"stream.requests", "stream.collect", "evaluation.distance", "placement"},
-    {"evaluation.arms"},
+    {"evaluation.arms", "evaluation.audit"},
     {"evaluation.compare"},
     {"stream.pipeline", "training.trainer"},
     {"evaluation.report", "gating"},
