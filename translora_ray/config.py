@@ -46,6 +46,9 @@ class Training(Section):
     synthetic, so no real row decides anything. 0: the last epoch is taken."""
     patience: int | None = Field(None, ge=1)
     """Epochs without a lower loss on the rows held out after which training stops. None: it goes on to the end."""
+    token_weights: float = Field(0.0, ge=0, le=1)
+    """Share of the loss's weight that goes to an answer's tokens by what the source adapter adds to them (TiTok, arXiv 2510.04682); the rest is the same for
+    all. Of transfers alone, where a teacher answers."""
     base_bits: Literal[4, 8] | None = None
     """Bits per weight of the frozen base while it trains (bitsandbytes, the extra `quantized`; 4 is QLoRA's NF4, arXiv 2305.14314). None: as it is."""
     learning_rates: list[Annotated[float, Field(gt=0)]] | None = Field(None, min_length=2)
@@ -106,6 +109,12 @@ class Task(Section):
     source_adapter: Adapter = Adapter()
     """Type and size of the source adapter; None means LoRA of rank 16, alpha twice the rank, dropout 0, all linear layers."""
     discriminator_training: Training = Training(epochs=3)
+
+    @model_validator(mode="after")
+    def _real_rows_have_no_teacher(self) -> Task:
+        if self.source_training.token_weights or self.discriminator_training.token_weights:
+            raise ValueError("token_weights weighs a teacher's answers, and prepare trains on real ones: put it into the recipe's training")
+        return self
 
     @property
     def classes(self) -> list[str]:

@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -206,7 +206,9 @@ def prepare(task: Task, base: str, out: str | Path, adapter: str | None, discrim
         facts["seconds"]["source adapter"] = round(time.perf_counter() - began, 1)
         facts["discriminator"] = _discriminator(task, base, rows, seeds, scratch, open_engine, progress, facts) if discriminate else None
         names = [name for name in (ADAPTER, DISCRIMINATOR) if (scratch / name).exists()]
-        (scratch / SEEDS).write_text("".join(json.dumps(asdict(seed), ensure_ascii=False) + "\n" for seed in seeds), encoding="utf-8")
+        (scratch / SEEDS).write_text(
+            "".join(json.dumps({"input": seed.input, "target": seed.target}, ensure_ascii=False) + "\n" for seed in seeds), encoding="utf-8"
+        )
         facts |= {
             "version": __version__,
             "task": task.model_copy(update={"train": "not kept"}).model_dump(),

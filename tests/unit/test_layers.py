@@ -10,7 +10,7 @@ LAYERS = [
     {"config"},
     {"reading", "evaluation.metrics"},
     {"prompts", "storage", "progress", "references"},
-    {"models", "adapters"},
+    {"models", "adapters", "token_weights"},
     {"adapting"},
     {"engines.base"},
     {"engines.transformers", "engines.vllm", "engines.vllm_worker"},
