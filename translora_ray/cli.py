@@ -59,9 +59,14 @@ def parser() -> argparse.ArgumentParser:
 
     inspect = commands.add_parser("inspect", help="say what a kit, adapter, run or model is, and whether it is sound")
     inspect.add_argument("path", metavar="PATH", nargs="+", help="one path or model reference; two models are checked as a pair")
-    for command in (prepare, evaluate):
+    inspect.add_argument("--audit", action="store_true", help="membership tests on a kit's discriminator, and on a run's synthetic prompts")
+    inspect.add_argument("--data", metavar="train.jsonl", help="of --audit: the rows that the kit was made from")
+    inspect.add_argument("--holdout", metavar="test.jsonl", help="of --audit: rows of the same task that were not learnt from")
+    inspect.add_argument("--pairs", action="store_true", help="of --audit: show the synthetic prompts that are nearest to rows, and the rows")
+    inspect.add_argument("--json", metavar="FILE", help="of --audit: write the result there; - for standard output")
+    for command in (prepare, evaluate, inspect):
         command.add_argument("--set", action="append", default=[], metavar="cluster.key=value", help="how engines are loaded, e.g. cluster.vllm.dtype=float32")
-    for command in (prepare, transfer, evaluate):
+    for command in (prepare, transfer, evaluate, inspect):
         command.add_argument("--engine", choices=ENGINES, default="auto", help="auto: vllm where it is installed")
     return root
 
@@ -174,18 +179,11 @@ def _evaluate(options: argparse.Namespace) -> int:
     from translora_ray.evaluation.report import show_evaluation
     from translora_ray.progress import Display
 
-    if options.json and options.json != "-":
-        place = Path(_place(options.json, "--json"))
-        if place.is_dir() or not place.parent.is_dir():
-            raise UsageError(f"--json {options.json}: this is a directory, or lies in none; name a file in one that exists.")
+    _check_json(options.json)
     engine, cluster = choose_engine(options.engine), _placement(options.set)
     with Display() as display:
         result = evaluate(options.run, options.data, options.oracle, options.arms, _opener(engine, cluster, display), display)
-    text = json.dumps(result, indent=2)
-    if options.json == "-":
-        print(text)
-    elif options.json:
-        Path(options.json).write_text(text + "\n")
+    _write_json(options.json, result)
     if options.json != "-":
         show_evaluation(result)
     refused = _judged(result["gate"], "on real rows", sys.stderr if options.json == "-" else None)
@@ -200,7 +198,45 @@ def _judged(gate: dict[str, Any] | None, where: str, stream: TextIO | None = Non
     return int(gate["verdict"] == "refuse")
 
 
+def _check_json(name: str | None) -> None:
+    """Raise `UsageError` where `--json` could not be written: found before anything is computed."""
+    if name and name != "-":
+        place = Path(_place(name, "--json"))
+        if place.is_dir() or not place.parent.is_dir():
+            raise UsageError(f"--json {name}: this is a directory, or lies in none; name a file in one that exists.")
+
+
+def _write_json(name: str | None, result: dict[str, Any]) -> None:
+    text = json.dumps(result, indent=2)
+    if name == "-":
+        print(text)
+    elif name:
+        Path(name).write_text(text + "\n")
+
+
+def _audit(options: argparse.Namespace) -> int:
+    if len(options.path) > 1 or not (options.data and options.holdout):
+        raise UsageError("inspect --audit takes one kit or run, --data with the rows that it was made from, and --holdout with others of the same task.")
+    _check_json(options.json)
+    from translora_ray.engines.select import choose_engine
+    from translora_ray.evaluation.audit import audit
+    from translora_ray.evaluation.report import show_audit
+    from translora_ray.progress import Display
+
+    engine, cluster = choose_engine(options.engine), _placement(options.set)
+    with Display() as display:
+        result = audit(options.path[0], options.data, options.holdout, options.pairs, _opener(engine, cluster, display), display)
+    _write_json(options.json, result)
+    if options.json != "-":
+        show_audit(result)
+    return 0
+
+
 def _inspect(options: argparse.Namespace) -> int:
+    if options.audit:
+        return _audit(options)
+    if options.data or options.holdout or options.pairs or options.json:
+        raise UsageError("--data, --holdout, --pairs and --json belong to inspect --audit: add it, or leave them out.")
     from translora_ray.inspection import inspect
 
     inspect(options.path)

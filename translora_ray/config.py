@@ -46,6 +46,9 @@ class Training(Section):
     synthetic, so no real row decides anything. 0: the last epoch is taken."""
     patience: int | None = Field(None, ge=1)
     """Epochs without a lower loss on the rows held out after which training stops. None: it goes on to the end."""
+    token_weights: float = Field(0.0, ge=0, le=1)
+    """Share of the loss's weight that goes to an answer's tokens by what the source adapter adds to them (TiTok, arXiv 2510.04682); the rest is the same for
+    all. Of transfers alone, where a teacher answers."""
     base_bits: Literal[4, 8] | None = None
     """Bits per weight of the frozen base while it trains (bitsandbytes, the extra `quantized`; 4 is QLoRA's NF4, arXiv 2305.14314). None: as it is."""
     learning_rates: list[Annotated[float, Field(gt=0)]] | None = Field(None, min_length=2)
@@ -107,6 +110,12 @@ class Task(Section):
     """Type and size of the source adapter; None means LoRA of rank 16, alpha twice the rank, dropout 0, all linear layers."""
     discriminator_training: Training = Training(epochs=3)
 
+    @model_validator(mode="after")
+    def _real_rows_have_no_teacher(self) -> Task:
+        if self.source_training.token_weights or self.discriminator_training.token_weights:
+            raise ValueError("token_weights weighs a teacher's answers, and prepare trains on real ones: put it into the recipe's training")
+        return self
+
     @property
     def classes(self) -> list[str]:
         """The labels, once `prepare` has found them; none where answers are open."""
@@ -154,6 +163,8 @@ class Selection(Section):
     """Least share of the votes by which the most frequent answer leads the next; else the candidate is a reject."""
     near_duplicate: float = Field(0.95, gt=0, le=1)
     """Similarity (1 - normalised edit distance) from which a candidate repeats a seed or an accepted prompt."""
+    seed_overlap: float = Field(0.8, gt=0, le=1)
+    """Share of the runs of five words of a seed, or of the candidate, that are in the other, from which the candidate is a copy of it."""
     max_candidates: int = Field(30, ge=1)
     """Candidates per example wanted, after which a run that is not full stops with an error."""
 

@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -206,7 +206,9 @@ def prepare(task: Task, base: str, out: str | Path, adapter: str | None, discrim
         facts["seconds"]["source adapter"] = round(time.perf_counter() - began, 1)
         facts["discriminator"] = _discriminator(task, base, rows, seeds, scratch, open_engine, progress, facts) if discriminate else None
         names = [name for name in (ADAPTER, DISCRIMINATOR) if (scratch / name).exists()]
-        (scratch / SEEDS).write_text("".join(json.dumps(asdict(seed), ensure_ascii=False) + "\n" for seed in seeds), encoding="utf-8")
+        (scratch / SEEDS).write_text(
+            "".join(json.dumps({"input": seed.input, "target": seed.target}, ensure_ascii=False) + "\n" for seed in seeds), encoding="utf-8"
+        )
         facts |= {
             "version": __version__,
             "task": task.model_copy(update={"train": "not kept"}).model_dump(),
@@ -234,6 +236,13 @@ def _check_adapter(adapter: str, base: str, progress: Display) -> None:
         progress.say(f"The adapter names {info.base} as its base; its shapes fit, and {base} is taken to be the same.")
 
 
+def order_for_discriminator(task: Task, rows: Sequence[TaskRow]) -> tuple[list[str], list[str]]:
+    """Inputs that the discriminator of `task` is measured on, and those that it learns from: the same ones for the same rows in the same order."""
+    held = max(1, round(len(rows) * HELD_OUT))
+    inputs = [row.input for row in random.Random(derive_seed(task.seed, "held out")).sample(list(rows), len(rows))]
+    return inputs[:held], inputs[held:]
+
+
 def _discriminator(
     task: Task,
     base: str,
@@ -245,15 +254,15 @@ def _discriminator(
     facts: dict[str, Any],
 ) -> dict[str, Any]:
     """Train the discriminator into `scratch` and measure it on what it did not see."""
-    held = max(1, round(len(rows) * HELD_OUT))
-    real = [row.input for row in random.Random(derive_seed(task.seed, "held out")).sample(list(rows), len(rows))]
+    unseen, learnt = order_for_discriminator(task, rows)
+    held = len(unseen)
     began = time.perf_counter()
     engine = open_engine(base, [])
     negatives = _negatives(task, engine, seeds, len(rows), progress.phase("negatives"))
     engine.close()
     facts["seconds"]["negatives"] = round(time.perf_counter() - began, 1)
     began = time.perf_counter()
-    pairs = [(discriminator_prompt(task.name, text), YES) for text in real[held:]]
+    pairs = [(discriminator_prompt(task.name, text), YES) for text in learnt]
     pairs += [(discriminator_prompt(task.name, text), NO) for text in negatives[held:]]
     training.train_adapter(
         base,
@@ -267,7 +276,7 @@ def _discriminator(
     facts["seconds"][DISCRIMINATOR] = round(time.perf_counter() - began, 1)
     judge = AdapterRef(DISCRIMINATOR, str(scratch / DISCRIMINATOR))
     engine = open_engine(base, [judge])
-    found = [verdicts(engine, task.name, texts, judge) for texts in (real[:held], negatives[:held])]
+    found = [verdicts(engine, task.name, texts, judge) for texts in (unseen, negatives[:held])]
     accepted = [sum(verdict > 0 for verdict in side) for side in found]
     engine.close()
     return {

@@ -84,10 +84,14 @@ def prompt_ids(tokenizer: Any, prompt: Prompt) -> list[int]:
     return list(tokenizer(prompt.text)["input_ids"])
 
 
+def answer_text(prompt: Prompt, answer: str) -> str:
+    """An answer as it follows `prompt`: with the blank between them where it is not in the prompt."""
+    return ("" if prompt.format == "chat" else separator(prompt.text)) + answer
+
+
 def answer_ids(tokenizer: Any, prompt: Prompt, answer: str, end: bool = True) -> list[int]:
     """Token ids of an answer that follows `prompt`; with `end`, the end-of-sequence token closes it."""
-    lead = "" if prompt.format == "chat" else separator(prompt.text)
-    ids = list(tokenizer(lead + answer, add_special_tokens=False)["input_ids"])
+    ids = list(tokenizer(answer_text(prompt, answer), add_special_tokens=False)["input_ids"])
     return [*ids, tokenizer.eos_token_id] if end else ids
 
 

@@ -20,10 +20,11 @@ from translora_ray.errors import UsageError
 
 @dataclass(frozen=True)
 class TaskRow:
-    """A real row of a task."""
+    """A real row of a task, or a synthetic one. `excess`: its answer's characters' (`Candidate.char_excess`), where a teacher measured it."""
 
     input: str
     target: str
+    excess: tuple[float, ...] = ()
 
 
 @dataclass
@@ -31,7 +32,7 @@ class Candidate:
     """A synthetic prompt on its way. Stages fill it; the first `reason` makes it a reject and later stages leave it alone.
 
     `verdict` is the discriminator's log p(yes) - log p(no); `target` is the teacher's answer; `excess` is how much likelier each of its tokens is with the
-    source adapter than without, in the mean of logarithms.
+    source adapter than without, in the mean of logarithms; `char_excess` is its sum, spread over the answer's characters (`token_weights.py`).
     """
 
     index: int
@@ -41,6 +42,7 @@ class Candidate:
     target: str | None = None
     reason: str | None = None
     excess: float | None = None
+    char_excess: list[float] | None = None
 
     @property
     def accepted(self) -> bool:
@@ -84,6 +86,7 @@ CANDIDATE = pa.struct(
         ("target", pa.string()),
         ("reason", pa.string()),
         ("excess", pa.float64()),
+        ("char_excess", pa.list_(pa.float32())),
     ]
 )
 PACK = pa.schema([("number", pa.int64()), ("candidates", pa.list_(CANDIDATE)), ("transfer", pa.int32()), ("spent", pa.string())])

@@ -30,6 +30,7 @@ from translora_ray.stream.collect import Totals
 from translora_ray.stream.pipeline import run_stream
 from translora_ray.stream.plan import Plan
 from translora_ray.stream.requests import Desk
+from translora_ray.token_weights import require_offsets
 from translora_ray.training.trainer import Job, train_target
 
 ENOUGH_ANSWERS = 20
@@ -61,7 +62,7 @@ def transfer(kit_path: str, target: str, out: str, config: Config, engine: Engin
     models.require_bits(config.recipe.training.base_bits)
     if config.recipe.training.base_bits and config.cluster.spread_base:
         raise UsageError("A base in few bits can not be spread over workers: leave training.base_bits or cluster.spread_base out.")
-    _check_models(loaded, target)
+    _check_models(loaded, target, config.recipe)
     _target_adapter(loaded, target, config.recipe)
     with ray_session(config.cluster) as local:
         plan = _plan(loaded, target, config, engine, local)
@@ -94,13 +95,15 @@ def _check_identity(store: RunStore, identity: dict[str, Any]) -> None:
         raise UsageError(f"{store.uri} is a run of something else: {field}. Choose another --out.")
 
 
-def _check_models(loaded: kit.Kit, target: str) -> None:
+def _check_models(loaded: kit.Kit, target: str, recipe: Recipe) -> None:
     for base, fingerprint in loaded.bases.items():
         if models.fingerprint(base) != fingerprint:
             raise UsageError(f"The base {base} is not the one the kit was prepared on: bring back that version of it.")
         if obstacle := models.pair_obstacle(models.describe(base), models.describe(target), loaded.task.format):
             raise UsageError(obstacle)
     _check_fits(loaded.adapter.path, loaded.teacher_base)
+    for base in (loaded.teacher_base, target) if recipe.training.token_weights else ():
+        require_offsets(models.load_tokenizer(base))
 
 
 def _check_fits(adapter: str | Path, base: str) -> adapters.AdapterInfo:
@@ -243,6 +246,7 @@ def _finish(
             "held_out": len(held_out),
             "left": totals.accepted - len(trained) - len(held_out),
             "rejects": dict(totals.rejects),
+            "seed_copies": round(totals.seed_copies, 4),
             "engine_loads": totals.loads,
         },
         "tokens": {**totals.tokens, "training": training["tokens"]},

@@ -13,7 +13,7 @@ from translora_ray.kit import choose_seeds
 from translora_ray.models import load_tokenizer
 from translora_ray.prompts import Prompt, answer_ids, few_shot_prompt, parse_synthesis, prompt_ids, synthesis_prompt, synthesis_stops, task_prompt
 from translora_ray.records import Candidate, Pack, TaskRow, derive_seed, pack_to_table, packs_from_table, read_rows, request_pack
-from translora_ray.stream.dedup import DUPLICATE, NEAR_DUPLICATE, SEED_COPY, SeedFilter, Seen
+from translora_ray.stream.dedup import DUPLICATE, NEAR_DUPLICATE, SEED_COPY, SEED_PASSAGE, Passages, SeedFilter, Seen
 
 
 def test_template_takes_braces_literally() -> None:
@@ -108,6 +108,22 @@ def test_repetition() -> None:
     assert seen.repeats("what is the weather") is None
     pack = Pack(0, [Candidate(i, i, text) for i, text in enumerate(["set an alarm for eight", "roll a die", "Roll a die"])])
     assert [candidate.reason for candidate in SeedFilter(["set an alarm for eight"], 0.9).process(pack).candidates] == [SEED_COPY, None, DUPLICATE]
+
+
+def test_words_taken_over_from_a_seed_are_found_but_not_what_seeds_have_in_common() -> None:
+    frame = "here is a table of penguins and their ages in years:"
+    seeds = [f"{frame} which of the penguins in it is older than louis", f"{frame} how many of the animals are younger than eight"]
+    texts = [
+        f"please answer this: {seeds[0]}, and be quick about it",  # a seed inside
+        "which of the penguins in it is older",  # inside a seed
+        f"{frame} what is the name of the last penguin in alphabetical order",  # the frame alone
+        f"{frame} which of the penguins in this list has the longest of all names",  # half of a phrase
+        "older than louis",  # too short to tell
+    ]
+    pack = Pack(0, [Candidate(i, i, text) for i, text in enumerate(texts)])
+    assert [candidate.reason for candidate in SeedFilter(seeds, 0.95, 0.8).process(pack).candidates] == [SEED_PASSAGE, SEED_PASSAGE, None, None, None]
+    assert not Passages([], 0.8).repeats(texts[0])
+    assert Passages([seeds[0], seeds[0].upper()], 0.8).repeats(texts[0])  # a seed that is there twice is no frame
 
 
 def test_metrics() -> None:

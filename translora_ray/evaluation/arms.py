@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from translora_ray.stream.dedup import Seen
 from translora_ray.stream.discriminate import OFF_TASK
 from translora_ray.stream.plan import Plan
 from translora_ray.stream.teach import ILL_FORMED, UNSURE, Teacher
+from translora_ray.token_weights import answer_spans
 from translora_ray.training.task import task_pairs, train_adapter
 
 SELECTED: tuple[Method, ...] = ("discriminator", "importance", "excess", "both")
@@ -103,7 +105,9 @@ class Arms:
                 seen.add(candidate.input)
                 pool.append(replace(candidate, reason=None))
         open_task = self.kit.task.model_copy(update={"labels": "open", "metric": "exact_match"})
-        teacher = Teacher(engine, open_task, self.kit.adapter, selection=self.recipe.selection, by_excess=by_excess)
+        weighed = self.recipe.training.token_weights > 0
+        spans = partial(answer_spans, models.load_tokenizer(self.manifest["source_base"])) if weighed else None
+        teacher = Teacher(engine, open_task, self.kit.adapter, selection=self.recipe.selection, by_excess=by_excess, spans=spans)
         phase, size = self.display.phase("answers for the arms"), self.recipe.synthesis.pack_size
         for start in range(0, len(pool), size):
             teacher.process(Pack(0, pool[start : start + size]))
@@ -122,4 +126,4 @@ class Arms:
 
 
 def _rows(candidates: Sequence[Candidate]) -> list[TaskRow]:
-    return [TaskRow(candidate.input, candidate.target or "") for candidate in candidates]
+    return [TaskRow(candidate.input, candidate.target or "", tuple(candidate.char_excess or ())) for candidate in candidates]

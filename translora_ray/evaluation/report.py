@@ -51,3 +51,27 @@ def show_facts(title: str, facts: dict[str, Any]) -> None:
 
 def show_model(info: ModelInfo) -> None:
     show_facts("model", asdict(info))
+
+
+AUDITED = {
+    "discriminator": "discriminator's verdicts on them",
+    "edit_similarity": "edit similarity to the nearest prompt",
+    "word_overlap": "words shared with one prompt",
+}
+
+
+def show_audit(result: dict[str, Any]) -> None:
+    title = f"{result['members']} rows that were learnt from against {result['others']} others, without {result['seeds_left_out']} seeds, which the kit shows"
+    table = Table(title=title)
+    for column in ("rows told apart by", "AUC", "95 % interval", "judgement"):
+        table.add_column(column, justify="right" if column in {"AUC", "95 % interval"} else "left", overflow="fold")
+    synthetic = result["synthetic"] or {}
+    found = {"discriminator": result["discriminator"], **{name: synthetic.get(name) for name in ("edit_similarity", "word_overlap")}}
+    for name, value in found.items():
+        if value:
+            table.add_row(AUDITED[name], f"{value['auc']:.3f}", f"{value['low']:.3f} to {value['high']:.3f}", value["judgement"])
+    Console().print(table)
+    lines = [synthetic["copies"]["judgement"]] if synthetic else []
+    for pair in synthetic.get("nearest", []):
+        lines.append(f"{pair['similarity']:.2f}\n  prompt: {pair['prompt']}\n  row:    {pair['row']}")
+    Console().print("\n".join(lines), markup=False, highlight=False)

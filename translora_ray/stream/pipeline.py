@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Generator, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import pyarrow as pa
@@ -25,6 +26,7 @@ from translora_ray.stream.collect import Collector, Totals
 from translora_ray.stream.dedup import SeedFilter
 from translora_ray.stream.plan import Plan, Pool
 from translora_ray.stream.requests import Desk, PackSource
+from translora_ray.token_weights import answer_spans
 
 ENGINE_DEATHS = 3
 
@@ -73,8 +75,8 @@ class StageActor:
 
 
 def _writing(plan: Plan, engine: Engine) -> list[Stage]:
-    seeds = plan.kit.seed_inputs
-    return [synthesize.Synthesizer(engine, plan.recipe.synthesis, seeds), SeedFilter(seeds, plan.recipe.selection.near_duplicate)]
+    seeds, selection = plan.kit.seed_inputs, plan.recipe.selection
+    return [synthesize.Synthesizer(engine, plan.recipe.synthesis, seeds), SeedFilter(seeds, selection.near_duplicate, selection.seed_overlap)]
 
 
 def _judging(plan: Plan, engine: Engine) -> list[Stage]:
@@ -90,7 +92,8 @@ def _teaching(plan: Plan, engine: Engine) -> list[Stage]:
     def learnable(prompt: Prompt, answer: str) -> bool:
         return len(prompt_ids(tokenizer, prompt)) + len(answer_ids(tokenizer, prompt, answer)) <= context
 
-    return [teach.Teacher(engine, kit.task, kit.adapter, learnable, plan.recipe.selection, plan.by_excess)]
+    spans = partial(answer_spans, load_tokenizer(kit.teacher_base)) if plan.recipe.training.token_weights else None
+    return [teach.Teacher(engine, kit.task, kit.adapter, learnable, plan.recipe.selection, plan.by_excess, spans)]
 
 
 STAGES: dict[str, Callable[[Plan, Engine], list[Stage]]] = {synthesize.ROLE: _writing, discriminate.ROLE: _judging, teach.ROLE: _teaching}

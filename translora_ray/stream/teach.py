@@ -12,6 +12,7 @@ from translora_ray.engines.base import AdapterRef, Complete, Engine, Generate, G
 from translora_ray.evaluation.metrics import well_formed
 from translora_ray.prompts import Prompt, clean_answer, task_prompt
 from translora_ray.records import TOO_LONG, Candidate, Pack, derive_seed
+from translora_ray.token_weights import FindSpans, spread
 
 ROLE = "teacher"
 UNSURE = "teacher unsure"
@@ -30,10 +31,12 @@ class Teacher:
         learnable: Callable[[Prompt, str], bool] = lambda prompt, answer: True,
         selection: Selection = GREEDY,
         by_excess: bool = False,
+        spans: FindSpans | None = None,
     ) -> None:
-        """`learnable` says whether the target base can take a prompt and its answer whole; `by_excess` measures what the adapter adds to each answer."""
+        """`learnable` says whether the target base can take a prompt and its answer whole; `by_excess` measures what the adapter adds to each answer, and
+        `spans`, where the engine's tokens stand in an answer, what it adds to each character."""
         self.engine, self.task, self.adapter, self.learnable = engine, task, adapter, learnable
-        self.selection, self.by_excess = selection, by_excess
+        self.selection, self.by_excess, self.spans = selection, by_excess, spans
         self.virtual_tokens = inspect(adapter.path).virtual_tokens
 
     def _prompt(self, candidate: Candidate) -> Prompt:
@@ -47,7 +50,7 @@ class Teacher:
         for candidate, votes in zip(candidates, answers, strict=True):
             self._decide(candidate, votes)
         tokens = sum(answer.tokens for votes in answers for answer in votes)
-        if self.by_excess:
+        if self.by_excess or self.spans:
             self._measure(pack.open())
         pack.spend(ROLE, tokens, time.perf_counter() - began)
         return pack
@@ -86,3 +89,6 @@ class Teacher:
         found = self.engine.token_logprobs(asked)
         for candidate, ours, bare in zip(candidates, found[::2], found[1::2], strict=True):
             candidate.excess = (sum(ours) - sum(bare)) / len(ours)
+            if self.spans:
+                excess = [with_adapter - without for with_adapter, without in zip(ours, bare, strict=True)]
+                candidate.char_excess = spread(excess, self.spans(self._prompt(candidate), candidate.target or ""))

@@ -29,10 +29,11 @@ CURVE_POINTS = 200
 
 @dataclass(frozen=True)
 class Encoded:
-    """One training row: token ids of prompt and answer; the last `labels` of them are learnt."""
+    """One training row: token ids of prompt and answer; the last `labels` of them are learnt, each with its weight, 1 in the mean, where there are some."""
 
     ids: list[int]
     labels: int
+    weights: tuple[float, ...] | None = None
 
 
 def epoch_batches(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
@@ -50,7 +51,7 @@ def epoch_batches(lengths: Sequence[int], batch_size: int, seed: int, epoch: int
 
 
 def collate(rows: Sequence[Encoded], pad_id: int, device: torch.device) -> dict[str, torch.Tensor]:
-    """Right-padded tensors of shape (rows, longest); `labels` is `IGNORE` wherever nothing is learnt."""
+    """Right-padded tensors of shape (rows, longest); `labels` is `IGNORE` wherever nothing is learnt. `weights` of labels, where a row has some."""
     longest = max(len(row.ids) for row in rows)
     ids = torch.full((len(rows), longest), pad_id)
     mask = torch.zeros((len(rows), longest), dtype=torch.long)
@@ -60,11 +61,16 @@ def collate(rows: Sequence[Encoded], pad_id: int, device: torch.device) -> dict[
         mask[i, : len(row.ids)] = 1
         labels[i, len(row.ids) - row.labels : len(row.ids)] = ids[i, len(row.ids) - row.labels : len(row.ids)]
     batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    if any(row.weights for row in rows):
+        batch["weights"] = torch.ones((len(rows), longest))
+        for i, row in enumerate(rows):
+            if row.weights:
+                batch["weights"][i, len(row.ids) - row.labels : len(row.ids)] = torch.tensor(row.weights)
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
 def label_loss(model: torch.nn.Module, output: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Summed cross-entropy over the labels of a batch from `collate`, computed in float32.
+    """Summed cross-entropy over the labels of a batch from `collate`, each times its weight, computed in float32.
 
     `output` is the model's output embedding. A hook before it lets through the hidden states that predict a label, as (1, labels, hidden); what the family
     does to logits afterwards (soft-capping, scaling) acts on each position by itself and stays its own. Virtual tokens stand before the rows.
@@ -78,10 +84,11 @@ def label_loss(model: torch.nn.Module, output: torch.nn.Module, batch: dict[str,
 
     hook = output.register_forward_pre_hook(labelled)
     try:
-        logits = model(**{name: tensor for name, tensor in batch.items() if name != "labels"}, use_cache=False).logits[0]
+        logits = model(**{name: tensor for name, tensor in batch.items() if name not in {"labels", "weights"}}, use_cache=False).logits[0]
     finally:
         hook.remove()
-    return functional.cross_entropy(logits.float(), labels[rows, columns], reduction="sum")
+    losses = functional.cross_entropy(logits.float(), labels[rows, columns], reduction="none")
+    return (losses * batch["weights"][rows, columns] if "weights" in batch else losses).sum()
 
 
 def autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:

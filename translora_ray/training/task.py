@@ -8,26 +8,37 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from translora_ray import adapters, adapting, models
 from translora_ray.config import Adapter, Task, Training
 from translora_ray.errors import UsageError
 from translora_ray.prompts import Prompt, answer_ids, prompt_ids, task_prompt
 from translora_ray.records import Step, TaskRow, derive_seed
+from translora_ray.token_weights import answer_spans, weigh
 from translora_ray.training import loop
 
-Pair = tuple[Prompt, str]
+
+class Pair(NamedTuple):
+    """What is asked and the answer to learn; `excess` as in `TaskRow`."""
+
+    prompt: Prompt
+    answer: str
+    excess: tuple[float, ...] = ()
+
+
+AnyPair = Pair | tuple[Prompt, str]
+"""The pair of a real row needs no excess."""
 
 
 def task_pairs(task: Task, rows: Sequence[TaskRow]) -> list[Pair]:
-    return [(task_prompt(task.prompt, row.input, task.format), row.target) for row in rows]
+    return [Pair(task_prompt(task.prompt, row.input, task.format), row.target, row.excess) for row in rows]
 
 
 class AsTheyCome(Sequence[loop.Encoded]):
     """Rows that are encoded when they are asked for, of pairs that may still be to come: asking for one waits for it."""
 
-    def __init__(self, pairs: Sequence[Pair], encoded: Callable[[Pair], loop.Encoded]) -> None:
+    def __init__(self, pairs: Sequence[AnyPair], encoded: Callable[[AnyPair], loop.Encoded]) -> None:
         self.pairs, self.encoded = pairs, encoded
         self.known: dict[int, loop.Encoded] = {}
 
@@ -40,12 +51,14 @@ class AsTheyCome(Sequence[loop.Encoded]):
         return self.known[row]
 
 
-def encode(tokenizer: Any, pairs: Sequence[Pair], context: int) -> list[loop.Encoded]:
-    """Token ids per pair; the labels are the answer and the end token. A row longer than the context is an error, never cut."""
+def encode(tokenizer: Any, pairs: Sequence[AnyPair], context: int, token_weights: float = 0.0) -> list[loop.Encoded]:
+    """Token ids per pair; the labels are the answer and the end token, with weights where `token_weights` asks for them and the pair has an excess. A row
+    longer than the context is an error, never cut."""
     rows = []
-    for prompt, answer in pairs:
+    for prompt, answer, excess in (Pair(*pair) for pair in pairs):
         labels = answer_ids(tokenizer, prompt, answer)
-        rows.append(loop.Encoded(prompt_ids(tokenizer, prompt) + labels, len(labels)))
+        weights = weigh(excess, answer_spans(tokenizer, prompt, answer), token_weights) if token_weights and excess else None
+        rows.append(loop.Encoded(prompt_ids(tokenizer, prompt) + labels, len(labels), weights))
         if len(rows[-1].ids) > context:
             raise UsageError(f"A row of {len(rows[-1].ids)} tokens exceeds the base's context of {context}: shorten it ({prompt.text[:60]!r}...).")
     return rows
@@ -53,7 +66,7 @@ def encode(tokenizer: Any, pairs: Sequence[Pair], context: int) -> list[loop.Enc
 
 def start(
     base: str,
-    pairs: Sequence[Pair],
+    pairs: Sequence[AnyPair],
     adapter: Adapter,
     settings: Training,
     seed: int,
@@ -80,7 +93,8 @@ def start(
     if spread:
         _spread(model, device or "cpu", world)
     context = models.context_of(model) - (adapter.virtual_tokens or 0)
-    rows = AsTheyCome(pairs, lambda pair: encode(tokenizer, [pair], context)[0]) if coming else encode(tokenizer, pairs, context)
+    weighed = settings.token_weights
+    rows = AsTheyCome(pairs, lambda pair: encode(tokenizer, [pair], context, weighed)[0]) if coming else encode(tokenizer, pairs, context, weighed)
     return loop.Loop(model, rows, tokenizer.pad_token_id, settings, derive_seed(seed, "order"), rank, world, at_once, in_order=coming)
 
 
@@ -99,7 +113,7 @@ def _spread(model: Any, device: str, world: int) -> None:
         fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=adapter)
 
 
-def train_adapter(base: str, pairs: Sequence[Pair], adapter: Adapter, settings: Training, seed: int, out: Path, on_step: Callable[[Step], None]) -> float:
+def train_adapter(base: str, pairs: Sequence[AnyPair], adapter: Adapter, settings: Training, seed: int, out: Path, on_step: Callable[[Step], None]) -> float:
     """Train an adapter on `base` and save it at `out`; returns the last epoch's mean loss. Of several learning rates the rows held out choose one."""
     best, loss = float("inf"), float("nan")
     for trial in settings.trials:

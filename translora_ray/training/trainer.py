@@ -91,7 +91,7 @@ def _outcome(result: Any) -> dict[str, Any]:
 
 def _fit(job: Job, name: str, store: RunStore, cluster: Cluster, cpus: float, gpus: float) -> Any:
     """One run of Ray Train; returns its result, whose `return_value` says why the run was in vain, if it was."""
-    columns = ["index", "input", "target"]
+    columns = ["index", "input", "target", "char_excess"]
     read = {"filesystem": store.fs, "columns": columns, "override_num_blocks": 1, "num_cpus": 0}
     datasets = {} if job.arriving else {"train": ray.data.read_parquet(store.shard_paths(), **read)}
     least, most = cluster.workers
@@ -125,10 +125,10 @@ def _rows(wanted: frozenset[int]) -> list[TaskRow]:
 
     Read through Ray Data once per worker start, not per epoch: rows are short texts, and each pass of a dataset costs seconds.
     """
-    found: list[tuple[int, str, str]] = []
+    found: dict[int, TaskRow] = {}
     for batch in ray.train.get_dataset_shard("train").iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-        found += [(row["index"], row["input"], row["target"]) for row in batch.to_pylist() if row["index"] in wanted]
-    return [TaskRow(text, target) for _, text, target in sorted(found)]
+        found |= {row["index"]: TaskRow(row["input"], row["target"], tuple(row["char_excess"] or ())) for row in batch.to_pylist() if row["index"] in wanted}
+    return [found[index] for index in sorted(found)]
 
 
 class Arriving(Sequence[task_training.Pair]):
@@ -161,7 +161,8 @@ class Arriving(Sequence[task_training.Pair]):
             time.sleep(POLL_SECONDS)
             return False
         shards = [candidates for _, candidates, _ in self.store.shards()]
-        rows = [TaskRow(candidate.input, candidate.target or "") for candidates in shards for candidate in candidates if candidate.accepted]
+        accepted = [candidate for candidates in shards for candidate in candidates if candidate.accepted]
+        rows = [TaskRow(candidate.input, candidate.target or "", tuple(candidate.char_excess or ())) for candidate in accepted]
         self.shards, self.pairs = len(shards), task_training.task_pairs(self.job.task, rows)
         return True
 

@@ -1,0 +1,69 @@
+"""Test rows and arms that tell little or nothing: what `evaluate` says of them, without a run."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import task_rows
+from translora_ray import kit
+from translora_ray.config import Gate, Recipe, Selection
+from translora_ray.engines.transformers import TransformersEngine
+from translora_ray.errors import UsageError
+from translora_ray.evaluation.arms import Arms
+from translora_ray.evaluation.compare import _check_rows
+from translora_ray.evaluation.statistics import wilson
+from translora_ray.progress import Display
+from translora_ray.records import Candidate, TaskRow
+from translora_ray.storage import RunStore
+from translora_ray.stream.dedup import SEED_COPY, SEED_PASSAGE
+
+
+@pytest.fixture
+def loaded(tiny_kit: Path) -> kit.Kit:
+    return kit.load(tiny_kit)
+
+
+def rows(start: int, end: int) -> list[TaskRow]:
+    return [TaskRow(**row) for row in task_rows(end)[start:]]
+
+
+@pytest.mark.parametrize(("count", "said"), [(10, True), (29, True), (30, False)])
+def test_few_rows_are_taken_and_the_width_of_the_interval_is_said(loaded: kit.Kit, capsys: pytest.CaptureFixture[str], count: int, said: bool) -> None:
+    with Display() as display:
+        _check_rows(loaded, rows(60, 60 + count), "test.jsonl", [], display)
+    low, high = wilson(count / 2, count)
+    told = f"test.jsonl has {count} rows: an accuracy of 0.5 would have an interval of {low:.2f} to {high:.2f}. Take 30 or more."
+    assert (told in " ".join(capsys.readouterr().err.split())) == said
+
+
+def test_rows_that_were_learnt_from_or_have_another_label_are_refused(loaded: kit.Kit) -> None:
+    with Display() as display:
+        with pytest.raises(UsageError, match="t: 5 of its inputs are among the kit's seeds"):
+            _check_rows(loaded, rows(0, 60), "t", [], display)
+        with pytest.raises(UsageError, match="t: 2 of its inputs are among --oracle"):
+            _check_rows(loaded, rows(60, 100), "t", rows(98, 110), display)
+        with pytest.raises(UsageError, match="t: 1 rows have a target that is none of the task's labels, 'z' first"):
+            _check_rows(loaded, [*rows(60, 100), TaskRow("red 900", "z")], "t", [], display)
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_llama: str) -> Iterator[TransformersEngine]:
+    engine = TransformersEngine(tiny_llama)
+    yield engine
+    engine.close()
+
+
+@pytest.mark.parametrize("arm", ["unfiltered", "discriminator", "excess"])
+def test_an_arm_without_rows_is_refused_before_it_is_trained(loaded: kit.Kit, engine: TransformersEngine, tiny_gemma: str, tmp_path: Path, arm: str) -> None:
+    store = RunStore(str(tmp_path / "run"))
+    reasons = [SEED_COPY, SEED_PASSAGE, "duplicate", "answer too long"]
+    candidates = [Candidate(i, i, row.input, reason=reason) for i, (row, reason) in enumerate(zip(rows(60, 64), reasons, strict=True))]
+    store.write_shard(0, 0, candidates, {"attempt": "a", "loads": [], "tokens": {}, "seconds": {}})
+    recipe = Recipe(selection=Selection(quota=4), gate=Gate(held_out=0))
+    with Display() as display:
+        arms = Arms(loaded, {"target_base": tiny_gemma, "source_base": loaded.base, "counts": {"quota": 4}}, recipe, store, tmp_path, display)
+        arms.check([arm])
+        with pytest.raises(UsageError, match=f"--arms {arm}: no candidate of the run is left to train on; leave this arm out"):
+            arms.sets([arm], engine)
+    assert not (tmp_path / arm).exists()
