@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -43,33 +43,70 @@ def transfer(kit_path: str, target: str, out: str, config: Config, engine: Engin
     Run again with the same arguments it goes on from what is committed, or returns at once where all is.
     """
     began = time.monotonic()
+    checked = check(kit_path, target, out, config, engine, display)
+    store = checked.store
+    if (manifest := checked.manifest()) is not None:
+        display.say(f"{out} is finished already.")
+        return manifest
+    with ray_session(config.cluster) as local:
+        plan, worker = planned(checked, local)
+        check_resources(plan, worker)
+        with store.lock(), ray_failures():
+            begin(checked)  # another process may have begun here meanwhile
+            totals, training, streamed = (_overlapped if config.recipe.overlap else _in_turn)(plan, store, worker, display)
+            return finish(plan, store, checked.identity, totals, training, {"stream": streamed, "began": began}, display)
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A transfer whose parts are there and fit together."""
+
+    kit: kit.Kit
+    target: str
+    config: Config
+    engine: EngineKind
+    store: RunStore
+    identity: dict[str, Any]
+
+    def manifest(self) -> dict[str, Any] | None:
+        """That of the finished run, None where something is left to do."""
+        if not (self.store.exists(MANIFEST) and self.store.exists(f"{ADAPTER}/{adapters.CONFIG}")):
+            return None
+        self.store.remove(TRAIN)
+        return self.store.read_json(MANIFEST)
+
+
+def check(kit_path: str, target: str, out: str, config: Config, engine: EngineKind, display: Display) -> Checked:
+    """Raise `UsageError` where kit, target, recipe and run directory do not go together. Nothing is written; what is finished is not looked at again."""
     loaded = kit.load(kit_path)
-    store = RunStore(out)
     engine = choose_engine(engine)
     engine_for(engine, [loaded.adapter], display.say)
-    identity = _identity(loaded, target, config)
-    store.check_writable()
-    _check_identity(store, identity)
-    if store.exists(MANIFEST) and store.exists(f"{ADAPTER}/{adapters.CONFIG}"):
-        display.say(f"{out} is finished already.")
-        store.remove(TRAIN)
-        return store.read_json(MANIFEST)
+    checked = Checked(loaded, target, config, engine, RunStore(out), _identity(loaded, target, config))
+    checked.store.check_writable()
+    _check_identity(checked.store, checked.identity)
+    if checked.manifest() is not None:
+        return checked
     models.require_bits(config.recipe.training.base_bits)
     if config.recipe.training.base_bits and config.cluster.spread_base:
         raise UsageError("A base in few bits can not be spread over workers: leave training.base_bits or cluster.spread_base out.")
     _check_models(loaded, target)
     _target_adapter(loaded, target, config.recipe)
-    with ray_session(config.cluster) as local:
-        plan = _plan(loaded, target, config, engine, local)
-        plan.check()
-        parts = config.cluster.workers[1] + (_engines(plan) if config.recipe.overlap else 0)
-        worker = Resources(config.cluster.worker_cpus or share("CPU", local, parts), given(config.cluster.worker_gpus, share("GPU", local, parts)))
-        check_resources(plan, worker)
-        with store.lock(), ray_failures():
-            _check_identity(store, identity)  # another process may have begun here meanwhile
-            store.write_json(IDENTITY, identity)
-            totals, training, streamed = (_overlapped if config.recipe.overlap else _in_turn)(plan, store, worker, display)
-            return _finish(plan, store, identity, totals, training, {"stream": streamed, "began": began}, display)
+    return checked
+
+
+def planned(checked: Checked, local: bool) -> tuple[Plan, Resources]:
+    """What the stream has to do, and what a training worker takes."""
+    cluster, overlap = checked.config.cluster, checked.config.recipe.overlap
+    plan = _plan(checked.kit, checked.target, checked.config, checked.engine, local)
+    plan.check()
+    parts = cluster.workers[1] + (_engines(plan) if overlap else 0)
+    return plan, Resources(cluster.worker_cpus or share("CPU", local, parts), given(cluster.worker_gpus, share("GPU", local, parts)))
+
+
+def begin(checked: Checked) -> None:
+    """Write down what the run is."""
+    _check_identity(checked.store, checked.identity)
+    checked.store.write_json(IDENTITY, checked.identity)
 
 
 def _identity(loaded: kit.Kit, target: str, config: Config) -> dict[str, Any]:
@@ -144,8 +181,8 @@ def _in_turn(plan: Plan, store: RunStore, worker: Resources, display: Display) -
     began = time.monotonic()
     (totals,) = run_stream([plan], [store], display)
     streamed = time.monotonic() - began
-    _check_answers(plan, store)
-    return totals, _train(plan, store, worker, Desk.remote([], 0), display), streamed  # type: ignore[attr-defined]
+    check_answers(plan, store)
+    return totals, train(plan, store, worker, Desk.remote([], 0), display), streamed  # type: ignore[attr-defined]
 
 
 def _overlapped(plan: Plan, store: RunStore, worker: Resources, display: Display) -> Phases:
@@ -153,18 +190,18 @@ def _overlapped(plan: Plan, store: RunStore, worker: Resources, display: Display
     began = time.monotonic()
     steps = Desk.remote([], 0)  # type: ignore[attr-defined]
     with ThreadPoolExecutor(1) as beside:
-        training = beside.submit(_train, plan, store, worker, steps, display)
+        training = beside.submit(train, plan, store, worker, steps, display)
         try:
             (totals,) = run_stream([plan], [store], display)
             streamed = time.monotonic() - began
-            _check_answers(plan, store)
+            check_answers(plan, store)
         except BaseException as failure:
             ray.get(steps.end.remote(f"The stream ended: {first_line(failure)}"))
             raise
         return totals, training.result(), streamed
 
 
-def _train(plan: Plan, store: RunStore, worker: Resources, steps: Any, display: Display) -> dict[str, Any]:
+def train(plan: Plan, store: RunStore, worker: Resources, steps: Any, display: Display) -> dict[str, Any]:
     """Train unless it is done; shows steps as they come in from the worker."""
     if store.exists(f"{TRAIN}.json") and store.exists(f"{ADAPTER}/{adapters.CONFIG}"):
         return store.read_json(f"{TRAIN}.json")
@@ -181,7 +218,7 @@ def _train(plan: Plan, store: RunStore, worker: Resources, steps: Any, display: 
     return facts
 
 
-def _check_answers(plan: Plan, store: RunStore) -> None:
+def check_answers(plan: Plan, store: RunStore) -> None:
     """Raise `RunFailed` where all examples have one answer and the seeds have several: nothing else could be learnt from them."""
     given = [candidate.target for _, candidates, _ in store.shards() for candidate in candidates if candidate.accepted]
     if len(given) >= ENOUGH_ANSWERS and len(set(given)) == 1 and len({seed.target for seed in plan.kit.seeds}) > 1:
@@ -211,7 +248,7 @@ def _watching(steps: Any, display: Display) -> Iterator[None]:
         thread.join()
 
 
-def _finish(
+def finish(
     plan: Plan, store: RunStore, identity: dict[str, Any], totals: Totals, training: dict[str, Any], times: dict[str, float], display: Display
 ) -> dict[str, Any]:
     """Gate, manifest, report. `times`: seconds of the stream, and when this attempt began."""
