@@ -83,6 +83,22 @@ def given(wanted: float | None, default: float) -> float:
     return default if wanted is None else wanted
 
 
+def fit_beside(plan: Plan, worker: Resources, trainings: int) -> bool:
+    """Whether the nodes hold the most engines that the stream may have and the workers of so many trainings, or their gates, at once."""
+    engine = Resources(plan.engine_cpus, plan.engine_gpus)
+    after = Resources(max(worker.cpus, engine.cpus), max(worker.gpus, engine.gpus))
+    workers = trainings * max(1, plan.cluster.workers[0])
+    needs = [engine] * (plan.cluster.engines[1] * len(plan.pools())) + [after] * workers
+    rooms = [[node["Resources"].get("CPU", 0.0), node["Resources"].get("GPU", 0.0)] for node in ray.nodes() if node["Alive"]]
+    rooms[0][0] -= 1  # Ray Data must have some CPU to read with
+    for need in sorted(needs, key=lambda each: (each.gpus, each.cpus), reverse=True):
+        room = next((room for room in rooms if room[0] >= need.cpus and room[1] >= need.gpus), None)
+        if room is None:
+            return False
+        room[0], room[1] = room[0] - need.cpus, room[1] - need.gpus
+    return True
+
+
 def check_resources(plan: Plan, worker: Resources) -> None:
     """Raise `UsageError` when the least that the stream or the training, or both where they overlap, ask for is more than the cluster's nodes have now."""
     needs = [

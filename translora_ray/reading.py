@@ -81,7 +81,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 def validate(section: type[_S], tree: dict[str, Any], where: str, prefix: str = "") -> _S:
     """`tree` as a section. Raises `UsageError` that names the file or option, `where`, and the key, after `prefix`."""
     try:
-        return section.modelvalidate(tree)
+        return section.model_validate(tree)
     except ValidationError as error:
         first = error.errors()[0]
         key = prefix + ".".join(map(str, first["loc"]))

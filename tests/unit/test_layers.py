@@ -28,10 +28,13 @@ LAYERS = [
     {"evaluation.compare"},
     {"stream.pipeline", "training.trainer"},
     {"evaluation.report", "gating"},
-    {"workflow", "inspection"},
+    {"workflow", "inspection", "fleet.manifest", "fleet.lease"},
+    {"fleet.groups", "fleet.state"},
+    {"fleet.page", "fleet.status", "fleet.forecast"},
+    {"fleet.driver"},
     {"cli"},
 ]
-RAY = {"stream.pipeline", "stream.requests", "training.trainer", "placement", "gating", "workflow"}
+RAY = {"stream.pipeline", "stream.requests", "training.trainer", "placement", "gating", "workflow", "fleet.driver", "fleet.forecast"}
 VLLM = {"engines.vllm", "engines.vllm_worker"}
 
 

@@ -33,7 +33,7 @@ from translora_ray.registry import Registry
 from translora_ray.releases import UNGATED, verdict
 from translora_ray.storage import EVALUATION, RunStore
 from translora_ray.stream.collect import Totals
-from translora_ray.stream.pipeline import run_stream
+from translora_ray.stream.pipeline import Ended, run_stream
 from translora_ray.stream.plan import Plan
 from translora_ray.stream.requests import Desk
 from translora_ray.workflow import Checked, begin, check_answers, finish, train
@@ -147,6 +147,9 @@ class Driver:
 
     def _move(self, group: Sequence[Transfer]) -> None:
         """Stream the group; train what is full, beside the stream where the cluster holds both, else after it."""
+        group = [transfer for transfer in group if self._begun(transfer)]
+        if not group:
+            return
         beside = fit_beside(group[0].plan, group[0].worker, self.fleet.trainings)
         began = time.monotonic()
         full: list[tuple[Transfer, Totals, float]] = []
@@ -177,17 +180,20 @@ class Driver:
         if self.stop.is_set():
             raise Stopped(STOPPED)
 
-    def _stream(self, group: Sequence[Transfer], ended: Any) -> None:
+    def _begun(self, transfer: Transfer) -> bool:
+        with self._own_failure(transfer.name):
+            begin(transfer.checked)
+            self.state.change(transfer.name, states.STREAMING)
+            return True
+        return False
+
+    def _stream(self, group: Sequence[Transfer], ended: Ended) -> None:
         over: set[int] = set()
 
         def once(number: int, outcome: Totals | TransLoraError) -> None:
             over.add(number)
             ended(number, outcome)
 
-        for transfer in group:
-            with self._own_failure(transfer.name):
-                begin(transfer.checked)
-                self.state.change(transfer.name, states.STREAMING)
         plans, stores = [transfer.plan for transfer in group], [transfer.checked.store for transfer in group]
         try:
             with ray_failures():
@@ -263,5 +269,10 @@ def _evaluate(plan: Plan, run: str, data: str) -> None:
     """`translora evaluate` where an engine has room."""
     with Display() as display:
         evaluate(
-            run, data, None, [], lambda base, used: open_engine(engine_for(plan.engine, used, display.say), base, used, plan.cluster.vllm, plan.engine_gpus), display
+            run,
+            data,
+            None,
+            [],
+            lambda base, used: open_engine(engine_for(plan.engine, used, display.say), base, used, plan.cluster.vllm, plan.engine_gpus),
+            display,
         )

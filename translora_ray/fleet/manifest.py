@@ -26,9 +26,9 @@ class Item(Section):
     """A transfer kit or a finished run, or a pattern (`kits/*`)."""
     name: str | None = Field(None, pattern=f"^{NAME}$")
     """Of the transfer's directory, and of its releases in the registry. None: the directory has the kit's name, releases the task's."""
-    target: list[str] = []
+    target: list[str] = Field(default_factory=list)
     """Target bases in place of the fleet's."""
-    recipe: dict[str, Any] = {}
+    recipe: dict[str, Any] = Field(default_factory=dict)
     """Keys of a recipe that replace the fleet's."""
     priority: float = Field(1.0, gt=0)
     """Share of the engines, against the other transfers that use them: with 2 it gets twice as many packs."""
@@ -48,9 +48,9 @@ class Fleet(Section):
     """Directory or URI (s3://, gs://) of the fleet: runs/NAME is each transfer's run directory."""
     kits: list[Item] = Field(min_length=1)
     """Each a path, a pattern, or an item with keys of its own."""
-    target: list[str] = []
+    target: list[str] = Field(default_factory=list)
     """One target base or several: each kit moves to each of them."""
-    recipe: dict[str, Any] = {}
+    recipe: dict[str, Any] = Field(default_factory=dict)
     """As in a recipe file, for all transfers."""
     cluster: Cluster = Cluster()
     registry: str | None = None
