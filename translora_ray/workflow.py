@@ -21,7 +21,7 @@ from translora_ray.config import Adapter, Config, EngineKind, Recipe
 from translora_ray.engines.select import choose_engine, engine_for
 from translora_ray.errors import RunFailed, UsageError, first_line
 from translora_ray.gating import examples, pass_gate
-from translora_ray.placement import Resources, check_resources, given, ray_failures, ray_session, share
+from translora_ray.placement import Resources, Run, check_resources, given, ray_failures, ray_session, run_once, share
 from translora_ray.progress import Display
 from translora_ray.reading import differing_field
 from translora_ray.storage import ADAPTER, IDENTITY, MANIFEST, TRAIN, RunStore
@@ -29,7 +29,8 @@ from translora_ray.stream.collect import Totals
 from translora_ray.stream.pipeline import run_stream
 from translora_ray.stream.plan import Plan
 from translora_ray.stream.requests import Desk
-from translora_ray.training.trainer import Job, train_target
+from translora_ray.training.alone import fit_alone
+from translora_ray.training.trainer import Job, fit_on_ray_train, train_target
 
 ENOUGH_ANSWERS = 20
 Phases = tuple[Totals, dict[str, Any], float]
@@ -201,8 +202,8 @@ def _overlapped(plan: Plan, store: RunStore, worker: Resources, display: Display
         return totals, training.result(), streamed
 
 
-def train(plan: Plan, store: RunStore, worker: Resources, steps: Any, display: Display) -> dict[str, Any]:
-    """Train unless it is done; shows steps as they come in from the worker."""
+def train(plan: Plan, store: RunStore, worker: Resources, steps: Any, display: Display, run: Run | None = None) -> dict[str, Any]:
+    """Train unless it is done, on Ray Train, or by a single worker through `run`; shows steps as they come in from the worker."""
     if store.exists(f"{TRAIN}.json") and store.exists(f"{ADAPTER}/{adapters.CONFIG}"):
         return store.read_json(f"{TRAIN}.json")
     adapter = _target_adapter(plan.kit, plan.target, plan.recipe)
@@ -212,7 +213,9 @@ def train(plan: Plan, store: RunStore, worker: Resources, steps: Any, display: D
     rows = (store, plan.quota) if plan.recipe.overlap else frozenset(candidate.index for candidate in examples(plan, store)[0])
     job = Job(plan.kit.task, plan.target, adapter, plan.recipe.training, plan.recipe.seed, plan.cluster, steps, rows)
     with _watching(steps, display):
-        facts = train_target(job, store, plan.cluster, worker.cpus, worker.gpus)
+        facts = train_target(
+            job, store, lambda trial, name: fit_alone(trial, name, store, run) if run else fit_on_ray_train(trial, name, store, worker.cpus, worker.gpus)
+        )
     facts["adapter"] = adapter.model_dump()
     store.write_json(f"{TRAIN}.json", facts)
     return facts
@@ -249,14 +252,21 @@ def _watching(steps: Any, display: Display) -> Iterator[None]:
 
 
 def finish(
-    plan: Plan, store: RunStore, identity: dict[str, Any], totals: Totals, training: dict[str, Any], times: dict[str, float], display: Display
+    plan: Plan,
+    store: RunStore,
+    identity: dict[str, Any],
+    totals: Totals,
+    training: dict[str, Any],
+    times: dict[str, float],
+    display: Display,
+    run: Run | None = None,
 ) -> dict[str, Any]:
-    """Gate, manifest, report. `times`: seconds of the stream, and when this attempt began."""
+    """Gate, whose engine is loaded through `run` or as a task of its own, then manifest. `times`: seconds of the stream, and when this attempt began."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = store.fetch_folder(ADAPTER, Path(scratch) / ADAPTER)
         info = _check_fits(folder, plan.target)
     trained, held_out = examples(plan, store)
-    verdict = pass_gate(plan, store, totals, display)
+    verdict = pass_gate(plan, store, totals, run or run_once(Resources(plan.engine_cpus, plan.engine_gpus)), display)
     manifest = {
         **identity,
         "task": plan.kit.task.model_dump(),

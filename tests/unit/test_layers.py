@@ -27,14 +27,14 @@ LAYERS = [
     {"evaluation.arms"},
     {"evaluation.compare"},
     {"stream.pipeline", "training.trainer"},
-    {"evaluation.report", "gating"},
+    {"evaluation.report", "gating", "training.alone"},
     {"workflow", "inspection", "fleet.manifest", "fleet.lease"},
     {"fleet.groups", "fleet.state"},
     {"fleet.page", "fleet.status", "fleet.forecast"},
     {"fleet.driver"},
     {"cli"},
 ]
-RAY = {"stream.pipeline", "stream.requests", "training.trainer", "placement", "gating", "workflow", "fleet.driver", "fleet.forecast"}
+RAY = {"stream.pipeline", "stream.requests", "training.trainer", "placement", "workflow", "fleet.driver", "fleet.forecast"}
 VLLM = {"engines.vllm", "engines.vllm_worker"}
 
 

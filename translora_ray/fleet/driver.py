@@ -10,8 +10,9 @@ import queue
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +28,13 @@ from translora_ray.fleet.lease import lease
 from translora_ray.fleet.manifest import Fleet, Wanted
 from translora_ray.fleet.page import write_page
 from translora_ray.fleet.state import State
-from translora_ray.placement import fit_beside, ray_failures, ray_session
+from translora_ray.placement import Resources, Run, fit_beside, place, place_for_both, ray_failures, ray_session, run_once
 from translora_ray.progress import Display
 from translora_ray.registry import Registry
 from translora_ray.releases import UNGATED, verdict
 from translora_ray.storage import EVALUATION, RunStore
 from translora_ray.stream.collect import Totals
-from translora_ray.stream.pipeline import Ended, run_stream
+from translora_ray.stream.pipeline import run_stream
 from translora_ray.stream.plan import Plan
 from translora_ray.stream.requests import Desk
 from translora_ray.workflow import Checked, begin, check_answers, finish, train
@@ -75,6 +76,24 @@ def run_fleet(fleet: Fleet, wanted: Sequence[Wanted], resume: bool, engine: Engi
         raise
 
 
+@dataclass(frozen=True)
+class Full:
+    """A transfer whose examples are there, the seconds of the stream until then, and when that began."""
+
+    transfer: Transfer
+    totals: Totals
+    streamed: float
+    began: float
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where one transfer at a time is trained: the desk that hears of its steps, and a place that stays, or none where there are several workers."""
+
+    steps: Any
+    run: Run | None
+
+
 class Driver:
     """One attempt at a fleet."""
 
@@ -82,8 +101,8 @@ class Driver:
         self.fleet, self.wanted, self.store, self.engine, self.display, self.stop = fleet, wanted, store, engine, display, stop
         self.registry = Registry(fleet.registry) if fleet.registry else None
         self.state = State(store, wanted, write_page)
-        self.steps: queue.Queue[Any] = queue.Queue()
-        """Desks for the steps of the trainings, one for each at once."""
+        self.steps: list[Any] = []
+        """Desks that trainings report to."""
 
     def run(self) -> State:
         sound, failures = check_all(self.wanted, self.engine, self.display)
@@ -114,18 +133,14 @@ class Driver:
     @contextlib.contextmanager
     def _stopping(self) -> Iterator[None]:
         """SIGTERM ends the fleet at the next point where all that was computed is committed; a second one at once."""
-        self.steps = queue.Queue()
-        desks = [Desk.remote([], 0) for _ in range(self.fleet.trainings)]  # type: ignore[attr-defined]
-        for desk in desks:
-            self.steps.put(desk)
         done = threading.Event()
 
         def tell_trainings() -> None:
             self.stop.wait()
             if not done.is_set():
                 self.display.say("Stopping: what is under way is committed first.")
-                for desk in desks:
-                    desk.end.remote(STOPPED)
+                for steps in list(self.steps):
+                    steps.end.remote(STOPPED)
 
         def terminate(_number: int, _frame: Any) -> None:
             if self.stop.is_set():
@@ -134,51 +149,52 @@ class Driver:
 
         main = threading.current_thread() is threading.main_thread()
         before = signal.signal(signal.SIGTERM, terminate) if main else None  # Ray's own ends the process in the middle of whatever it does
-        thread = threading.Thread(target=tell_trainings, daemon=True)
-        thread.start()
+        threading.Thread(target=tell_trainings, daemon=True).start()
         try:
             yield
         finally:
             done.set()
             if main:
                 signal.signal(signal.SIGTERM, before)
-            for desk in desks:
-                ray.kill(desk)
 
     def _move(self, group: Sequence[Transfer]) -> None:
         """Stream the group; train what is full, beside the stream where the cluster holds both, else after it."""
         group = [transfer for transfer in group if self._begun(transfer)]
         if not group:
             return
-        beside = fit_beside(group[0].plan, group[0].worker, self.fleet.trainings)
-        began = time.monotonic()
-        full: list[tuple[Transfer, Totals, float]] = []
-        with ThreadPoolExecutor(self.fleet.trainings) as pool:
-            futures: list[Future[None]] = []
+        if fit_beside(group[0].plan, group[0].worker, self.fleet.trainings):
+            with self._trainers(group) as submit:
+                self._stream(group, submit)
+        else:
+            waiting: list[Full] = []
+            self._stream(group, waiting.append)
+            with self._trainers(group) as submit:
+                for full in waiting:
+                    submit(full)
+        if self.stop.is_set():
+            raise Stopped(STOPPED)
 
-            def ended(number: int, outcome: Totals | TransLoraError) -> None:
-                transfer = group[number]
-                if isinstance(outcome, TransLoraError):
-                    self._fail(transfer.name, outcome)
-                    return
-                self.state.change(transfer.name, states.WAITING, "waits for its training")
-                full.append((transfer, outcome, time.monotonic() - began))
-                if beside:
-                    futures.append(pool.submit(self._complete, *full[-1], began))
-
+    @contextlib.contextmanager
+    def _trainers(self, group: Sequence[Transfer]) -> Iterator[Callable[[Full], None]]:
+        """Takes transfers to their ends, as many at once as the fleet allows, in processes that stay where a training has one worker; waits for them."""
+        futures: list[Future[None]] = []
+        slots: queue.Queue[Slot] = queue.Queue()
+        both = place_for_both(group[0].plan, group[0].worker)
+        with contextlib.ExitStack() as stack:
+            for _ in range(min(self.fleet.trainings, len(group))):
+                slots.put(Slot(Desk.remote([], 0), stack.enter_context(place(both)) if both else None))  # type: ignore[attr-defined]
+                self.steps.append(slots.queue[-1].steps)
+                stack.callback(ray.kill, self.steps[-1])
+            pool = stack.enter_context(ThreadPoolExecutor(slots.qsize()))
             try:
-                self._stream(group, ended)
-                if not beside:
-                    futures += [pool.submit(self._complete, *each, began) for each in full]
+                yield lambda full: futures.append(pool.submit(self._complete, full, slots))
                 for future in futures:
                     future.result()
             except BaseException:
+                self.stop.set()  # what trains leaves a checkpoint and ends
                 for future in futures:
                     future.cancel()
-                self.stop.set()  # what trains commits and ends
                 raise
-        if self.stop.is_set():
-            raise Stopped(STOPPED)
 
     def _begun(self, transfer: Transfer) -> bool:
         with self._own_failure(transfer.name):
@@ -187,53 +203,61 @@ class Driver:
             return True
         return False
 
-    def _stream(self, group: Sequence[Transfer], ended: Ended) -> None:
+    def _stream(self, group: Sequence[Transfer], full: Callable[[Full], None]) -> None:
+        """Stream the group until each of its transfers is full or failed; `full` is given the former as they come."""
+        began = time.monotonic()
         over: set[int] = set()
 
-        def once(number: int, outcome: Totals | TransLoraError) -> None:
+        def ended(number: int, outcome: Totals | TransLoraError) -> None:
             over.add(number)
-            ended(number, outcome)
+            if isinstance(outcome, TransLoraError):
+                self._fail(group[number].name, outcome)
+            else:
+                self.state.change(group[number].name, states.WAITING, "waits for its training")
+                full(Full(group[number], outcome, time.monotonic() - began, began))
 
         plans, stores = [transfer.plan for transfer in group], [transfer.checked.store for transfer in group]
         try:
             with ray_failures():
-                totals = run_stream(plans, stores, self.display, once, self.stop, [transfer.wanted.priority for transfer in group])
+                totals = run_stream(plans, stores, self.display, ended, self.stop, [transfer.wanted.priority for transfer in group])
         except Stopped:
-            for number, transfer in enumerate(group):
-                if number not in over:
-                    self.state.change(transfer.name, states.WAITING, "stopped in its stream")
+            for number in {*range(len(group))} - over:
+                self.state.change(group[number].name, states.WAITING, "stopped in its stream")
             raise Stopped(STOPPED) from None
         except TransLoraError as failure:
             for number in {*range(len(group))} - over:
-                once(number, failure)
+                ended(number, failure)
         else:
             loads = max((list(total.loads.values())[-1] for total in totals if total.loads), key=len, default=[])
             self.state.loaded(f"{time.time():.0f}", loads)
 
-    def _complete(self, transfer: Transfer, totals: Totals, streamed: float, began: float) -> None:
+    def _complete(self, full: Full, slots: queue.Queue[Slot]) -> None:
         """From a full quota to the end, in a thread."""
-        with self._own_failure(transfer.name), ray_failures():
-            checked, plan, display = transfer.checked, transfer.plan, self.display.named(transfer.name)
-            if checked.manifest() is None:
-                check_answers(plan, checked.store)
-                training = self._train(transfer, display)
-                self.state.change(transfer.name, states.GATE)
-                finish(plan, checked.store, checked.identity, totals, training, {"stream": streamed, "began": began}, display)
-            if transfer.wanted.data and not checked.store.exists(RESULT):
-                needs = {"num_cpus": plan.engine_cpus, "num_gpus": plan.engine_gpus}
-                ray.get(ray.remote(_evaluate).options(**needs).remote(plan, checked.store.uri, transfer.wanted.data))
-            self._conclude(transfer.wanted, checked)
-
-    def _train(self, transfer: Transfer, display: Display) -> dict[str, Any]:
-        steps = self.steps.get()
+        slot = slots.get()
         try:
-            if self.stop.is_set():
-                raise Stopped(STOPPED)
-            self.state.change(transfer.name, states.TRAINING)
-            ray.get(steps.step.remote(None))
-            return train(transfer.plan, transfer.checked.store, transfer.worker, steps, display)
+            with self._own_failure(full.transfer.name), ray_failures():
+                self._train(full, slot)
+                self._conclude(full.transfer.wanted, full.transfer.checked)
         finally:
-            self.steps.put(steps)
+            slots.put(slot)
+
+    def _train(self, full: Full, slot: Slot) -> None:
+        """Training, gate and evaluation, as far as they are not done."""
+        transfer, checked, plan = full.transfer, full.transfer.checked, full.transfer.plan
+        if self.stop.is_set():
+            raise Stopped(STOPPED)
+        if checked.manifest() is None:
+            display = self.display.named(transfer.name)
+            check_answers(plan, checked.store)
+            self.state.change(transfer.name, states.TRAINING)
+            ray.get(slot.steps.step.remote(None))  # not the last one of the training before
+            training = train(plan, checked.store, transfer.worker, slot.steps, display, slot.run)
+            self.state.change(transfer.name, states.GATE)
+            times = {"stream": full.streamed, "began": full.began}
+            finish(plan, checked.store, checked.identity, full.totals, training, times, display, slot.run)
+        if transfer.wanted.data and not checked.store.exists(RESULT):
+            run = slot.run or run_once(Resources(plan.engine_cpus, plan.engine_gpus))
+            run(_evaluate, plan, checked.store.uri, transfer.wanted.data)
 
     def _conclude(self, wanted: Wanted, checked: Checked) -> None:
         """The verdict on a finished run, and its release where it ships."""

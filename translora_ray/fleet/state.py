@@ -42,7 +42,7 @@ class State:
         self.store, self.show = store, show
         self.records = {each.name: Record(each.name, each.kit, each.target) for each in wanted}
         self.loads: dict[str, list[str]] = {}
-        """Bases that each stream loaded into engines, by when it began; of all attempts."""
+        """Bases that each finished stream loaded into engines, by when it ended; of all attempts."""
         self._lock = threading.Lock()
         if store.exists(FILE):
             self.loads = store.read_json(FILE)["engine_loads"]

@@ -144,7 +144,7 @@ def run_stream(
         ended(transfer, collectors[transfer].totals)
     if not running:
         return [collector.totals for collector in collectors]
-    phases = [display.phase("examples" if len(plans) == 1 else f"examples, {plan.kit.task.name}") for plan in plans]
+    phases = [display.phase("examples" if len(plans) == 1 else f"examples, {store.uri.rpartition('/')[2]}") for store in stores]
     for phase, collector in zip(phases, collectors, strict=True):
         phase.update(collector.accepted, collector.plan.wanted, "loading engines")
     cap = sum((plans[0].packs_at_once(pool) + 1) * plans[0].cluster.engines[1] for pool in plans[0].pools())
