@@ -89,9 +89,9 @@ def test_a_finished_fleet_is_left_alone_and_its_failures_are_tried_again(calm: P
     broken["kits"][1] = {"kit": "broken", "name": "broken", "recipe": {"seed": 2, "selection": {"quota": 8}, "training": {"epochs": 1}}}
     path.write_text(yaml.safe_dump(broken))
     assert main(fleet_command(path)) == 0
-    assert states(folder) == {"one": "shipped", "broken": "shipped", "two": "shipped"}
+    assert states(folder) == {"one": "shipped", "broken": "review", "two": "shipped"}  # eight examples have not all labels
     assert {file: file.stat().st_mtime_ns for file in runs} == runs
-    assert {release.id for release in Registry(str(folder / "registry")).releases()} == {"one@1", "two@1", "broken@1"}
+    assert {release.id for release in Registry(str(folder / "registry")).releases()} == {"one@1", "two@1"}
 
 
 class Drive:
