@@ -42,11 +42,12 @@ def shared_ray() -> Iterator[None]:
 
 
 def write_fleet(folder: Path, kit: Path, target: str) -> Path:
-    """Two transfers that differ in their seed, and one whose kit is not whole."""
+    """Two transfers that differ in their seed, one whose kit is not whole, and one that finds no examples."""
     broken = Path(shutil.copytree(kit, folder / "broken"))
     (broken / "adapter" / "adapter_model.safetensors").write_bytes(b"short")
     kits = [{"kit": str(kit), "name": name, "recipe": {"seed": seed}} for seed, name in enumerate(("one", "two"))]
-    fleet = {"out": "fleet", "kits": [kits[0], "broken", kits[1]], "target": target, "recipe": RECIPE, "registry": "registry"}
+    starved = {"kit": str(kit), "name": "starved", "recipe": {"selection": {"threshold": 1000, "max_candidates": 1}}}
+    fleet = {"out": "fleet", "kits": [kits[0], "broken", kits[1], starved], "target": target, "recipe": RECIPE, "registry": "registry"}
     (folder / "fleet.yaml").write_text(yaml.safe_dump({**fleet, "cluster": {"commit_seconds": 0, "checkpoint_seconds": 0}}))
     return folder / "fleet.yaml"
 
@@ -67,10 +68,11 @@ def calm(tmp_path_factory: pytest.TempPathFactory, tiny_kit: Path, tiny_gemma: s
     return folder
 
 
-def test_a_bad_kit_fails_alone_and_the_others_share_one_engine(calm: Path) -> None:
-    assert states(calm) == {"one": "shipped", "broken": "failed", "two": "shipped"}
+def test_what_fails_fails_alone_and_the_others_share_one_engine(calm: Path) -> None:
+    assert states(calm) == {"one": "shipped", "broken": "failed", "two": "shipped", "starved": "failed"}
     fleet = json.loads((calm / "fleet" / "fleet.json").read_text())
     assert "is corrupt" in fleet["transfers"][1]["reason"]
+    assert "Only 0 of 44 examples" in fleet["transfers"][3]["reason"]
     assert [len(loads) for loads in fleet["engine_loads"].values()] == [1]
     releases = Registry(str(calm / "registry")).releases()
     assert {release.id for release in releases} == {"one@1", "two@1"} == {row["release"] for row in fleet["transfers"]} - {None}
@@ -86,12 +88,27 @@ def test_a_finished_fleet_is_left_alone_and_its_failures_are_tried_again(calm: P
     shutil.rmtree(folder / "broken")
     shutil.copytree(tiny_kit, folder / "broken")
     broken = yaml.safe_load(path.read_text())
+    del broken["kits"][3]
     broken["kits"][1] = {"kit": "broken", "name": "broken", "recipe": {"seed": 2, "selection": {"quota": 8}, "training": {"epochs": 1}}}
     path.write_text(yaml.safe_dump(broken))
     assert main(fleet_command(path)) == 0
     assert states(folder) == {"one": "shipped", "broken": "review", "two": "shipped"}  # eight examples have not all labels
     assert {file: file.stat().st_mtime_ns for file in runs} == runs
     assert {release.id for release in Registry(str(folder / "registry")).releases()} == {"one@1", "two@1"}
+
+
+def test_the_plan_is_said_and_nothing_is_made(tiny_kit: Path, tiny_gemma: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_fleet(tmp_path, tiny_kit, tiny_gemma)
+    there = sorted(tmp_path.rglob("*"))
+    assert main([*fleet_command(path), "--dry-run"]) == 1  # one of the kits is not whole
+    told = capsys.readouterr().out
+    assert "1 to 1 engines of 1 CPU and 0 GPU: transformers with" in told and "(generator, discriminator, teacher)" in told
+    assert "trainings beside the stream, 1 at once, each 1 workers of 1 CPU and 0 GPU" in told
+    assert "The cluster has 4 CPU and 0 GPU." in told and "is corrupt" in told
+    seeds = [json.loads(line) for line in (tiny_kit / "seeds.jsonl").read_text().splitlines()]
+    trained = sum(len(f"Q: {seed['input']}\nA:") + len(f" {seed['target']}") + 1 for seed in seeds)  # a token for each character, one for the end
+    assert f"{40 * 4 * trained // len(seeds):,}" in told
+    assert sorted(tmp_path.rglob("*")) == there
 
 
 class Drive:
@@ -133,7 +150,7 @@ def test_killed_three_times_and_stopped_once_it_comes_to_the_same(
     assert "is being written by another process: wait for it, or stop it" in capsys.readouterr().err
     assert second.end(signal.SIGTERM) == 1
     assert "what was under way is committed" in second.log.read_text()
-    assert states(tmp_path) == {"one": "waiting", "broken": "failed", "two": "waiting"}
+    assert [states(tmp_path)[name] for name in ("one", "broken", "two")] == ["waiting", "failed", "waiting"]
     assert holder(RunStore(str(tmp_path / "fleet"))) is None
     Drive(path).until(lambda: states(tmp_path)["one"] == "training" and any(runs.glob("*/train/**/state.pt"))).end(signal.SIGKILL)
     assert not registry.exists()

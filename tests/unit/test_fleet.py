@@ -171,3 +171,17 @@ def test_a_fleet_of_bad_kits_fails_each_with_its_reason(tmp_path: Path, capsys: 
     assert main(["fleet", path]) == 2
     assert "holds a fleet already: give --resume" in capsys.readouterr().err
     assert main(["fleet", path, "--resume"]) == 1
+
+
+def test_a_part_that_can_not_work_ends_its_own_transfer_alone() -> None:
+    from translora_ray.records import Pack, pack_to_table, packs_from_table, request_pack
+    from translora_ray.stream.pipeline import _through
+
+    class Failing:
+        def process(self, pack: Pack) -> Pack:
+            raise UsageError("The adapter is not live.")
+
+    (pack,) = packs_from_table(pack_to_table(_through([Failing()], request_pack(0, 0, 2))))
+    assert pack.failure == "The adapter is not live."
+    assert _through([Failing()], pack) is pack  # what follows leaves it alone
+    assert _through(UsageError("No tokenizer."), request_pack(0, 1, 2)).failure == "No tokenizer."

@@ -22,7 +22,7 @@ HOW = "Tokens are estimates from below: each example as long as the mean seed, e
 def show_plan(fleet: Fleet, wanted: Sequence[Wanted], engine: EngineKind, display: Display) -> int:
     """Print the plan; returns 1 where a transfer could not begin. Raises `UsageError` where the cluster is too small."""
     sound, failures = check_all(wanted, engine, display)
-    done = [each.name for each, checked in sound if checked.manifest() is not None]
+    done = {each.name for each, checked in sound if checked.manifest() is not None}
     with ray_session(fleet.cluster) as local:
         groups, unplanned = grouped([(each, checked) for each, checked in sound if each.name not in done], local)
         there = ray.cluster_resources()
@@ -30,11 +30,11 @@ def show_plan(fleet: Fleet, wanted: Sequence[Wanted], engine: EngineKind, displa
         for number, group in enumerate(groups, 1):
             console.print(_table(f"stream {number} of {len(groups)}", group))
             for line in _engines(fleet, group):
-                console.print(line, markup=False, highlight=False)
+                console.print(line, markup=False, highlight=False, soft_wrap=True)
     lines = [f"The cluster has {there.get('CPU', 0):g} CPU and {there.get('GPU', 0):g} GPU." if groups else "There is nothing left to compute.", HOW]
     lines += [f"{name}: finished already" for name in done]
     lines += [f"{name}: {reason}" for name, reason in {**failures, **unplanned}.items()]
-    console.print("\n".join(lines), markup=False, highlight=False)
+    console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
     return int(bool(failures or unplanned))
 
 
