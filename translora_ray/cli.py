@@ -57,6 +57,15 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--gate", action="store_true", help="exit 1 where the real rows say that the adapter must not ship")
     evaluate.add_argument("--json", metavar="FILE", help="write the result there; - for standard output")
 
+    fleet = commands.add_parser("fleet", help="move many kits' adapters, with shared engines")
+    fleet.add_argument("fleet", metavar="FLEET.yaml")
+    fleet.add_argument("--resume", action="store_true", help="go on with a fleet that is there; begin where there is none")
+    fleet.add_argument("--dry-run", action="store_true", help="say what would be done, and do nothing")
+
+    status = commands.add_parser("status", help="how far a fleet is")
+    status.add_argument("out", metavar="OUT", help="the directory or URI that FLEET.yaml names as out")
+    status.add_argument("--watch", action="store_true", help="show it anew until the fleet ends")
+
     inspect = commands.add_parser("inspect", help="say what a kit, adapter, run or model is, and whether it is sound")
     inspect.add_argument("path", metavar="PATH", nargs="+", help="one path or model reference; two models are checked as a pair")
     inspect.add_argument("--audit", action="store_true", help="membership tests on a kit's discriminator, and on a run's synthetic prompts")
@@ -66,7 +75,7 @@ def parser() -> argparse.ArgumentParser:
     inspect.add_argument("--json", metavar="FILE", help="of --audit: write the result there; - for standard output")
     for command in (prepare, evaluate, inspect):
         command.add_argument("--set", action="append", default=[], metavar="cluster.key=value", help="how engines are loaded, e.g. cluster.vllm.dtype=float32")
-    for command in (prepare, transfer, evaluate, inspect):
+    for command in (prepare, transfer, evaluate, inspect, fleet):
         command.add_argument("--engine", choices=ENGINES, default="auto", help="auto: vllm where it is installed")
     return root
 
@@ -78,7 +87,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it where it is installed, and it asks for a kernel that nothing here needs
     try:
         options = parser().parse_args(arguments)
-        return {"prepare": _prepare, "transfer": _transfer, "evaluate": _evaluate, "inspect": _inspect}[options.command](options)
+        run = {"prepare": _prepare, "transfer": _transfer, "evaluate": _evaluate, "fleet": _fleet, "status": _status, "inspect": _inspect}
+        return run[options.command](options)
     except UsageError as error:
         print(f"translora: {error}", file=sys.stderr)
         return 2
@@ -171,6 +181,28 @@ def _transfer(options: argparse.Namespace) -> int:
     }
     show_facts(f"transfer {options.out}", facts | {"final loss": round(manifest["training"]["loss"], 4), "seconds": manifest["seconds"]})
     return _judged(manifest["gate"], "without real rows")
+
+
+def _fleet(options: argparse.Namespace) -> int:
+    from translora_ray.fleet.manifest import load_fleet
+
+    fleet, wanted = load_fleet(options.fleet)
+    from translora_ray.fleet import driver, forecast, state, status
+    from translora_ray.progress import Display
+
+    with Display() as display:
+        if options.dry_run:
+            return forecast.show_plan(fleet, wanted, options.engine, display)
+        ended = driver.run_fleet(fleet, wanted, options.resume, options.engine, display)
+    print(f"fleet {ended.store.uri}: {status.counts_line(list(ended.records.values()))}")
+    return int(bool({state.FAILED, state.REFUSED} & ended.counts.keys()))
+
+
+def _status(options: argparse.Namespace) -> int:
+    from translora_ray.fleet.status import show_status
+
+    show_status(options.out, options.watch)
+    return 0
 
 
 def _evaluate(options: argparse.Namespace) -> int:

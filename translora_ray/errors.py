@@ -29,5 +29,9 @@ class StreamEnded(RunFailed):
     """Examples that training waits for will not come in this attempt."""
 
 
+class Stopped(RunFailed):
+    """Somebody asked for the end: what was under way is committed, and the same command goes on from there."""
+
+
 class Diverged(RunFailed):
     """A training step's loss or gradient is not a number: it would be so again."""

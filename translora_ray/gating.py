@@ -7,12 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import ray
-
 from translora_ray.engines.base import AdapterRef, Generate, Sampling
 from translora_ray.engines.select import engine_for, open_engine
 from translora_ray.evaluation import gate
 from translora_ray.evaluation.metrics import METRICS
+from translora_ray.placement import Run
 from translora_ray.progress import Display
 from translora_ray.prompts import clean_answer, task_prompt
 from translora_ray.records import Candidate, TaskRow
@@ -27,16 +26,15 @@ def examples(plan: Plan, store: RunStore) -> tuple[list[Candidate], list[Candida
     return choose(plan, [candidate for _, candidates, _ in store.shards() for candidate in candidates])
 
 
-def pass_gate(plan: Plan, store: RunStore, totals: Totals, display: Display) -> dict[str, Any] | None:
-    """The verdict on the adapter in the run, None where the recipe holds nothing out for it."""
+def pass_gate(plan: Plan, store: RunStore, totals: Totals, run: Run, display: Display) -> dict[str, Any] | None:
+    """The verdict on the adapter in the run, None where the recipe holds nothing out for it. Its engine is loaded by `run`."""
     if not plan.held_out:
         return None
     trained, held_out = examples(plan, store)
     phase = display.phase("gate")
     phase.update(0, 1, "loading the adapter")
     rows = [TaskRow(candidate.input, candidate.target or "") for candidate in held_out]
-    needs = {"num_cpus": plan.engine_cpus, "num_gpus": plan.engine_gpus}
-    scores = ray.get(ray.remote(_scores).options(**needs).remote(plan, store, [*rows, *plan.kit.seeds]))
+    scores = run(_scores, plan, store, [*rows, *plan.kit.seeds])
     phase.update(1, 1)
     sides = {"agreement": scores[: len(rows)], "seeds": scores[len(rows) :]}
     measured = {name: sum(side) / len(side) for name, side in sides.items()}
@@ -45,7 +43,7 @@ def pass_gate(plan: Plan, store: RunStore, totals: Totals, display: Display) -> 
 
 
 def _scores(plan: Plan, store: RunStore, rows: Sequence[TaskRow]) -> list[float]:
-    """What the run's adapter makes of rows, by the task's metric. Runs where an engine has room."""
+    """What the run's adapter makes of rows, by the task's metric."""
     task = plan.kit.task
     with tempfile.TemporaryDirectory() as scratch:
         adapter = AdapterRef("transferred", str(store.fetch_folder(ADAPTER, Path(scratch) / ADAPTER)))

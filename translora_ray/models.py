@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from translora_ray.errors import UsageError, first_line
 from translora_ray.references import resolve
@@ -28,6 +30,25 @@ class ModelInfo:
     end_token: str
 
 
+_Found = TypeVar("_Found")
+
+
+def _remembered(read: Callable[[str], _Found]) -> Callable[[str], _Found]:
+    """`read`, once per process and base, and again where a file of the base changed: a fleet asks many times after few bases. What it returns is shared."""
+    known: dict[str, tuple[object, _Found]] = {}
+
+    @functools.wraps(read)
+    def remembering(reference: str) -> _Found:
+        folder = resolve(reference)
+        stamp = sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in Path(folder).iterdir() if file.is_file())
+        if folder not in known or known[folder][0] != stamp:
+            known[folder] = (stamp, read(reference))
+        return known[folder][1]
+
+    return remembering
+
+
+@_remembered
 def load_tokenizer(reference: str) -> Any:
     """The base's tokenizer, with a padding token (the end token where it has none of its own)."""
     from transformers import AutoTokenizer
@@ -110,6 +131,7 @@ def end_tokens(model: Any, tokenizer: Any) -> set[int]:
     return {tokenizer.eos_token_id, *(named if isinstance(named, list) else [named] if named is not None else [])}
 
 
+@_remembered
 def skeleton(reference: str) -> Any:
     """The base without weights (torch's meta device): module names and shapes at no cost."""
     import torch
@@ -179,6 +201,7 @@ def describe(reference: str) -> ModelInfo:
     )
 
 
+@_remembered
 def fingerprint(reference: str) -> str:
     """A short digest of a base's configuration, tokenizer, templates, and samples spread over its weights: tells two fine-tunes of one
     architecture apart without reading gigabytes."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import ray
 from ray.exceptions import RayError
@@ -15,6 +16,19 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 from translora_ray.config import Cluster
 from translora_ray.errors import RunFailed, TransLoraError, UsageError
 from translora_ray.stream.plan import Plan
+
+RESTARTS = 3
+Run = Callable[..., Any]
+"""Calls a function with its arguments in another process that has the resources for it, and waits for what it returns."""
+
+
+@ray.remote(max_restarts=RESTARTS, max_task_retries=RESTARTS)
+class Place:
+    """A process that stays, with its resources, and does what it is given: importing torch and its like costs seconds. What it was doing when it died is
+    begun again."""
+
+    def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        return function(*arguments)
 
 
 @contextlib.contextmanager
@@ -81,6 +95,47 @@ def share(resource: str, local: bool, parts: int) -> float:
 
 def given(wanted: float | None, default: float) -> float:
     return default if wanted is None else wanted
+
+
+def run_once(resources: Resources) -> Run:
+    """Runs each function as a task of its own."""
+    return lambda function, *arguments: ray.get(ray.remote(function).options(num_cpus=resources.cpus, num_gpus=resources.gpus).remote(*arguments))
+
+
+@contextlib.contextmanager
+def place(resources: Resources) -> Iterator[Run]:
+    """Runs functions in one place, which ends with the context."""
+    actor = Place.options(num_cpus=resources.cpus, num_gpus=resources.gpus).remote()  # type: ignore[attr-defined]
+    try:
+        yield lambda function, *arguments: ray.get(actor.call.remote(function, *arguments))
+    finally:
+        ray.kill(actor)
+
+
+def _either(plan: Plan, worker: Resources) -> Resources:
+    return Resources(max(worker.cpus, plan.engine_cpus), max(worker.gpus, plan.engine_gpus))
+
+
+def place_for_both(plan: Plan, worker: Resources) -> Resources | None:
+    """What a place takes that trains as a single worker and holds an engine in turn; None where there are several workers, or no node has room for it."""
+    both = _either(plan, worker)
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return both if plan.cluster.workers == (1, 1) and any(both.places(node) for node in nodes) else None
+
+
+def fit_beside(plan: Plan, worker: Resources, trainings: int) -> bool:
+    """Whether the nodes hold the most engines that the stream may have and the workers of so many trainings, or their gates, at once."""
+    engine = Resources(plan.engine_cpus, plan.engine_gpus)
+    workers = trainings * plan.cluster.workers[0]
+    needs = [engine] * (plan.cluster.engines[1] * len(plan.pools())) + [_either(plan, worker)] * workers
+    rooms = [[node["Resources"].get("CPU", 0.0), node["Resources"].get("GPU", 0.0)] for node in ray.nodes() if node["Alive"]]
+    rooms[0][0] -= 1  # Ray Data must have some CPU to read with
+    for need in sorted(needs, key=lambda each: (each.gpus, each.cpus), reverse=True):
+        room = next((room for room in rooms if room[0] >= need.cpus and room[1] >= need.gpus), None)
+        if room is None:
+            return False
+        room[0], room[1] = room[0] - need.cpus, room[1] - need.gpus
+    return True
 
 
 def check_resources(plan: Plan, worker: Resources) -> None:

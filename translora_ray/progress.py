@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 import time
 from types import TracebackType
@@ -34,7 +35,7 @@ class Phase:
             self._last_line = time.monotonic()
             spent = time.monotonic() - self.began
             left = f", {spent / (done - self._first) * (total - done):.0f} s left" if self._first < done < total else ""
-            self.display.say(f"{self.name}: {done:.0f}/{total:.0f} {detail} ({spent:.0f} s{left})")
+            self.display.line(f"{self.name}: {done:.0f}/{total:.0f} {detail} ({spent:.0f} s{left})")
 
     def step(self, step: Step) -> None:
         """A training step."""
@@ -47,6 +48,7 @@ class Display:
     def __init__(self) -> None:
         self.console = Console(stderr=True)
         self.bars: Progress | None = None
+        self.name = ""
 
     def __enter__(self) -> Display:
         if self.console.is_terminal:
@@ -60,11 +62,20 @@ class Display:
             self.bars.stop()
             self.bars = None
 
+    def named(self, name: str) -> Display:
+        """The same display, for one of several things that go on at once."""
+        other = copy.copy(self)
+        other.name = name
+        return other
+
     def phase(self, name: str) -> Phase:
-        return Phase(self, name)
+        return Phase(self, f"{name}, {self.name}" if self.name else name)
 
     def say(self, text: str) -> None:
         """A line that stays."""
+        self.line(f"{self.name}: {text}" if self.name else text)
+
+    def line(self, text: str) -> None:
         if self.bars is not None:
             self.bars.console.print(text, markup=False, highlight=False)
         else:

@@ -24,7 +24,7 @@ _S = TypeVar("_S", bound=Section)
 
 def load_task(path: str | Path) -> Task:
     """Read TASK.yaml; `train` comes back as an absolute path."""
-    task = _validate(Task, _read_yaml(path), str(path))
+    task = validate(Task, read_yaml(path), str(path))
     if "{input}" not in task.prompt:
         raise UsageError(f"{path}: prompt has no {{input}} in it, so no row could be shown to a model; add it.")
     return task.model_copy(update={"train": str((Path(path).parent / task.train).resolve())})
@@ -32,7 +32,7 @@ def load_task(path: str | Path) -> Task:
 
 def load_config(path: str | Path | None, overrides: list[str]) -> Config:
     """RECIPE.yaml with `--set` overrides (`training.epochs=3`, `cluster.workers=2`). Recipe sections stand at the top level."""
-    tree = _read_yaml(path) if path else {}
+    tree = read_yaml(path) if path else {}
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals:
@@ -48,8 +48,8 @@ def load_config(path: str | Path | None, overrides: list[str]) -> Config:
         except (yaml.YAMLError, ValueError):
             raise UsageError(f"--set {override}: {value} is not a YAML value.") from None
     where = str(path) if path else "--set"
-    cluster = _validate(Cluster, tree.pop("cluster", None) or {}, where, "cluster.")
-    return Config(recipe=_validate(Recipe, tree, where), cluster=cluster)
+    cluster = validate(Cluster, tree.pop("cluster", None) or {}, where, "cluster.")
+    return Config(recipe=validate(Recipe, tree, where), cluster=cluster)
 
 
 def differing_field(stored: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> str | None:
@@ -64,7 +64,8 @@ def differing_field(stored: dict[str, Any], wanted: dict[str, Any], prefix: str 
     return None
 
 
-def _read_yaml(path: str | Path) -> dict[str, Any]:
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """A YAML file's mapping. Raises `UsageError` where there is none."""
     try:
         tree = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader)
     except OSError as error:
@@ -77,7 +78,8 @@ def _read_yaml(path: str | Path) -> dict[str, Any]:
     return tree
 
 
-def _validate(section: type[_S], tree: dict[str, Any], where: str, prefix: str = "") -> _S:
+def validate(section: type[_S], tree: dict[str, Any], where: str, prefix: str = "") -> _S:
+    """`tree` as a section. Raises `UsageError` that names the file or option, `where`, and the key, after `prefix`."""
     try:
         return section.model_validate(tree)
     except ValidationError as error:

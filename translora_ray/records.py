@@ -51,13 +51,15 @@ class Candidate:
 
 @dataclass
 class Pack:
-    """Candidates computed together, with what they cost: tokens and seconds per role. `transfer` is the place of theirs among those of the stream."""
+    """Candidates computed together, with what they cost: tokens and seconds per role. `transfer` is the place of theirs among those of the stream;
+    `failure` says why their transfer can not go on."""
 
     number: int
     candidates: list[Candidate]
     transfer: int = 0
     tokens: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    failure: str | None = None
 
     def spend(self, role: str, tokens: int, seconds: float) -> None:
         self.tokens[role] = self.tokens.get(role, 0) + tokens
@@ -117,7 +119,7 @@ def request_pack(run_seed: int, number: int, size: int, transfer: int = 0) -> Pa
 
 def pack_to_table(pack: Pack) -> pa.Table:
     """One pack as a table of one row: Ray Data must neither split a pack nor wait for a second one."""
-    spent = json.dumps({"tokens": pack.tokens, "seconds": pack.seconds})
+    spent = json.dumps({"tokens": pack.tokens, "seconds": pack.seconds, "failure": pack.failure})
     row = {"number": pack.number, "candidates": [asdict(candidate) for candidate in pack.candidates], "transfer": pack.transfer, "spent": spent}
     return pa.Table.from_pylist([row], schema=PACK)
 

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from translora_ray.engines.select import choose_engine, engine_for
 from translora_ray.errors import RunFailed, UsageError, first_line
 from translora_ray.evaluation import page
 from translora_ray.gating import examples, pass_gate
-from translora_ray.placement import Resources, check_resources, given, ray_failures, ray_session, share
+from translora_ray.placement import Resources, Run, check_resources, given, ray_failures, ray_session, run_once, share
 from translora_ray.progress import Display
 from translora_ray.reading import differing_field
 from translora_ray.storage import ADAPTER, IDENTITY, MANIFEST, REPORT, TRAIN, RunStore
@@ -31,7 +31,8 @@ from translora_ray.stream.pipeline import run_stream
 from translora_ray.stream.plan import Plan
 from translora_ray.stream.requests import Desk
 from translora_ray.token_weights import require_offsets
-from translora_ray.training.trainer import Job, train_target
+from translora_ray.training.alone import fit_alone
+from translora_ray.training.trainer import Job, fit_on_ray_train, train_target
 
 ENOUGH_ANSWERS = 20
 Phases = tuple[Totals, dict[str, Any], float]
@@ -45,36 +46,73 @@ def transfer(kit_path: str, target: str, out: str, config: Config, engine: Engin
     Run again with the same arguments it goes on from what is committed, or returns at once where all is.
     """
     began = time.monotonic()
+    checked = check(kit_path, target, out, config, engine, display)
+    store = checked.store
+    if (manifest := checked.manifest()) is not None:
+        display.say(f"{out} is finished already.")
+        return manifest
+    with ray_session(config.cluster) as local:
+        plan, worker = planned(checked, local)
+        check_resources(plan, worker)
+        with store.lock(), ray_failures():
+            begin(checked)  # another process may have begun here meanwhile
+            totals, training, streamed = (_overlapped if config.recipe.overlap else _in_turn)(plan, store, worker, display)
+            return finish(plan, store, checked.identity, totals, training, {"stream": streamed, "began": began}, display)
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A transfer whose parts are there and fit together."""
+
+    kit: kit.Kit
+    target: str
+    config: Config
+    engine: EngineKind
+    store: RunStore
+    identity: dict[str, Any]
+
+    def manifest(self) -> dict[str, Any] | None:
+        """That of the finished run, None where something is left to do."""
+        if not (self.store.exists(MANIFEST) and self.store.exists(f"{ADAPTER}/{adapters.CONFIG}")):
+            return None
+        self.store.remove(TRAIN)
+        manifest = self.store.read_json(MANIFEST)
+        if not self.store.exists(REPORT):
+            page.write(self.store, manifest, self.kit.seeds)
+        return manifest
+
+
+def check(kit_path: str, target: str, out: str, config: Config, engine: EngineKind, display: Display) -> Checked:
+    """Raise `UsageError` where kit, target, recipe and run directory do not go together. Nothing is written; what is finished is not looked at again."""
     loaded = kit.load(kit_path)
-    store = RunStore(out)
     engine = choose_engine(engine)
     engine_for(engine, [loaded.adapter], display.say)
-    identity = _identity(loaded, target, config)
-    store.check_writable()
-    _check_identity(store, identity)
-    if store.exists(MANIFEST) and store.exists(f"{ADAPTER}/{adapters.CONFIG}"):
-        display.say(f"{out} is finished already.")
-        store.remove(TRAIN)
-        manifest = store.read_json(MANIFEST)
-        if not store.exists(REPORT):
-            page.write(store, manifest, loaded.seeds)
-        return manifest
+    checked = Checked(loaded, target, config, engine, RunStore(out), _identity(loaded, target, config))
+    checked.store.check_writable()
+    _check_identity(checked.store, checked.identity)
+    if checked.manifest() is not None:
+        return checked
     models.require_bits(config.recipe.training.base_bits)
     if config.recipe.training.base_bits and config.cluster.spread_base:
         raise UsageError("A base in few bits can not be spread over workers: leave training.base_bits or cluster.spread_base out.")
     _check_models(loaded, target, config.recipe)
     _target_adapter(loaded, target, config.recipe)
-    with ray_session(config.cluster) as local:
-        plan = _plan(loaded, target, config, engine, local)
-        plan.check()
-        parts = config.cluster.workers[1] + (_engines(plan) if config.recipe.overlap else 0)
-        worker = Resources(config.cluster.worker_cpus or share("CPU", local, parts), given(config.cluster.worker_gpus, share("GPU", local, parts)))
-        check_resources(plan, worker)
-        with store.lock(), ray_failures():
-            _check_identity(store, identity)  # another process may have begun here meanwhile
-            store.write_json(IDENTITY, identity)
-            totals, training, streamed = (_overlapped if config.recipe.overlap else _in_turn)(plan, store, worker, display)
-            return _finish(plan, store, identity, totals, training, {"stream": streamed, "began": began}, display)
+    return checked
+
+
+def planned(checked: Checked, local: bool) -> tuple[Plan, Resources]:
+    """What the stream has to do, and what a training worker takes."""
+    cluster, overlap = checked.config.cluster, checked.config.recipe.overlap
+    plan = _plan(checked.kit, checked.target, checked.config, checked.engine, local)
+    plan.check()
+    parts = cluster.workers[1] + (_engines(plan) if overlap else 0)
+    return plan, Resources(cluster.worker_cpus or share("CPU", local, parts), given(cluster.worker_gpus, share("GPU", local, parts)))
+
+
+def begin(checked: Checked) -> None:
+    """Write down what the run is."""
+    _check_identity(checked.store, checked.identity)
+    checked.store.write_json(IDENTITY, checked.identity)
 
 
 def _identity(loaded: kit.Kit, target: str, config: Config) -> dict[str, Any]:
@@ -151,8 +189,8 @@ def _in_turn(plan: Plan, store: RunStore, worker: Resources, display: Display) -
     began = time.monotonic()
     (totals,) = run_stream([plan], [store], display)
     streamed = time.monotonic() - began
-    _check_answers(plan, store)
-    return totals, _train(plan, store, worker, Desk.remote([], 0), display), streamed  # type: ignore[attr-defined]
+    check_answers(plan, store)
+    return totals, train(plan, store, worker, Desk.remote([], 0), display), streamed  # type: ignore[attr-defined]
 
 
 def _overlapped(plan: Plan, store: RunStore, worker: Resources, display: Display) -> Phases:
@@ -160,19 +198,19 @@ def _overlapped(plan: Plan, store: RunStore, worker: Resources, display: Display
     began = time.monotonic()
     steps = Desk.remote([], 0)  # type: ignore[attr-defined]
     with ThreadPoolExecutor(1) as beside:
-        training = beside.submit(_train, plan, store, worker, steps, display)
+        training = beside.submit(train, plan, store, worker, steps, display)
         try:
             (totals,) = run_stream([plan], [store], display)
             streamed = time.monotonic() - began
-            _check_answers(plan, store)
+            check_answers(plan, store)
         except BaseException as failure:
             ray.get(steps.end.remote(f"The stream ended: {first_line(failure)}"))
             raise
         return totals, training.result(), streamed
 
 
-def _train(plan: Plan, store: RunStore, worker: Resources, steps: Any, display: Display) -> dict[str, Any]:
-    """Train unless it is done; shows steps as they come in from the worker."""
+def train(plan: Plan, store: RunStore, worker: Resources, steps: Any, display: Display, run: Run | None = None) -> dict[str, Any]:
+    """Train unless it is done, on Ray Train, or by a single worker through `run`; shows steps as they come in from the worker."""
     if store.exists(f"{TRAIN}.json") and store.exists(f"{ADAPTER}/{adapters.CONFIG}"):
         return store.read_json(f"{TRAIN}.json")
     adapter = _target_adapter(plan.kit, plan.target, plan.recipe)
@@ -182,13 +220,15 @@ def _train(plan: Plan, store: RunStore, worker: Resources, steps: Any, display: 
     rows = (store, plan.quota) if plan.recipe.overlap else frozenset(candidate.index for candidate in examples(plan, store)[0])
     job = Job(plan.kit.task, plan.target, adapter, plan.recipe.training, plan.recipe.seed, plan.cluster, steps, rows)
     with _watching(steps, display):
-        facts = train_target(job, store, plan.cluster, worker.cpus, worker.gpus)
+        facts = train_target(
+            job, store, lambda trial, name: fit_alone(trial, name, store, run) if run else fit_on_ray_train(trial, name, store, worker.cpus, worker.gpus)
+        )
     facts["adapter"] = adapter.model_dump()
     store.write_json(f"{TRAIN}.json", facts)
     return facts
 
 
-def _check_answers(plan: Plan, store: RunStore) -> None:
+def check_answers(plan: Plan, store: RunStore) -> None:
     """Raise `RunFailed` where all examples have one answer and the seeds have several: nothing else could be learnt from them."""
     given = [candidate.target for _, candidates, _ in store.shards() for candidate in candidates if candidate.accepted]
     if len(given) >= ENOUGH_ANSWERS and len(set(given)) == 1 and len({seed.target for seed in plan.kit.seeds}) > 1:
@@ -218,15 +258,22 @@ def _watching(steps: Any, display: Display) -> Iterator[None]:
         thread.join()
 
 
-def _finish(
-    plan: Plan, store: RunStore, identity: dict[str, Any], totals: Totals, training: dict[str, Any], times: dict[str, float], display: Display
+def finish(
+    plan: Plan,
+    store: RunStore,
+    identity: dict[str, Any],
+    totals: Totals,
+    training: dict[str, Any],
+    times: dict[str, float],
+    display: Display,
+    run: Run | None = None,
 ) -> dict[str, Any]:
-    """Gate, manifest, report. `times`: seconds of the stream, and when this attempt began."""
+    """Gate, whose engine is loaded through `run` or as a task of its own, then manifest. `times`: seconds of the stream, and when this attempt began."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = store.fetch_folder(ADAPTER, Path(scratch) / ADAPTER)
         info = _check_fits(folder, plan.target)
     trained, held_out = examples(plan, store)
-    verdict = pass_gate(plan, store, totals, display)
+    verdict = pass_gate(plan, store, totals, run or run_once(Resources(plan.engine_cpus, plan.engine_gpus)), display)
     manifest = {
         **identity,
         "task": plan.kit.task.model_dump(),

@@ -30,7 +30,7 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     return error
 
 
-@pytest.mark.parametrize("command", [[], ["prepare"], ["transfer"], ["evaluate"], ["inspect"]])
+@pytest.mark.parametrize("command", [[], ["prepare"], ["transfer"], ["evaluate"], ["fleet"], ["status"], ["inspect"]])
 def test_help_is_quick_and_imports_nothing_heavy(command: list[str]) -> None:
     code = "import sys; from translora_ray.cli import main\ntry: main(sys.argv[1:])\nfinally: assert not {'torch', 'ray', 'transformers'} & set(sys.modules)"
     began = time.monotonic()

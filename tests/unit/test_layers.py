@@ -21,17 +21,22 @@ LAYERS = [
     {"kit", "evaluation.markup"},
     {"stream.plan"},
     {"stream.choose", "evaluation.gate"},
+    {"releases"},
+    {"registry"},
     {"stream.requests", "stream.collect", "evaluation.distance", "placement"},
     {"evaluation.arms", "evaluation.audit"},
     {"evaluation.report"},
     {"evaluation.page"},
     {"evaluation.compare"},
     {"stream.pipeline", "training.trainer"},
-    {"gating"},
-    {"workflow", "inspection"},
+    {"gating", "training.alone"},
+    {"workflow", "inspection", "fleet.manifest", "fleet.lease"},
+    {"fleet.groups", "fleet.state"},
+    {"fleet.page", "fleet.status", "fleet.forecast"},
+    {"fleet.driver"},
     {"cli"},
 ]
-RAY = {"stream.pipeline", "stream.requests", "training.trainer", "placement", "gating", "workflow"}
+RAY = {"stream.pipeline", "stream.requests", "training.trainer", "placement", "workflow", "fleet.driver", "fleet.forecast"}
 VLLM = {"engines.vllm", "engines.vllm_worker"}
 
 

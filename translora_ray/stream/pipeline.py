@@ -15,7 +15,7 @@ from ray.data import ActorPoolStrategy, DataContext
 from translora_ray import adapters
 from translora_ray.engines.base import Engine
 from translora_ray.engines.select import open_engine
-from translora_ray.errors import EngineDied
+from translora_ray.errors import EngineDied, RunFailed, Stopped, TransLoraError
 from translora_ray.models import context_of, linear_shapes, load_tokenizer, skeleton
 from translora_ray.progress import Display, Phase
 from translora_ray.prompts import Prompt, answer_ids, prompt_ids
@@ -29,6 +29,8 @@ from translora_ray.stream.requests import Desk, PackSource
 from translora_ray.token_weights import answer_spans
 
 ENGINE_DEATHS = 3
+Ended = Callable[[int, Totals | TransLoraError], None]
+"""Is told of a transfer, by its place in the stream, as it ends: its totals, or why it can not go on."""
 
 
 class Stage(Protocol):
@@ -48,21 +50,27 @@ class StageActor:
         pool, first = self.pool, self.plans[0]
         used = {adapter.path: adapter for plan in self.plans for adapter in plan.adapters(pool)}
         self.engine = open_engine(pool.engine, pool.base, list(used.values()), first.cluster.vllm, first.engine_gpus)
-        self.stages = [[stage for role in pool.roles for stage in STAGES[role](plan, self.engine)] for plan in self.plans]
+        self.stages = [self._stages(plan) for plan in self.plans]
         ray.get(self.desk.loaded.remote(pool.base))
+
+    def _stages(self, plan: Plan) -> list[Stage] | TransLoraError:
+        try:
+            return [stage for role in self.pool.roles for stage in STAGES[role](plan, self.engine)]
+        except EngineDied:
+            raise
+        except TransLoraError as failure:
+            return failure
 
     def __call__(self, table: pa.Table) -> pa.Table:
         while True:
             stages = self.stages
             (pack,) = packs_from_table(table)
             try:
-                for stage in stages[pack.transfer]:
-                    pack = stage.process(pack)
-                return pack_to_table(pack)
+                return pack_to_table(_through(stages[pack.transfer], pack))
             except EngineDied as death:
                 self._replace(stages, death)
 
-    def _replace(self, dead: list[list[Stage]], death: EngineDied) -> None:
+    def _replace(self, dead: list[list[Stage] | TransLoraError], death: EngineDied) -> None:
         """A new engine in place of the one behind the stages `dead`, unless another thread brought one already."""
         with self._replacing:
             if self.stages is not dead:
@@ -72,6 +80,22 @@ class StageActor:
                 raise death
             self.engine.close()
             self._open()
+
+
+def _through(stages: list[Stage] | TransLoraError, pack: Pack) -> Pack:
+    """The pack after the stages; with the reason where one of its transfer's own parts can not work, which must not stop the other transfers."""
+    if pack.failure:
+        return pack
+    try:
+        if isinstance(stages, TransLoraError):
+            raise stages
+        for stage in stages:
+            pack = stage.process(pack)
+    except EngineDied:
+        raise
+    except TransLoraError as failure:
+        pack.failure = str(failure)
+    return pack
 
 
 def _writing(plan: Plan, engine: Engine) -> list[Stage]:
@@ -99,43 +123,78 @@ def _teaching(plan: Plan, engine: Engine) -> list[Stage]:
 STAGES: dict[str, Callable[[Plan, Engine], list[Stage]]] = {synthesize.ROLE: _writing, discriminate.ROLE: _judging, teach.ROLE: _teaching}
 
 
-def run_stream(plans: Sequence[Plan], stores: Sequence[RunStore], display: Display) -> list[Totals]:
+def _raise(_transfer: int, outcome: Totals | TransLoraError) -> None:
+    if isinstance(outcome, TransLoraError):
+        raise outcome
+
+
+def run_stream(
+    plans: Sequence[Plan],
+    stores: Sequence[RunStore],
+    display: Display,
+    ended: Ended = _raise,
+    stop: threading.Event | None = None,
+    shares: Sequence[float] = (),
+) -> list[Totals]:
     """Stream until the quota of every transfer is full and committed; returns their totals. Goes on from the shards that are there.
 
-    The transfers share engines, so their plans must agree in engine, bases and cluster (`Plan.pools`).
+    The transfers share engines, in proportion to `shares`, so their plans must agree in engine, bases and cluster (`Plan.pools`). Where `ended` does not
+    raise, the others go on after a transfer that can not. After `stop` what is under way is still computed and committed, then `Stopped` is raised.
     """
     collectors = [Collector(plan, store) for plan, store in zip(plans, stores, strict=True)]
-    if all(collector.full for collector in collectors):
+    running = {transfer for transfer, collector in enumerate(collectors) if not collector.full}
+    for transfer in {*range(len(plans))} - running:
+        ended(transfer, collectors[transfer].totals)
+    if not running:
         return [collector.totals for collector in collectors]
-    phases = [display.phase("examples" if len(plans) == 1 else f"examples, {plan.kit.task.name}") for plan in plans]
+    phases = [display.phase("examples" if len(plans) == 1 else f"examples, {store.uri.rpartition('/')[2]}") for store in stores]
     for phase, collector in zip(phases, collectors, strict=True):
         phase.update(collector.accepted, collector.plan.wanted, "loading engines")
     cap = sum((plans[0].packs_at_once(pool) + 1) * plans[0].cluster.engines[1] for pool in plans[0].pools())
-    desk = Desk.remote([collector.next for collector in collectors], cap)  # type: ignore[attr-defined]
-    ray.get([desk.full.remote(transfer) for transfer, collector in enumerate(collectors) if collector.full])
+    desk = Desk.remote([collector.next for collector in collectors], cap, shares)  # type: ignore[attr-defined]
+    ray.get(desk.full.remote(*{*range(len(plans))} - running))
     began = time.monotonic()
     tokens = 0
     packs = open_stream(plans, desk)
     try:
         for pack in packs:
             tokens += sum(pack.tokens.values())
-            collector = collectors[pack.transfer]
-            if not collector.full:  # else it was under way when the quota became full
-                collector.take(pack, ray.get(desk.all_loads.remote()))
-                _show(phases[pack.transfer], collector, tokens / (time.monotonic() - began))
-            if all(collector.full for collector in collectors):
+            transfer, collector = pack.transfer, collectors[pack.transfer]
+            if transfer in running:  # else it was under way when the transfer ended
+                outcome = _take(collector, pack, ray.get(desk.all_loads.remote()))
+                _show(phases[transfer], collector, tokens / (time.monotonic() - began))
+                if outcome:
+                    running.remove(transfer)
+                    ray.get(desk.full.remote(transfer))
+                    ended(transfer, outcome)
+            if not running:
                 break  # what is under way is not needed
-            if collector.full:
-                ray.get(desk.full.remote(pack.transfer))
+            if stop and stop.is_set():
+                ray.get(desk.full.remote(*running))
             ray.get(desk.arrived.remote())
+        for transfer in running:  # there are some after a stop alone
+            collectors[transfer].commit(ray.get(desk.all_loads.remote()))
     finally:
         packs.close()
         ray.kill(desk)
+    if running:
+        raise Stopped("Stopped: what was under way is committed, and the same command goes on from there.")
     return [collector.totals for collector in collectors]
 
 
+def _take(collector: Collector, pack: Pack, loads: list[str]) -> Totals | TransLoraError | None:
+    """Give the pack to its collector; how its transfer ended, if it did."""
+    if pack.failure:
+        return RunFailed(pack.failure)
+    try:
+        collector.take(pack, loads)
+    except TransLoraError as failure:
+        return failure
+    return collector.totals if collector.full else None
+
+
 def open_stream(plans: Sequence[Plan], desk: Any) -> Generator[Pack]:
-    """Finished packs in the order of their completion, as many as the desk lets through."""
+    """Finished packs in the order of their completion, as many as the desk lets through. A dataset copies its context when it is made."""
     plan = plans[0]
     if any((other.pools(), other.cluster) != (plan.pools(), plan.cluster) for other in plans):
         raise ValueError("transfers that share a stream must agree in engine, bases and cluster")
@@ -170,12 +229,10 @@ def open_stream(plans: Sequence[Plan], desk: Any) -> Generator[Pack]:
             max_restarts=ENGINE_DEATHS,
             max_task_retries=ENGINE_DEATHS,
         )
-    try:
-        for table in packs.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-            yield from packs_from_table(table)
-    finally:
-        context.target_max_block_size = block_size  # training reads with the usual one
-        context.autoscaling_config.actor_pool_util_upscaling_threshold = crowded
+    context.target_max_block_size = block_size  # training, perhaps beside it, reads with the usual one
+    context.autoscaling_config.actor_pool_util_upscaling_threshold = crowded
+    for table in packs.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+        yield from packs_from_table(table)
 
 
 def _show(phase: Phase, collector: Collector, rate: float) -> None:

@@ -23,9 +23,11 @@ class Desk:
     """Hands out the packs of the transfers that share a stream, in turn, counts model loads, and passes training steps on to whoever shows
     them."""
 
-    def __init__(self, first: Sequence[int], cap: int) -> None:
-        """`first` is the number of each transfer's first pack; at most `cap` packs are on their way at once."""
+    def __init__(self, first: Sequence[int], cap: int, shares: Sequence[float] = ()) -> None:
+        """`first` is the number of each transfer's first pack; at most `cap` packs are on their way at once. Packs are handed out in proportion to `shares`,
+        equally without them."""
         self.next = list(first)
+        self.shares = list(shares) or [1.0] * len(self.next)
         self.wanted = [True] * len(self.next)
         self.leased = [0] * len(self.next)
         self.handed_out: list[tuple[int, int]] = []
@@ -36,13 +38,13 @@ class Desk:
         self.ended: str | None = None
 
     async def lease(self, turn: int) -> tuple[int, int] | None:
-        """The pack of this turn, 0, 1, 2, ..., as (transfer, number): of the transfer that had the fewest so far. Waits until one may go out; None
-        when no transfer wants more."""
+        """The pack of this turn, 0, 1, 2, ..., as (transfer, number): of the transfer that had the fewest for its share so far. Waits until one may go out;
+        None when no transfer wants more."""
         while turn >= len(self.handed_out):
             if not any(self.wanted):
                 return None
             if len(self.handed_out) < self.allowed:
-                transfer = min((i for i, wanted in enumerate(self.wanted) if wanted), key=lambda i: self.leased[i])
+                transfer = min((i for i, wanted in enumerate(self.wanted) if wanted), key=lambda i: self.leased[i] / self.shares[i])
                 self.handed_out.append((transfer, self.next[transfer]))
                 self.next[transfer] += 1
                 self.leased[transfer] += 1
@@ -56,9 +58,10 @@ class Desk:
         self.allowed += 1
         self.changed.set()
 
-    async def full(self, transfer: int) -> None:
-        """A transfer wants no more packs."""
-        self.wanted[transfer] = False
+    async def full(self, *transfers: int) -> None:
+        """These transfers want no more packs."""
+        for transfer in transfers:
+            self.wanted[transfer] = False
         self.changed.set()
 
     async def loaded(self, base: str) -> None:
@@ -67,7 +70,7 @@ class Desk:
     async def all_loads(self) -> list[str]:
         return self.loads
 
-    async def step(self, step: Step) -> None:
+    async def step(self, step: Step | None) -> None:
         self.latest = step
 
     async def end(self, reason: str) -> None:

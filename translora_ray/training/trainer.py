@@ -1,14 +1,16 @@
-"""The target adapter on Ray Train: shards in through Ray Data, checkpoints out. The mathematics is in `loop.py`."""
+"""The target adapter: a worker's life, on Ray Train or alone in a process that stays (`alone.py`). The mathematics is in `loop.py`."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import ray
 import ray.train
@@ -26,6 +28,7 @@ from translora_ray.training import task as task_training
 from translora_ray.training.loop import Loop, add_point
 
 STATE = "state.pt"
+METRICS = "metrics.json"
 MAX_FAILURES = 3
 POLL_SECONDS = 1.0
 FACTS = (
@@ -64,20 +67,46 @@ class Job:
         return self.rows if isinstance(self.rows, tuple) else None
 
 
-def train_target(job: Job, store: RunStore, cluster: Cluster, cpus: float, gpus: float) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Result:
+    """What a run of training came to. `failure` says why it was in vain, if it was; `checkpoint` gives the last one as a directory, in the one it is given."""
+
+    failure: str | None
+    metrics: dict[str, Any]
+    checkpoint: Callable[[str], str | Path]
+
+
+Fit = Callable[[Job, str], Result]
+"""Trains a job under a name, going on from the last checkpoint that is stored under it."""
+
+
+class Post(Protocol):
+    """Where a worker works."""
+
+    rank: int
+    world: int
+    device: str
+
+    def rows(self) -> Iterator[dict[str, Any]]: ...
+
+    def checkpoint(self) -> contextlib.AbstractContextManager[str | Path | None]: ...
+
+    def report(self, metrics: dict[str, Any], folder: Path | None) -> None: ...
+
+
+def train_target(job: Job, store: RunStore, fit: Fit) -> dict[str, Any]:
     """Train on the committed shards, going on from the last checkpoint, and commit `adapter/`; returns facts.
 
     With several learning rates to try, each is a run of its own, and the one with the least held-out loss is committed.
     """
-    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(cluster.start_timeout_s)
-    results = [_fit(replace(job, training=trial), f"target{number}", store, cluster, cpus, gpus) for number, trial in enumerate(job.training.trials)]
-    if not (sound := [result for result in results if not result.return_value]):
-        raise RunFailed(f"{results[0].return_value} The last good checkpoint is in {store.path(TRAIN)}.")
+    results = [fit(replace(job, training=trial), f"target{number}") for number, trial in enumerate(job.training.trials)]
+    if not (sound := [result for result in results if not result.failure]):
+        raise RunFailed(f"{results[0].failure} The last good checkpoint is in {store.path(TRAIN)}.")
     best = min(sound, key=lambda result: min(result.metrics["held_out_losses"], default=0.0))
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(best.checkpoint.to_directory(scratch))
-        (folder / STATE).unlink()
-        store.write_folder(ADAPTER, folder, marker=adapters.CONFIG)
+        adapter = Path(scratch) / ADAPTER
+        shutil.copytree(best.checkpoint(f"{scratch}/checkpoint"), adapter, ignore=shutil.ignore_patterns(STATE, METRICS))
+        store.write_folder(ADAPTER, adapter, marker=adapters.CONFIG)
     facts = {key: best.metrics[key] for key in FACTS}
     if len(results) > 1:
         rates = [trial.learning_rate for trial in job.training.trials]
@@ -85,18 +114,20 @@ def train_target(job: Job, store: RunStore, cluster: Cluster, cpus: float, gpus:
     return facts
 
 
-def _outcome(result: Any) -> dict[str, Any]:
-    return {"failed": result.return_value} if result.return_value else {"held_out_losses": result.metrics["held_out_losses"]}
+def _outcome(result: Result) -> dict[str, Any]:
+    return {"failed": result.failure} if result.failure else {"held_out_losses": result.metrics["held_out_losses"]}
 
 
-def _fit(job: Job, name: str, store: RunStore, cluster: Cluster, cpus: float, gpus: float) -> Any:
-    """One run of Ray Train; returns its result, whose `return_value` says why the run was in vain, if it was."""
+def fit_on_ray_train(job: Job, name: str, store: RunStore, cpus: float, gpus: float) -> Result:
+    """One run of Ray Train, with as many workers as the job's cluster section says, each of so many CPUs and GPUs."""
+    cluster = job.cluster
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(cluster.start_timeout_s)
     columns = ["index", "input", "target", "char_excess"]
     read = {"filesystem": store.fs, "columns": columns, "override_num_blocks": 1, "num_cpus": 0}
     datasets = {} if job.arriving else {"train": ray.data.read_parquet(store.shard_paths(), **read)}
     least, most = cluster.workers
     trainer = TorchTrainer(
-        _worker,
+        _on_ray_train,
         train_loop_config={"job": job},
         scaling_config=ScalingConfig(
             num_workers=least if least == most else (least, most),
@@ -117,17 +148,40 @@ def _fit(job: Job, name: str, store: RunStore, cluster: Cluster, cpus: float, gp
     result = trainer.fit()
     if not result.return_value and (result.checkpoint is None or result.metrics is None):
         raise RunFailed("Training ended without a checkpoint: look at Ray's logs, then run the same command again.")
-    return result
+
+    def last(folder: str) -> Any:
+        return result.checkpoint.to_directory(folder)
+
+    return Result(result.return_value, result.metrics or {}, last)
 
 
-def _rows(wanted: frozenset[int]) -> list[TaskRow]:
-    """The wanted rows of all shards in the order of their index: the same on every worker and after every restart.
+class TrainPost:
+    """A worker of Ray Train."""
 
-    Read through Ray Data once per worker start, not per epoch: rows are short texts, and each pass of a dataset costs seconds.
-    """
-    found: dict[int, TaskRow] = {}
-    for batch in ray.train.get_dataset_shard("train").iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-        found |= {row["index"]: TaskRow(row["input"], row["target"], tuple(row["char_excess"] or ())) for row in batch.to_pylist() if row["index"] in wanted}
+    def __init__(self) -> None:
+        context = ray.train.get_context()
+        self.rank, self.world, self.device = context.get_world_rank(), context.get_world_size(), str(ray.train.torch.get_device())
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """Read through Ray Data once per worker start, not per epoch: rows are short texts, and each pass of a dataset costs seconds."""
+        for batch in ray.train.get_dataset_shard("train").iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+            yield from batch.to_pylist()
+
+    @contextlib.contextmanager
+    def checkpoint(self) -> Iterator[str | Path | None]:
+        if (last := ray.train.get_checkpoint()) is None:
+            yield None
+        else:
+            with last.as_directory() as folder:
+                yield folder
+
+    def report(self, metrics: dict[str, Any], folder: Path | None) -> None:
+        ray.train.report(metrics, checkpoint=Checkpoint.from_directory(folder) if folder else None)
+
+
+def _rows(post: Post, wanted: frozenset[int]) -> list[TaskRow]:
+    """The wanted rows of all shards in the order of their index: the same on every worker and after every restart."""
+    found = {row["index"]: TaskRow(row["input"], row["target"], tuple(row["char_excess"] or ())) for row in post.rows() if row["index"] in wanted}
     return [found[index] for index in sorted(found)]
 
 
@@ -167,18 +221,19 @@ class Arriving(Sequence[task_training.Pair]):
         return True
 
 
-def _worker(config: dict[str, Any]) -> str | None:
+def _on_ray_train(config: dict[str, Any]) -> str | None:
+    return work(config["job"], TrainPost())
+
+
+def work(job: Job, post: Post) -> str | None:
     """One worker's life: load, catch up with the last checkpoint, train what is left. Returns why that would be in vain, if it would."""
-    job: Job = config["job"]
-    context = ray.train.get_context()
-    rank, world = context.get_world_rank(), context.get_world_size()
-    pairs = Arriving(job) if isinstance(job.rows, tuple) else task_training.task_pairs(job.task, _rows(job.rows))
-    device, cluster = str(ray.train.torch.get_device()), job.cluster
-    memory = (cluster.rows_at_once, cluster.recompute, cluster.spread_base)
-    loop = task_training.start(job.target, pairs, job.adapter, job.training, job.seed, rank, world, device, *memory, coming=bool(job.arriving))
+    pairs = Arriving(job) if isinstance(job.rows, tuple) else task_training.task_pairs(job.task, _rows(post, job.rows))
+    memory = (job.cluster.rows_at_once, job.cluster.recompute, job.cluster.spread_base)
+    place = (post.rank, post.world, post.device)
+    loop = task_training.start(job.target, pairs, job.adapter, job.training, job.seed, *place, *memory, coming=bool(job.arriving))
     history: dict[str, Any] = {"losses": [], "epoch_losses": [], "seconds": 0.0, "started_at_steps": [], "loss_curve": []}
-    if checkpoint := ray.train.get_checkpoint():
-        with checkpoint.as_directory() as folder:
+    with post.checkpoint() as folder:
+        if folder:
             adapting.load_weights(loop.model, folder)
             state = torch.load(Path(folder) / STATE, map_location="cpu", weights_only=True)
             loop.load_state_dict(state["loop"])
@@ -186,42 +241,48 @@ def _worker(config: dict[str, Any]) -> str | None:
     history["started_at_steps"].append(loop.step)
     try:
         while not loop.done:
-            _epoch(loop, job, history, rank)
+            _epoch(loop, job, history, post)
     except (Diverged, StreamEnded) as failure:  # on all workers at once, and after every restart: not raised, so that Ray does not try again
         return str(failure)
     loop.use_best()
-    _report(loop, job, history, rank)
+    _report(loop, job, history, post)
     return None
 
 
-def _epoch(loop: Loop, job: Job, history: dict[str, Any], rank: int) -> None:
-    """What is left of an epoch, with a checkpoint whenever one is due."""
+def _epoch(loop: Loop, job: Job, history: dict[str, Any], post: Post) -> None:
+    """What is left of an epoch, with a checkpoint whenever one is due, or the training is to end."""
     reported = began = time.monotonic()
+    asked = job.steps.why_ended.remote()
     for step in loop.run_epoch():
         history["losses"].append(step.loss)
         add_point(history["loss_curve"], history["losses"], step)
-        if rank == 0:
+        reason = None
+        if post.rank == 0:
             job.steps.step.remote(step)
-        if loop.any_worker(rank == 0 and time.monotonic() - reported >= job.cluster.checkpoint_seconds):
+            if ray.wait([asked], timeout=0)[0]:
+                reason, asked = ray.get(asked), job.steps.why_ended.remote()
+        if loop.any_worker(bool(reason) or (post.rank == 0 and time.monotonic() - reported >= job.cluster.checkpoint_seconds)):
             history["seconds"], began = history["seconds"] + time.monotonic() - began, time.monotonic()
-            _report(loop, job, history, rank)
+            _report(loop, job, history, post)
             reported = time.monotonic()
+            if loop.any_worker(bool(reason)):
+                raise StreamEnded(reason or "")
     history["seconds"] += time.monotonic() - began
     history["epoch_losses"].append(sum(history["losses"]) / len(history["losses"]))
     history["losses"] = []
     if not loop.done:
-        _report(loop, job, history, rank)
+        _report(loop, job, history, post)
 
 
-def _report(loop: Loop, job: Job, history: dict[str, Any], rank: int) -> None:
+def _report(loop: Loop, job: Job, history: dict[str, Any], post: Post) -> None:
     """Commit a checkpoint; all workers must come here."""
     metrics = {"loss": history["epoch_losses"][-1] if history["epoch_losses"] else None, "rows": len(loop.rows), "tokens": loop.tokens}
     chosen = {"learning_rate": job.training.learning_rate, "best_epoch": loop.best_epoch, "held_out_losses": loop.held_out_losses}
     metrics |= {"rows_at_once": loop.at_once, **chosen, **history}
-    if rank > 0:
-        ray.train.report(metrics)
+    if post.rank > 0:
+        post.report(metrics, None)
         return
     with tempfile.TemporaryDirectory() as folder:
         adapting.save(loop.model, folder, job.target)
         torch.save({"loop": loop.state_dict(), "history": history}, Path(folder) / STATE)
-        ray.train.report(metrics, checkpoint=Checkpoint.from_directory(folder))
+        post.report(metrics, Path(folder))

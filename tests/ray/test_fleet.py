@@ -1,0 +1,161 @@
+"""Whole fleets on a shared Ray with tiny models: undisturbed, with a kit that is none, killed, stopped, resumed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import ray
+import yaml
+
+from translora_ray.adapters import digest
+from translora_ray.cli import main
+from translora_ray.fleet.lease import holder
+from translora_ray.registry import Registry
+from translora_ray.storage import RunStore
+
+pytestmark = pytest.mark.ray
+RECIPE = {
+    "selection": {"quota": 40, "threshold": -100, "near_duplicate": 1.0, "max_candidates": 200},
+    "synthesis": {"pack_size": 16, "temperature": 1.0, "min_p": 0.0, "max_tokens": 60},
+    "training": {"epochs": 4, "batch_size": 4},
+    "gate": {"held_out": 0.1, "ship": 0, "refuse": 0, "acceptance": 0},
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shared_ray() -> Iterator[None]:
+    """A Ray that this process and the drivers that it starts work on."""
+    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="error")
+    os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
+    yield
+    del os.environ["RAY_ADDRESS"]
+    ray.shutdown()
+
+
+def write_fleet(folder: Path, kit: Path, target: str) -> Path:
+    """Two transfers that differ in their seed, one whose kit is not whole, and one that finds no examples."""
+    broken = Path(shutil.copytree(kit, folder / "broken"))
+    (broken / "adapter" / "adapter_model.safetensors").write_bytes(b"short")
+    kits = [{"kit": str(kit), "name": name, "recipe": {"seed": seed}} for seed, name in enumerate(("one", "two"))]
+    starved = {"kit": str(kit), "name": "starved", "recipe": {"selection": {"threshold": 1000, "max_candidates": 1}}}
+    fleet = {"out": "fleet", "kits": [kits[0], "broken", kits[1], starved], "target": target, "recipe": RECIPE, "registry": "registry"}
+    (folder / "fleet.yaml").write_text(yaml.safe_dump({**fleet, "cluster": {"commit_seconds": 0, "checkpoint_seconds": 0}}))
+    return folder / "fleet.yaml"
+
+
+def fleet_command(path: Path) -> list[str]:
+    return ["fleet", str(path), "--engine", "transformers", "--resume"]
+
+
+def states(folder: Path) -> dict[str, str]:
+    found = folder / "fleet" / "fleet.json"
+    return {row["name"]: row["state"] for row in json.loads(found.read_text())["transfers"]} if found.exists() else {}
+
+
+@pytest.fixture(scope="module")
+def calm(tmp_path_factory: pytest.TempPathFactory, tiny_kit: Path, tiny_gemma: str) -> Path:
+    folder = tmp_path_factory.mktemp("calm-fleet")
+    assert main(fleet_command(write_fleet(folder, tiny_kit, tiny_gemma))) == 1
+    return folder
+
+
+def test_what_fails_fails_alone_and_the_others_share_one_engine(calm: Path) -> None:
+    assert states(calm) == {"one": "shipped", "broken": "failed", "two": "shipped", "starved": "failed"}
+    fleet = json.loads((calm / "fleet" / "fleet.json").read_text())
+    assert "is corrupt" in fleet["transfers"][1]["reason"]
+    assert "Only 0 of 44 examples" in fleet["transfers"][3]["reason"]
+    assert [len(loads) for loads in fleet["engine_loads"].values()] == [1]
+    releases = Registry(str(calm / "registry")).releases()
+    assert {release.id for release in releases} == {"one@1", "two@1"} == {row["release"] for row in fleet["transfers"]} - {None}
+    assert [release.digest for release in releases] == [digest(calm / "fleet" / "runs" / name / "adapter") for name in ("one", "two")]
+    assert (calm / "fleet" / "index.html").exists()
+    assert holder(RunStore(str(calm / "fleet"))) is None
+
+
+def test_a_finished_fleet_is_left_alone_and_its_failures_are_tried_again(calm: Path, tiny_kit: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(calm, tmp_path / "copy"))
+    path = folder / "fleet.yaml"
+    runs = {file: file.stat().st_mtime_ns for file in (folder / "fleet" / "runs").rglob("*")}
+    shutil.rmtree(folder / "broken")
+    shutil.copytree(tiny_kit, folder / "broken")
+    broken = yaml.safe_load(path.read_text())
+    del broken["kits"][3]
+    broken["kits"][1] = {"kit": "broken", "name": "broken", "recipe": {"seed": 2, "selection": {"quota": 8}, "training": {"epochs": 1}}}
+    path.write_text(yaml.safe_dump(broken))
+    assert main(fleet_command(path)) == 0
+    assert states(folder) == {"one": "shipped", "broken": "review", "two": "shipped"}  # eight examples have not all labels
+    assert {file: file.stat().st_mtime_ns for file in runs} == runs
+    assert {release.id for release in Registry(str(folder / "registry")).releases()} == {"one@1", "two@1"}
+
+
+def test_the_plan_is_said_and_nothing_is_made(tiny_kit: Path, tiny_gemma: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_fleet(tmp_path, tiny_kit, tiny_gemma)
+    there = sorted(tmp_path.rglob("*"))
+    assert main([*fleet_command(path), "--dry-run"]) == 1  # one of the kits is not whole
+    told = capsys.readouterr().out
+    assert "1 to 1 engines of 1 CPU and 0 GPU: transformers with" in told and "(generator, discriminator, teacher)" in told
+    assert "trainings beside the stream, 1 at once, each 1 workers of 1 CPU and 0 GPU" in told
+    assert "The cluster has 4 CPU and 0 GPU." in told and "is corrupt" in told
+    seeds = [json.loads(line) for line in (tiny_kit / "seeds.jsonl").read_text().splitlines()]
+    trained = sum(len(f"Q: {seed['input']}\nA:") + len(f" {seed['target']}") + 1 for seed in seeds)  # a token for each character, one for the end
+    assert f"{40 * 4 * trained // len(seeds):,}" in told
+    assert sorted(tmp_path.rglob("*")) == there
+
+
+class Drive:
+    """A driver in a process of its own."""
+
+    def __init__(self, path: Path) -> None:
+        self.log = path.with_suffix(".log")
+        with self.log.open("w") as output:
+            command = [sys.executable, "-m", "translora_ray.cli", *fleet_command(path)]
+            self.process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
+
+    def until(self, ready: Callable[[], bool]) -> Drive:
+        deadline = time.monotonic() + 180
+        while not ready():
+            assert self.process.poll() is None, self.log.read_text()
+            assert time.monotonic() < deadline, self.log.read_text()
+            time.sleep(0.02)
+        return self
+
+    def end(self, number: signal.Signals) -> int:
+        os.kill(self.process.pid, number)
+        return self.process.wait(120)
+
+
+def test_killed_three_times_and_stopped_once_it_comes_to_the_same(
+    calm: Path, tiny_kit: Path, tiny_gemma: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_fleet(tmp_path, tiny_kit, tiny_gemma)
+    runs, registry = tmp_path / "fleet" / "runs", tmp_path / "registry"
+
+    def shards(name: str) -> int:
+        return len(list(runs.glob(f"{name}/shards/*.parquet")))
+
+    Drive(path).until(lambda: shards("one") >= 1).end(signal.SIGKILL)
+    assert states(tmp_path)["one"] == "streaming"
+    had = shards("one")
+    second = Drive(path).until(lambda: shards("one") > had)
+    assert main(fleet_command(path)) == 2
+    assert "is being written by another process: wait for it, or stop it" in capsys.readouterr().err
+    assert second.end(signal.SIGTERM) == 1
+    assert "what was under way is committed" in second.log.read_text()
+    assert [states(tmp_path)[name] for name in ("one", "broken", "two")] == ["waiting", "failed", "waiting"]
+    assert holder(RunStore(str(tmp_path / "fleet"))) is None
+    Drive(path).until(lambda: states(tmp_path)["one"] == "training" and any(runs.glob("*/train/**/state.pt"))).end(signal.SIGKILL)
+    assert not registry.exists()
+    Drive(path).until(lambda: any(registry.glob("releases/*/release.json"))).end(signal.SIGKILL)
+    assert main(fleet_command(path)) == 1
+    assert states(tmp_path) == states(calm)
+    releases = [Registry(str(folder / "registry")).releases() for folder in (tmp_path, calm)]
+    assert [(release.id, release.digest) for release in releases[0]] == [(release.id, release.digest) for release in releases[1]]

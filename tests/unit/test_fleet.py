@@ -1,0 +1,187 @@
+"""A fleet without Ray: its file, its lease, its state, and what is shown of it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from translora_ray.cli import main
+from translora_ray.errors import UsageError
+from translora_ray.fleet import lease as leases
+from translora_ray.fleet import state as states
+from translora_ray.fleet.lease import holder, lease
+from translora_ray.fleet.manifest import load_fleet
+from translora_ray.fleet.page import write_page
+from translora_ray.storage import RunStore
+
+ROOT = Path(__file__).parents[2]
+
+
+def write(folder: Path, **keys: object) -> str:
+    path = folder / "fleet.yaml"
+    path.write_text(yaml.safe_dump({"out": "fleet", "kits": ["one"], "target": "base", **keys}))
+    return str(path)
+
+
+def test_a_fleet_comes_to_transfers_with_their_own_recipes(tmp_path: Path) -> None:
+    for name in ("b-kit", "a-kit"):
+        (tmp_path / "kits" / name).mkdir(parents=True)
+    own = {"kit": "kits/a-kit", "name": "special", "target": ["base", "org/other"], "priority": 2, "recipe": {"selection": {"quota": 7}}}
+    recipe = {"seed": 3, "selection": {"quota": 5, "votes": 3}}
+    fleet, wanted = load_fleet(write(tmp_path, kits=["kits/*", own], recipe=recipe, registry="s3://bucket/registry/", trainings=2))
+    assert [each.name for each in wanted] == ["a-kit", "b-kit", "special-base", "special-other"]
+    assert [each.config.recipe.selection.quota for each in wanted] == [5, 5, 7, 7]
+    assert all(each.config.recipe.selection.votes == 3 and each.config.recipe.seed == 3 for each in wanted)
+    assert wanted[0].kit == str(tmp_path / "kits" / "a-kit")
+    assert wanted[0].out == f"{tmp_path}/fleet/runs/a-kit"
+    assert [(each.target, each.priority, each.release) for each in wanted[1:3]] == [("base", 1.0, None), ("base", 2.0, "special")]
+    assert (fleet.out, fleet.registry, fleet.trainings) == (str(tmp_path / "fleet"), "s3://bucket/registry", 2)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"kit": ["one"]}, "unknown key kit;"),
+        ({"kits": []}, "kits: List should have at least 1 item"),
+        ({"kits": [{"kit": "one", "prio": 1}]}, "unknown key kits.0.prio"),
+        ({"kits": [{"name": "x"}]}, "the key kits.0.kit is missing"),
+        ({"kits": [{"kit": "one", "priority": 0}]}, "kits.0.priority: Input should be greater than 0"),
+        ({"kits": [{"kit": "one", "recipe": {"training": {"epoch": 1}}}]}, "unknown key kits.0.recipe.training.epoch"),
+        ({"recipe": {"training": {"epoch": 1}}}, "unknown key recipe.training.epoch"),
+        ({"cluster": {"gpus": 1}}, "unknown key cluster.gpus"),
+        ({"kits": ["one", "other/one"]}, "2 transfers would be called 'one'"),
+        ({"kits": ["none/*"]}, "kits.0.kit: nothing is at"),
+        ({"target": []}, "kits.0 has no target"),
+        ({"trainings": 0}, "trainings: Input should be greater than or equal to 1"),
+    ],
+)
+def test_bad_fleets_name_the_key(tmp_path: Path, capsys: pytest.CaptureFixture[str], keys: dict[str, object], message: str) -> None:
+    assert main(["fleet", write(tmp_path, **keys)]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["fleet.yaml"]
+
+
+def test_in_a_job_paths_must_hold_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    with pytest.raises(UsageError, match="out fleet would lie in the job's temporary"):
+        load_fleet(write(tmp_path))
+    with pytest.raises(UsageError, match=r"kits\.0\.kit one would lie"):
+        load_fleet(write(tmp_path, out="/fleet"))
+    assert load_fleet(write(tmp_path, out="~/fleet", kits=["~/one"]))[0].out == str(Path.home() / "fleet")
+
+
+def test_the_example_parses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    (tmp_path / "translora" / "kits" / "support_routing").mkdir(parents=True)
+    fleet, wanted = load_fleet(str(ROOT / "jobs" / "fleet.example.yaml"))
+    assert [each.name for each in wanted] == ["support_routing"]
+    assert fleet.out == f"{tmp_path}/translora/fleet"
+
+
+def test_one_driver_holds_a_fleet_and_a_dead_one_holds_nothing(tmp_path: Path) -> None:
+    store = RunStore(str(tmp_path / "fleet"))
+    with lease(store, lambda: None):
+        assert holder(store) is not None
+        with pytest.raises(UsageError, match="being written by another process"), lease(RunStore(store.uri), lambda: None):
+            pass
+    assert holder(store) is None
+    killed = (
+        "import os, sys; from translora_ray.fleet.lease import lease; from translora_ray.storage import RunStore\n"
+        "with lease(RunStore(sys.argv[1]), lambda: None): os.kill(os.getpid(), 9)"
+    )
+    assert subprocess.run([sys.executable, "-c", killed, store.uri], check=False).returncode == -9
+    assert holder(store) is not None  # as far as other machines can see
+    with lease(store, lambda: None):
+        pass
+
+
+def test_a_lease_of_another_machine_counts_until_it_expires(tmp_path: Path) -> None:
+    store = RunStore(str(tmp_path / "fleet"))
+    there = {"owner": "x", "host": "far", "machine": "far", "pid": 7}
+    store.write_json(leases.FILE, {**there, "expires": time.time() + 30})
+    with pytest.raises(UsageError, match=r"is driven by process 7 on far: wait for it, or stop it; it is given up (29|30) s after"), lease(store, lambda: None):
+        pass
+    store.write_json(leases.FILE, {**there, "expires": time.time() - 1})
+    with lease(store, lambda: None):
+        assert store.read_json(leases.FILE)["owner"] != "x"
+
+
+def test_a_lease_is_renewed_and_its_loss_is_told(tmp_path: Path) -> None:
+    store = RunStore(str(tmp_path / "fleet"))
+    lost = threading.Event()
+    with lease(store, lost.set, seconds=0.4):
+        first = store.read_json(leases.FILE)["expires"]
+        time.sleep(0.5)
+        assert holder(store) is not None and store.read_json(leases.FILE)["expires"] > first
+        assert not lost.is_set()
+        store.write_json(leases.FILE, {"owner": "another", "expires": time.time() + 30})
+        assert lost.wait(2)
+    assert store.read_json(leases.FILE)["owner"] == "another"
+
+
+def test_state_page_and_status_tell_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("one", "two", "three"):
+        (tmp_path / name).mkdir()
+    fleet, wanted = load_fleet(write(tmp_path, kits=["one", "two", "three"]))
+    store = RunStore(fleet.out)
+    state = states.State(store, wanted, write_page)
+    state.change("one", states.SHIPPED, release="task@1", seconds=12.0)
+    state.change("two", states.FAILED, "<no kit>")
+    state.loaded("1", ["base"])
+    assert state.counts == {"waiting": 1, "shipped": 1, "failed": 1}
+    assert [record.state for record in states.read(store)] == ["shipped", "failed", "waiting"]
+    assert states.State(store, wanted).loads == {"1": ["base"]}
+    store.write("runs/one/report.html", b"")
+    state.change("three", states.TRAINING)
+    page = (tmp_path / "fleet" / "index.html").read_text()
+    assert '<a href="runs/one/report.html">one</a>' in page and "&lt;no kit&gt;" in page and "runs/two/report.html" not in page
+    assert main(["status", fleet.out]) == 0
+    shown = capsys.readouterr().out
+    assert "task@1" in shown and "<no kit>" in shown
+    assert "1 shipped, 0 review, 0 refused, 1 failed, 1 not finished; no driver" in shown
+    assert main(["status", fleet.out, "--watch"]) == 0  # ends: nobody drives it
+    assert main(["status", str(tmp_path)]) == 2
+
+
+def test_fleets_that_can_not_begin_leave_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "fleet").mkdir()
+    (tmp_path / "fleet" / "mine").write_text("")
+    assert main(["fleet", write(tmp_path)]) == 2
+    assert "is not empty and not a fleet" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "fleet").iterdir()] == ["mine"]
+
+
+def test_a_fleet_of_bad_kits_fails_each_with_its_reason(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "one").mkdir()
+    path = write(tmp_path, kits=["one", "absent"])
+    assert main(["fleet", path, "--engine", "transformers"]) == 1
+    assert "0 shipped, 0 review, 0 refused, 2 failed" in capsys.readouterr().out
+    transfers = json.loads((tmp_path / "fleet" / "fleet.json").read_text())["transfers"]
+    assert [row["state"] for row in transfers] == ["failed", "failed"]
+    assert all("is not a transfer kit" in row["reason"] for row in transfers)
+    assert main(["fleet", path]) == 2
+    assert "holds a fleet already: give --resume" in capsys.readouterr().err
+    assert main(["fleet", path, "--resume"]) == 1
+
+
+def test_a_part_that_can_not_work_ends_its_own_transfer_alone() -> None:
+    from translora_ray.records import Pack, pack_to_table, packs_from_table, request_pack
+    from translora_ray.stream.pipeline import _through
+
+    class Failing:
+        def process(self, pack: Pack) -> Pack:
+            raise UsageError("The adapter is not live.")
+
+    (pack,) = packs_from_table(pack_to_table(_through([Failing()], request_pack(0, 0, 2))))
+    assert pack.failure == "The adapter is not live."
+    assert _through([Failing()], pack) is pack  # what follows leaves it alone
+    assert _through(UsageError("No tokenizer."), request_pack(0, 1, 2)).failure == "No tokenizer."

@@ -1,0 +1,78 @@
+"""A fleet on an object store, which knows no locks: a real server on loopback."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from translora_ray.cli import main
+from translora_ray.errors import UsageError
+from translora_ray.fleet import lease as leases
+from translora_ray.fleet.lease import holder, lease
+from translora_ray.storage import RunStore
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[str]:
+    """The URI of an empty bucket."""
+    from moto.server import ThreadedMotoServer
+    from pyarrow.fs import FileSystem
+
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            environment.setenv(name, "testing")
+        environment.setenv("AWS_REGION", "us-east-1")
+        environment.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        bucket, path = FileSystem.from_uri("s3://fleets?allow_bucket_creation=true")
+        bucket.create_dir(path)
+        yield "s3://fleets"
+        server.stop()
+
+
+def test_a_lease_is_refused_while_it_lasts_even_on_the_same_machine(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leases, "SETTLE", 0.1)
+    store = RunStore(f"{s3}/leased")
+    with lease(store, lambda: None):
+        with pytest.raises(UsageError, match=r"is driven by process \d+ on .* is given up \d+ s after"), lease(RunStore(store.uri), lambda: None):
+            pass
+        assert holder(store) is not None
+    assert holder(store) is None
+    store.write_json(leases.FILE, {"owner": "x", "host": "far", "machine": "far", "pid": 7, "expires": time.time() - 1})
+    with lease(store, lambda: None):
+        pass
+
+
+def test_of_two_that_begin_at_once_the_later_writer_has_it(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = RunStore(f"{s3}/contested")
+
+    def other_writes(_seconds: float) -> None:
+        store.write_json(leases.FILE, {"owner": "x", "host": "far", "machine": "far", "pid": 7, "expires": time.time() + 30})
+
+    monkeypatch.setattr(leases.time, "sleep", other_writes)
+    with pytest.raises(UsageError, match="was taken by another driver at the same moment"), lease(store, lambda: None):
+        pass
+    assert store.read_json(leases.FILE)["owner"] == "x"
+
+
+def test_a_fleet_keeps_its_state_and_page_there(s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(leases, "SETTLE", 0.1)
+    path, out = tmp_path / "fleet.yaml", f"{s3}/fleet"
+    path.write_text(yaml.safe_dump({"out": out, "kits": ["absent"], "target": "base"}))
+    assert main(["fleet", str(path), "--engine", "transformers"]) == 1
+    store = RunStore(out)
+    assert store.names("") == ["fleet.json", "index.html"]
+    assert json.loads(store.read("fleet.json"))["counts"] == {"failed": 1}
+    capsys.readouterr()
+    assert main(["fleet", str(path)]) == 2
+    assert f"{out} holds a fleet already: give --resume" in capsys.readouterr().err
+    assert main(["status", out]) == 0
+    assert "0 shipped, 0 review, 0 refused, 1 failed; no driver" in capsys.readouterr().out

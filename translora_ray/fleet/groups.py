@@ -1,0 +1,64 @@
+"""From the transfers that are wanted to groups that share a stream and its engines. What is wrong with one of them stays its own."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from translora_ray.config import EngineKind
+from translora_ray.errors import TransLoraError
+from translora_ray.fleet.manifest import Wanted
+from translora_ray.placement import Resources, check_resources
+from translora_ray.progress import Display
+from translora_ray.stream.plan import Plan
+from translora_ray.workflow import Checked, check, planned
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """A transfer that can begin."""
+
+    wanted: Wanted
+    checked: Checked
+    plan: Plan
+    worker: Resources
+
+    @property
+    def name(self) -> str:
+        return self.wanted.name
+
+
+Failures = dict[str, str]
+"""Reasons of transfers that can not begin, by name."""
+
+
+def check_all(wanted: Sequence[Wanted], engine: EngineKind, display: Display) -> tuple[list[tuple[Wanted, Checked]], Failures]:
+    """The transfers whose kit, base and recipe go together, and why the others do not."""
+    sound, failures = [], {}
+    phase = display.phase("checks")
+    for number, each in enumerate(wanted, 1):
+        try:
+            sound.append((each, check(each.kit, each.target, each.out, each.config, engine, display)))
+        except TransLoraError as failure:
+            failures[each.name] = str(failure)
+        phase.update(number, len(wanted))
+    return sound, failures
+
+
+def grouped(sound: Sequence[tuple[Wanted, Checked]], local: bool) -> tuple[list[list[Transfer]], Failures]:
+    """The transfers in groups of like engines, the most urgent first. Raises `UsageError` where the cluster is too small for a group."""
+    groups: dict[object, list[Transfer]] = defaultdict(list)
+    failures = {}
+    for wanted, checked in sound:
+        try:
+            transfer = Transfer(wanted, checked, *planned(checked, local))
+        except TransLoraError as failure:
+            failures[wanted.name] = str(failure)
+        else:
+            plan = transfer.plan
+            groups[tuple(plan.pools()), plan.engine_cpus, plan.engine_gpus].append(transfer)
+    found = sorted(groups.values(), key=lambda group: -max(transfer.wanted.priority for transfer in group))
+    for group in found:
+        check_resources(group[0].plan, group[0].worker)
+    return found, failures

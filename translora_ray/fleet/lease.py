@@ -1,0 +1,90 @@
+"""One driver at a time writes a fleet: a lease with an expiry, renewed while its driver lives.
+
+On local disk a lock, which ends with its process, says at once whether a driver on this machine lives. Between machines, and on object stores,
+which know no locks, `lease.json` says it: a driver that does not renew it in time has lost the fleet, and stops when it finds out. Where two
+drivers begin in the same moments on an object store, the later writer has it. The machines' clocks may differ by much less than `SECONDS`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from translora_ray.errors import UsageError
+from translora_ray.storage import RunStore
+
+FILE = "lease.json"
+SECONDS = 60.0
+SETTLE = 2.0
+"""Seconds after which a lease on an object store is read again: who wrote last has it."""
+
+
+def holder(store: RunStore) -> dict[str, Any] | None:
+    """The lease on a fleet that has not expired, None where there is none."""
+    if not store.exists(FILE):
+        return None
+    lease = store.read_json(FILE)
+    return lease if lease["expires"] > time.time() else None
+
+
+@contextlib.contextmanager
+def lease(store: RunStore, lost: Callable[[], None], seconds: float = SECONDS) -> Iterator[None]:
+    """Hold the fleet. Raises `UsageError` where another driver does; calls `lost` in a thread where another one took over."""
+    mine = {"owner": uuid.uuid4().hex, "host": socket.gethostname(), "machine": _machine(), "pid": os.getpid()}
+    with store.lock():
+        other = holder(store)
+        if other and not (store.local and other["machine"] == mine["machine"]):  # on this machine the lock shows that its process is gone
+            left = other["expires"] - time.time()
+            raise UsageError(
+                f"{store.uri} is driven by process {other['pid']} on {other['host']}: wait for it, or stop it; it is given up {left:.0f} s after its last sign."
+            )
+        _renew(store, mine, seconds)
+        if not store.local:
+            time.sleep(SETTLE)
+            if not _holds(store, mine):
+                raise UsageError(f"{store.uri} was taken by another driver at the same moment: wait for it, or stop it.")
+        done = threading.Event()
+        thread = threading.Thread(target=_keep, args=(store, mine, seconds, done, lost), daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+            if _holds(store, mine):
+                store.fs.delete_file(store.path(FILE))
+
+
+def _keep(store: RunStore, mine: dict[str, Any], seconds: float, done: threading.Event, lost: Callable[[], None]) -> None:
+    """Renew the lease until `done`. A storage that does not answer now may do so in time."""
+    expires = time.monotonic() + seconds
+    while not done.wait(seconds / 4):
+        with contextlib.suppress(OSError):
+            if not _holds(store, mine):
+                break
+            _renew(store, mine, seconds)
+            expires = time.monotonic() + seconds
+        if time.monotonic() >= expires:
+            break
+    if not done.is_set():
+        lost()
+
+
+def _holds(store: RunStore, mine: dict[str, Any]) -> bool:
+    return store.exists(FILE) and store.read_json(FILE)["owner"] == mine["owner"]
+
+
+def _renew(store: RunStore, mine: dict[str, Any], seconds: float) -> None:
+    store.write_json(FILE, {**mine, "expires": time.time() + seconds})
+
+
+def _machine() -> str:
+    """This machine since it was started; containers have a name of their own."""
+    return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()}/{socket.gethostname()}"

@@ -1,0 +1,149 @@
+"""FLEET.yaml: many transfers in one file. What may stand in it, and the transfers that it comes to. Nothing heavy is imported here."""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, field_validator
+
+from translora_ray.config import Cluster, Config, Recipe, Section
+from translora_ray.errors import UsageError
+from translora_ray.reading import read_yaml, validate
+
+NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
+
+
+class Item(Section):
+    """A kit, or the kits that a pattern leads to, and what is different for them from the rest of the fleet."""
+
+    kit: str
+    """A transfer kit or a finished run, or a pattern (`kits/*`)."""
+    name: str | None = Field(None, pattern=f"^{NAME}$")
+    """Of the transfer's directory, and of its releases in the registry. None: the directory has the kit's name, releases the task's."""
+    target: list[str] = Field(default_factory=list)
+    """Target bases in place of the fleet's."""
+    recipe: dict[str, Any] = Field(default_factory=dict)
+    """Keys of a recipe that replace the fleet's."""
+    priority: float = Field(1.0, gt=0)
+    """Share of the engines, against the other transfers that use them: with 2 it gets twice as many packs."""
+    evaluate: str | None = None
+    """JSONL of real rows on which the finished adapter is compared, as `translora evaluate` does; the machines that compute must see it."""
+
+    @field_validator("target", mode="before")
+    @classmethod
+    def _one_target(cls, target: Any) -> Any:
+        return [target] if isinstance(target, str) else target
+
+
+class Fleet(Section):
+    """FLEET.yaml."""
+
+    out: str
+    """Directory or URI (s3://, gs://) of the fleet: runs/NAME is each transfer's run directory."""
+    kits: list[Item] = Field(min_length=1)
+    """Each a path, a pattern, or an item with keys of its own."""
+    target: list[str] = Field(default_factory=list)
+    """One target base or several: each kit moves to each of them."""
+    recipe: dict[str, Any] = Field(default_factory=dict)
+    """As in a recipe file, for all transfers."""
+    cluster: Cluster = Cluster()
+    registry: str | None = None
+    """Directory or URI of a registry: adapters whose verdict is ship are published there."""
+    trainings: int = Field(1, ge=1)
+    """Most transfers that are trained, and pass the gate, at the same time."""
+
+    @field_validator("kits", mode="before")
+    @classmethod
+    def _paths(cls, kits: Any) -> Any:
+        return [{"kit": kit} if isinstance(kit, str) else kit for kit in kits] if isinstance(kits, list) else kits
+
+    @field_validator("target", mode="before")
+    @classmethod
+    def _one_target(cls, target: Any) -> Any:
+        return [target] if isinstance(target, str) else target
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """One transfer of a fleet. `name` is its place in the fleet, `release` what its releases are to be called, None as their task."""
+
+    name: str
+    kit: str
+    target: str
+    out: str
+    config: Config
+    priority: float
+    data: str | None
+    release: str | None
+
+
+def load_fleet(path: str) -> tuple[Fleet, list[Wanted]]:
+    """FLEET.yaml and its transfers in their order. Paths in it are relative to the file; `~` is the home directory."""
+    fleet = validate(Fleet, read_yaml(path), path)
+    folder = Path(path).resolve().parent
+    common = validate(Recipe, fleet.recipe, path, "recipe.")
+    out = _located(fleet.out, folder, f"{path}: out")
+    wanted = []
+    for number, item in enumerate(fleet.kits):
+        where = f"kits.{number}"
+        recipe = validate(Recipe, _merged(fleet.recipe, item.recipe), path, f"{where}.recipe.") if item.recipe else common
+        data = _located(item.evaluate, folder, f"{path}: {where}.evaluate") if item.evaluate else None
+        targets = item.target or fleet.target
+        if not targets:
+            raise UsageError(f"{path}: {where} has no target; add it there, or for the whole fleet.")
+        kits = _kits(item.kit, folder, f"{path}: {where}.kit")
+        for kit in kits:
+            stem = item.name or re.sub(r"[^A-Za-z0-9._-]+", "-", Path(kit).name).lstrip("._-")
+            if item.name and len(kits) > 1:
+                raise UsageError(f"{path}: {where} names {len(kits)} kits {item.name}; leave the name out, or name each kit.")
+            for target in targets:
+                name = stem if len(targets) == 1 else f"{stem}-{_short(target)}"
+                config = Config(recipe=recipe, cluster=fleet.cluster)
+                wanted.append(Wanted(name, kit, _reference(target, folder), f"{out}/runs/{name}", config, item.priority, data, item.name))
+    names = Counter(each.name for each in wanted)
+    if twice := next((name for name, count in names.items() if count > 1 or not re.fullmatch(NAME, name)), None):
+        raise UsageError(f"{path}: {names[twice]} transfers would be called {twice!r}; give their kits different names (the key name).")
+    registry = _located(fleet.registry, folder, f"{path}: registry") if fleet.registry else None
+    return fleet.model_copy(update={"out": out, "registry": registry}), wanted
+
+
+def _kits(pattern: str, folder: Path, where: str) -> list[str]:
+    place = _located(pattern, folder, where)
+    if not glob.has_magic(place):
+        return [place]
+    if not (found := sorted(glob.glob(place))):
+        raise UsageError(f"{where}: nothing is at {place}; correct it, or make a kit there with `translora prepare`.")
+    return found
+
+
+def _located(text: str, folder: Path, where: str) -> str:
+    """A path or URI that holds everywhere, as far as the cluster's machines see it."""
+    if "://" in text:
+        return text.rstrip("/")
+    path = Path(text).expanduser()
+    if not path.is_absolute() and "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
+        raise UsageError(f"{where} {text} would lie in the job's temporary working directory: give an absolute path, one from ~, or a URI.")
+    return os.path.normpath(folder / path)
+
+
+def _reference(target: str, folder: Path) -> str:
+    path = folder / Path(target).expanduser()
+    return os.path.normpath(path) if path.exists() else target
+
+
+def _short(reference: str) -> str:
+    """What a model reference ends with, as a part of a name."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", re.split(r"[/:]", reference.rstrip("/"))[-1])
+
+
+def _merged(common: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(common)
+    for key, value in own.items():
+        merged[key] = _merged(common[key], value) if isinstance(value, dict) and isinstance(common.get(key), dict) else value
+    return merged

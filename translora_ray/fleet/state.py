@@ -1,0 +1,78 @@
+"""What is known of a fleet's transfers: `fleet.json`, written anew with each change. It shows; what decides is in the run directories."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from translora_ray.fleet.manifest import Wanted
+from translora_ray.storage import RunStore
+
+FILE = "fleet.json"
+WAITING, STREAMING, TRAINING, GATE = "waiting", "streaming", "training", "gate"
+SHIPPED, REVIEW, REFUSED, FAILED = "shipped", "review", "refused", "failed"
+ENDS = (SHIPPED, REVIEW, REFUSED, FAILED)
+STATES = (WAITING, STREAMING, TRAINING, GATE, *ENDS)
+BY_VERDICT = {"ship": SHIPPED, "review": REVIEW, "refuse": REFUSED}
+
+
+@dataclass
+class Record:
+    """A transfer. `release` is its id in the registry, `seconds` what engines and training took for it, `reason` why it is where it is."""
+
+    name: str
+    kit: str
+    target: str
+    state: str = WAITING
+    reason: str = ""
+    release: str | None = None
+    seconds: float | None = None
+    changed: float = 0.0
+    """When, in seconds since 1970."""
+
+
+class State:
+    """The records in the order of FLEET.yaml; may be changed from several threads. `show` is called with each change that is written."""
+
+    def __init__(self, store: RunStore, wanted: Sequence[Wanted], show: Callable[[State], None] = lambda state: None) -> None:
+        self.store, self.show = store, show
+        self.records = {each.name: Record(each.name, each.kit, each.target) for each in wanted}
+        self.loads: dict[str, list[str]] = {}
+        """Bases that each finished stream loaded into engines, by when it ended; of all attempts."""
+        self._lock = threading.Lock()
+        if store.exists(FILE):
+            self.loads = store.read_json(FILE)["engine_loads"]
+
+    def change(self, name: str, state: str, reason: str = "", **facts: Any) -> None:
+        with self._lock:
+            record = self.records[name]
+            record.state, record.reason, record.changed = state, reason, time.time()
+            for key, value in facts.items():
+                setattr(record, key, value)
+            self._write()
+
+    def loaded(self, stream: str, loads: list[str]) -> None:
+        with self._lock:
+            self.loads[stream] = loads
+            self._write()
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Transfers in each state, those without any left out."""
+        found = Counter(record.state for record in self.records.values())
+        return {state: found[state] for state in STATES if found[state]}
+
+    def _write(self) -> None:
+        transfers = [asdict(record) for record in self.records.values()]
+        self.store.write_json(FILE, {"transfers": transfers, "counts": self.counts, "engine_loads": self.loads})
+        self.show(self)
+
+
+def read(store: RunStore) -> list[Record]:
+    """The records as they were last written."""
+    known = {each.name for each in fields(Record)}
+    return [Record(**{key: value for key, value in row.items() if key in known}) for row in store.read_json(FILE)["transfers"]]
