@@ -24,7 +24,7 @@ from translora_ray.stream import discriminate, synthesize, teach
 from translora_ray.stream.collect import Collector, Totals
 from translora_ray.stream.dedup import SeedFilter
 from translora_ray.stream.plan import Plan, Pool
-from translora_ray.stream.requests import Desk, PackSource
+from translora_ray.stream.requests import PackSource, beside_driver, open_desk
 
 ENGINE_DEATHS = 3
 
@@ -108,7 +108,7 @@ def run_stream(plans: Sequence[Plan], stores: Sequence[RunStore], display: Displ
     for phase, collector in zip(phases, collectors, strict=True):
         phase.update(collector.accepted, collector.plan.wanted, "loading engines")
     cap = sum((plans[0].packs_at_once(pool) + 1) * plans[0].cluster.engines[1] for pool in plans[0].pools())
-    desk = Desk.remote([collector.next for collector in collectors], cap)  # type: ignore[attr-defined]
+    desk = open_desk([collector.next for collector in collectors], cap)
     ray.get([desk.full.remote(transfer) for transfer, collector in enumerate(collectors) if collector.full])
     began = time.monotonic()
     tokens = 0
@@ -146,7 +146,7 @@ def open_stream(plans: Sequence[Plan], desk: Any) -> Generator[Pack]:
     context.execution_options.preserve_order = False
     context.wait_for_min_actors_s = plan.cluster.start_timeout_s
     source = PackSource(desk, [(one.recipe.seed, one.recipe.synthesis.pack_size) for one in plans])
-    packs = ray.data.read_datasource(source, override_num_blocks=1, concurrency=1, num_cpus=0)
+    packs = ray.data.read_datasource(source, override_num_blocks=1, **beside_driver())
     low, high = plan.cluster.engines
     for pool in plan.pools():
         at_once = plan.packs_at_once(pool)
