@@ -41,7 +41,7 @@ def scaling_config(address: str, nodes: int, cpus: int) -> dict[str, Any]:
 
 
 class Growing:
-    """The running cluster, seen from outside: `history` holds how many worker nodes were alive whenever that changed."""
+    """The running cluster, seen from outside."""
 
     def __init__(self, address: str, folder: Path, environment: dict[str, str]) -> None:
         self.address, self.folder, self.environment = address, folder, environment
@@ -84,17 +84,20 @@ def growing_cluster(folder: Path, nodes: int, cpus: int) -> Iterator[Growing]:
     (folder / "scaling.json").write_text(json.dumps(scaling_config(address, nodes, cpus)))
     environment = {**os.environ, **token_in(folder)}
     of_the_head = {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_enable_autoscaler_v2": "1"}
+    of_the_head |= {"RAY_raylet_start_wait_time_s": "300", "RAY_health_check_timeout_ms": "60000"}  # on a busy machine a node may be slow, not lost
     of_the_head |= {"RAY_CLOUD_INSTANCE_ID": HEAD, "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD}
     command = [RAY, "start", "--head", "--block", f"--autoscaling-config={folder}/scaling.json", "--num-cpus=0", f"--port={port}"]
     command += ["--include-dashboard=false", f"--temp-dir={folder}", "--min-worker-port=0", "--max-worker-port=0", f"--ray-client-server-port={free_port()}"]
     with (folder / "head.log").open("wb") as log:
         head = subprocess.Popen(command, env=environment | of_the_head, stdout=log, stderr=log)
     try:
-        wait(lambda: "Ray runtime started" in (folder / "head.log").read_text(), 240, "the head")
+        wait(lambda: "Ray runtime started" in (folder / "head.log").read_text(), 600, "the head")
         yield Growing(address, folder, environment)
     finally:
         head.terminate()
-        head.wait(60)
-        for pid, _ in processes_in(folder):
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            head.wait(60)
+        for pid, _ in processes_in(folder):  # the workers' raylets, too, which nobody else ends
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+        head.wait(60)
