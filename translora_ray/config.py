@@ -237,11 +237,27 @@ class Vllm(Section):
     """Packs that one engine computes at the same time, in one batch: while one is read, another is written."""
 
 
+class Nodes(Section):
+    """Nodes that are alike, by what Ray counts on each of them."""
+
+    nodes: int = Field(1, ge=1)
+    CPU: float = Field(0, ge=0)
+    GPU: float = Field(0, ge=0)
+
+    @property
+    def each(self) -> list[dict[str, float]]:
+        """What each of them has, as Ray tells it of a node."""
+        return [{"CPU": self.CPU, "GPU": self.GPU}] * self.nodes
+
+
 class Cluster(Section):
     """Where and how widely a run is computed. Never part of a run's identity."""
 
     address: str | None = None
     """A running Ray; None: the job's own cluster where there is one, else a local Ray that ends with the command."""
+    expect: list[Nodes] | None = Field(None, min_length=1)
+    """What a cluster with an autoscaler can grow to, group by group ({nodes: 4, CPU: 8, GPU: 1}); one group may stand without a list. Ray knows only
+    the nodes that are there, maybe none yet, so without this key no more than those is planned on."""
     engines: tuple[int, int] = Field((1, 1), strict=False)
     """(least, most) actors of each pool."""
 
@@ -268,6 +284,11 @@ class Cluster(Section):
     """Least time between two shards: what a kill can cost."""
     start_timeout_s: int = Field(600, ge=1)
     """Seconds to wait for engines and workers to start."""
+
+    @field_validator("expect", mode="before")
+    @classmethod
+    def _one_group(cls, groups: Any) -> Any:
+        return [groups] if isinstance(groups, dict) else groups
 
     @field_validator("workers", mode="before")
     @classmethod

@@ -119,7 +119,7 @@ def _either(plan: Plan, worker: Resources) -> Resources:
 def place_for_both(plan: Plan, worker: Resources) -> Resources | None:
     """What a place takes that trains as a single worker and holds an engine in turn; None where there are several workers, or no node has room for it."""
     both = _either(plan, worker)
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    nodes = nodes_of(plan.cluster)
     return both if plan.cluster.workers == (1, 1) and any(both.places(node) for node in nodes) else None
 
 
@@ -128,7 +128,7 @@ def fit_beside(plan: Plan, worker: Resources, trainings: int) -> bool:
     engine = Resources(plan.engine_cpus, plan.engine_gpus)
     workers = trainings * plan.cluster.workers[0]
     needs = [engine] * (plan.cluster.engines[1] * len(plan.pools())) + [_either(plan, worker)] * workers
-    rooms = [[node["Resources"].get("CPU", 0.0), node["Resources"].get("GPU", 0.0)] for node in ray.nodes() if node["Alive"]]
+    rooms = [[node.get("CPU", 0.0), node.get("GPU", 0.0)] for node in nodes_of(plan.cluster)]
     rooms[0][0] -= 1  # Ray Data must have some CPU to read with
     for need in sorted(needs, key=lambda each: (each.gpus, each.cpus), reverse=True):
         room = next((room for room in rooms if room[0] >= need.cpus and room[1] >= need.gpus), None)
@@ -138,26 +138,39 @@ def fit_beside(plan: Plan, worker: Resources, trainings: int) -> bool:
     return True
 
 
+def nodes_of(cluster: Cluster) -> list[dict[str, float]]:
+    """Resources of each node that may be planned on: those to expect where the configuration names them, else those that there are.
+
+    An autoscaler does not tell what it could add: `ray.autoscaler.v2.sdk.get_cluster_status` knows nodes and demands but no limits, and what Ray Train looks
+    at (`get_max_resources_from_cluster_config`) is reported neither by KubeRay nor by the cluster launcher.
+    """
+    if cluster.expect:
+        return [node for group in cluster.expect for node in group.each]
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
 def check_resources(plan: Plan, worker: Resources) -> None:
-    """Raise `UsageError` when the least that the stream or the training, or both where they overlap, ask for is more than the cluster's nodes have now."""
+    """Raise `UsageError` when the least that the stream or the training, or both where they overlap, ask for is more than the cluster's nodes have."""
     needs = [
         ("engines", plan.cluster.engines[0] * len(plan.pools()), Resources(plan.engine_cpus, plan.engine_gpus)),
         ("training workers", plan.cluster.workers[0], worker),
     ]
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    nodes = nodes_of(plan.cluster)
+    has = "can grow to" if plan.cluster.expect else "has"
+    remedy = "ask for less, or add nodes." if plan.cluster.expect else "ask for less, or add nodes (cluster.expect names those that an autoscaler can add)."
     if plan.recipe.overlap:
         for name, amounts in (("CPU", [each.cpus * count for _, count, each in needs]), ("GPU", [each.gpus * count for _, count, each in needs])):
             if sum(amounts) > (there := sum(node.get(name, 0) for node in nodes)):
-                wanted = f"{amounts[0]:g} and {amounts[1]:g} {name}, together more than the cluster's {there:g}"
+                wanted = f"{amounts[0]:g} and {amounts[1]:g} {name}, together more than the {there:g} that the cluster {has}"
                 raise UsageError(f"Engines and training workers overlap and ask for {wanted}: ask for less, or leave overlap out.")
     for who, count, each in needs:
         for name, amount in (("CPU", each.cpus), ("GPU", each.gpus)):
             there, most = sum(node.get(name, 0) for node in nodes), max(node.get(name, 0) for node in nodes)
             if count * amount > there:
-                raise UsageError(f"The {who} ask for {count * amount:g} {name}, the cluster has {there:g}: ask for less, or add nodes.")
+                raise UsageError(f"The {who} ask for {count * amount:g} {name}, the cluster {has} {there:g}: {remedy}")
             if amount > most:
                 raise UsageError(f"One of the {who} asks for {amount:g} {name}, no node has more than {most:g}: ask for less, or add larger nodes.")
         places = sum(each.places(node) for node in nodes)
         if places < count:
             wanted = f"{each.cpus:g} CPU and {each.gpus:g} GPU each"
-            raise UsageError(f"The nodes have room for {places} of the {count} {who} ({wanted} on one node): ask for less, or add nodes.")
+            raise UsageError(f"The nodes have room for {places} of the {count} {who} ({wanted} on one node): {remedy}")

@@ -29,7 +29,7 @@ from translora_ray.storage import ADAPTER, IDENTITY, MANIFEST, REPORT, TRAIN, Ru
 from translora_ray.stream.collect import Totals
 from translora_ray.stream.pipeline import run_stream
 from translora_ray.stream.plan import Plan
-from translora_ray.stream.requests import Desk
+from translora_ray.stream.requests import open_desk
 from translora_ray.token_weights import require_offsets
 from translora_ray.training.alone import fit_alone
 from translora_ray.training.trainer import Job, fit_on_ray_train, train_target
@@ -190,13 +190,13 @@ def _in_turn(plan: Plan, store: RunStore, worker: Resources, display: Display) -
     (totals,) = run_stream([plan], [store], display)
     streamed = time.monotonic() - began
     check_answers(plan, store)
-    return totals, train(plan, store, worker, Desk.remote([], 0), display), streamed  # type: ignore[attr-defined]
+    return totals, train(plan, store, worker, open_desk(), display), streamed
 
 
 def _overlapped(plan: Plan, store: RunStore, worker: Resources, display: Display) -> Phases:
     """Stream, while a thread trains on what is committed."""
     began = time.monotonic()
-    steps = Desk.remote([], 0)  # type: ignore[attr-defined]
+    steps = open_desk()
     with ThreadPoolExecutor(1) as beside:
         training = beside.submit(train, plan, store, worker, steps, display)
         try:

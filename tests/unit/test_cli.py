@@ -117,6 +117,8 @@ def test_adapters_that_do_not_fit(tmp_path: Path, tiny_kit: Path, tiny_llama: st
         ("cluster.gpus=1", "unknown key cluster.gpus"),
         ("cluster.engines=[2, 1]", "cluster.engines: the least must be 1 or more"),
         ("cluster.engines=[0, 1]", "cluster.engines: the least must be 1 or more"),
+        ("cluster.expect={cpu: 4}", "unknown key cluster.expect.0.cpu"),
+        ("cluster.expect=[]", "cluster.expect: List should have at least 1 item"),
         ("selection.threshold=.nan", "selection.threshold: Input should be a finite number"),
         ("synthesis.generator=both", "synthesis.generator: Input should be 'source' or 'target'"),
     ],

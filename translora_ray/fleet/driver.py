@@ -36,7 +36,7 @@ from translora_ray.storage import EVALUATION, RunStore
 from translora_ray.stream.collect import Totals
 from translora_ray.stream.pipeline import run_stream
 from translora_ray.stream.plan import Plan
-from translora_ray.stream.requests import Desk
+from translora_ray.stream.requests import open_desk
 from translora_ray.workflow import Checked, begin, check_answers, finish, train
 
 RESULT = f"{EVALUATION}/result.json"
@@ -182,7 +182,7 @@ class Driver:
         both = place_for_both(group[0].plan, group[0].worker)
         with contextlib.ExitStack() as stack:
             for _ in range(min(self.fleet.trainings, len(group))):
-                slots.put(Slot(Desk.remote([], 0), stack.enter_context(place(both)) if both else None))  # type: ignore[attr-defined]
+                slots.put(Slot(open_desk(), stack.enter_context(place(both)) if both else None))
                 self.steps.append(slots.queue[-1].steps)
                 stack.callback(ray.kill, self.steps[-1])
             pool = stack.enter_context(ThreadPoolExecutor(slots.qsize()))

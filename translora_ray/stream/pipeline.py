@@ -25,7 +25,7 @@ from translora_ray.stream import discriminate, synthesize, teach
 from translora_ray.stream.collect import Collector, Totals
 from translora_ray.stream.dedup import SeedFilter
 from translora_ray.stream.plan import Plan, Pool
-from translora_ray.stream.requests import Desk, PackSource
+from translora_ray.stream.requests import PackSource, beside_driver, open_desk
 from translora_ray.token_weights import answer_spans
 
 ENGINE_DEATHS = 3
@@ -151,7 +151,7 @@ def run_stream(
     for phase, collector in zip(phases, collectors, strict=True):
         phase.update(collector.accepted, collector.plan.wanted, "loading engines")
     cap = sum((plans[0].packs_at_once(pool) + 1) * plans[0].cluster.engines[1] for pool in plans[0].pools())
-    desk = Desk.remote([collector.next for collector in collectors], cap, shares)  # type: ignore[attr-defined]
+    desk = open_desk([collector.next for collector in collectors], cap, shares)
     ray.get(desk.full.remote(*{*range(len(plans))} - running))
     began = time.monotonic()
     tokens = 0
@@ -208,7 +208,7 @@ def open_stream(plans: Sequence[Plan], desk: Any) -> Generator[Pack]:
     context.execution_options.preserve_order = False
     context.wait_for_min_actors_s = plan.cluster.start_timeout_s
     source = PackSource(desk, [(one.recipe.seed, one.recipe.synthesis.pack_size) for one in plans])
-    packs = ray.data.read_datasource(source, override_num_blocks=1, concurrency=1, num_cpus=0)
+    packs = ray.data.read_datasource(source, override_num_blocks=1, **beside_driver())
     low, high = plan.cluster.engines
     for pool in plan.pools():
         at_once = plan.packs_at_once(pool)

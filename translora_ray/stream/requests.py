@@ -84,6 +84,17 @@ class Desk:
         return self.latest
 
 
+def beside_driver() -> dict[str, Any]:
+    """Options that put a task or an actor on the driver's node. What only waits and coordinates belongs there: on another node it would keep an autoscaler
+    from taking that away, and would end with it."""
+    return {"num_cpus": 0, "label_selector": {"ray.io/node-id": ray.get_runtime_context().get_node_id()}}
+
+
+def open_desk(first: Sequence[int] = (), cap: int = 0, shares: Sequence[float] = ()) -> Any:
+    """A `Desk` beside the driver; without arguments one that only passes training steps on."""
+    return Desk.options(**beside_driver()).remote(first, cap, shares)  # type: ignore[attr-defined]
+
+
 class PackSource(Datasource):  # type: ignore[misc]
     """Packs of requests as the desk hands them out, one row each. `packs` holds (run seed, pack size) of each transfer."""
 
