@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import tempfile
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -71,18 +72,36 @@ class RunStore:
             raise UsageError(f"{self.uri} can not be written: choose another --out, or change the permissions of {place}.")
 
     @contextlib.contextmanager
-    def lock(self) -> Iterator[None]:
-        """Only one process at a time may write a run. On local disk; object stores know no locks."""
+    def lock(self, wait: bool = False) -> Iterator[None]:
+        """Only one process at a time may write a run; others wait, or raise `UsageError`. On local disk; object stores know no locks."""
         if not self.local:
             yield
             return
         Path(self.root).mkdir(parents=True, exist_ok=True)
         with Path(self.path(".lock")).open("w") as file:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             except BlockingIOError:
                 raise UsageError(f"{self.uri} is being written by another process: wait for it, or stop it.") from None
             yield
+
+    def claim(self, name: str) -> bool:
+        """Whether `name` is this caller's alone, for ever; callers ask for it once.
+
+        On local disk exactly one caller gets it, by exclusive creation. On an object store at most one does: each puts a file of its own, then lists; who finds
+        no other is alone, because one whose file is put later finds both. That takes lists that show what was put before (S3, GCS, MinIO) and no clocks.
+        pyarrow offers no conditional put, with which exactly one would.
+        """
+        if self.local:
+            final = Path(self.path(name))
+            final.parent.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileExistsError):
+                final.touch(exist_ok=False)
+                return True
+            return False
+        mine = uuid.uuid4().hex
+        self.write(f"{name}/{mine}", b"")
+        return self.names(name) == [mine]
 
     def names(self, folder: str) -> list[str]:
         """File names in a folder of the run, sorted; without unfinished ones."""

@@ -21,6 +21,8 @@ LAYERS = [
     {"kit"},
     {"stream.plan"},
     {"stream.choose", "evaluation.gate"},
+    {"releases"},
+    {"registry"},
     {"stream.requests", "stream.collect", "evaluation.distance", "placement"},
     {"evaluation.arms"},
     {"evaluation.compare"},

@@ -1,0 +1,128 @@
+"""What a release is, how releases are referred to, and what a finished run says for one. `registry.py` keeps them; nothing is written here."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from translora_ray import adapters
+from translora_ray.errors import UsageError
+from translora_ray.evaluation.gate import REFUSE, REVIEW
+from translora_ray.storage import ADAPTER, EVALUATION, MANIFEST, RunStore
+
+STABLE = "stable"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+_ID = re.compile(rf"({_NAME.pattern})@([1-9][0-9]{{0,8}})")
+UNGATED = {"verdict": REVIEW, "reasons": ["the recipe held nothing out for a gate"], "checks": []}
+
+
+class NotFound(UsageError):
+    """There is no such release. The message names what there is: a service decides itself whether to repeat it."""
+
+
+@dataclass(frozen=True)
+class Release:
+    """An immutable adapter in a registry. `digest` is `adapters.digest` of the folder at `uri`.
+
+    `kit` and `recipe_hash` are the run's, `lineage` digests of the adapters before this one, `gate` the verdict without real rows, `evaluation` the result of
+    `translora evaluate` without single rows, None where there was none; `adapter` has `type`, `rank` and `modules`, the endings of the modules' names;
+    `reviewed` says that a person let a verdict of review pass; `created` is a time in UTC, in ISO format.
+    """
+
+    name: str
+    version: int
+    digest: str
+    target_base: str
+    base_fingerprint: str
+    source_base: str
+    kit: str
+    lineage: tuple[str, ...]
+    recipe_hash: str
+    gate: dict[str, Any] = field(hash=False)
+    evaluation: dict[str, Any] | None = field(hash=False)
+    task: dict[str, Any] = field(hash=False)
+    adapter: dict[str, Any] = field(hash=False)
+    reviewed: bool
+    created: str
+    uri: str
+
+    @property
+    def id(self) -> str:
+        return f"{self.name}@{self.version}"
+
+    @property
+    def verdict(self) -> str:
+        return verdict(self.gate, self.evaluation)
+
+
+def verdict(gate: dict[str, Any], evaluation: dict[str, Any] | None) -> str:
+    """Refuse where one of the two says so; else real rows have the last word."""
+    found: list[str] = [each["verdict"] for each in ((evaluation or {}).get("gate"), gate) if each]
+    return REFUSE if REFUSE in found else found[0]
+
+
+def check_name(name: str, what: str = "name of a release") -> str:
+    """`name`, where it can be one of a release or a channel; names become parts of paths and of models' names in requests."""
+    if not _NAME.fullmatch(name):
+        raise UsageError(f"{name!r} is no {what}: take up to 100 letters, digits, dots, dashes and underscores, a letter or digit first.")
+    return name
+
+
+def parse_id(reference: str) -> tuple[str, int] | None:
+    """(name, version) of `name@version`, None for anything else."""
+    found = _ID.fullmatch(reference)
+    return (found[1], int(found[2])) if found else None
+
+
+def parse_channel(reference: str) -> tuple[str, str] | None:
+    """(name, channel) of `name:channel`, or of `name`, which stands for its channel `stable`; None for anything else."""
+    name, colon, channel = reference.partition(":")
+    channel = channel if colon else STABLE
+    return (name, channel) if _NAME.fullmatch(name) and _NAME.fullmatch(channel) else None
+
+
+def some(words: Iterable[str], most: int = 10) -> str:
+    """The first of them in a sentence."""
+    found = sorted(words)
+    return ", ".join(found[:most]) + (f" and {len(found) - most} more" if len(found) > most else "")
+
+
+def of_run(run: str, reviewed: bool, scratch: Path) -> tuple[dict[str, Any], Path]:
+    """What a finished run's release says of it, and the run's adapter as a local directory (on object stores a copy in `scratch`).
+
+    Raises `UsageError` where the run is not finished or may not ship, or a person has to look at it first and `reviewed` does not say that one did.
+    """
+    store = RunStore(run)
+    if not store.exists(MANIFEST):
+        raise UsageError(f"{run} is not a finished run: it has no {MANIFEST}; run `translora transfer` to its end.")
+    manifest, result = store.read_json(MANIFEST), f"{EVALUATION}/result.json"
+    evaluation = {key: value for key, value in store.read_json(result).items() if key != "verdicts"} if store.exists(result) else None
+    gate = manifest["gate"] or UNGATED
+    reasons = "; ".join([*gate["reasons"], *(evaluation or {}).get("gate", {}).get("reasons", [])])
+    found = verdict(gate, evaluation)
+    if found == REFUSE:
+        raise UsageError(f"{run} may not ship, its verdict is refuse ({reasons}): transfer again with another recipe or kit.")
+    if found == REVIEW and not reviewed:
+        raise UsageError(f"{run} must be looked at, its verdict is review ({reasons}): add --reviewed when a person has let it pass.")
+    folder = store.fetch_folder(ADAPTER, scratch / ADAPTER)
+    info = adapters.inspect(folder)
+    if info.digest != manifest["adapter_digest"]:
+        raise UsageError(f"The adapter in {run} is not the one its manifest describes: remove the run, and transfer again.")
+    facts = {
+        "digest": info.digest,
+        "target_base": manifest["target_base"],
+        "base_fingerprint": manifest["target"],
+        "source_base": manifest["source_base"],
+        "kit": manifest["kit"],
+        "lineage": manifest["lineage"],
+        "recipe_hash": manifest["recipe_hash"],
+        "gate": gate,
+        "evaluation": evaluation,
+        "task": manifest["task"],
+        "adapter": {"type": info.type, "rank": info.rank, "modules": sorted({module.rpartition(".")[2] for module in info.shapes})},
+        "reviewed": found == REVIEW,
+    }
+    return facts, folder
