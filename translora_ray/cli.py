@@ -59,9 +59,28 @@ def parser() -> argparse.ArgumentParser:
 
     inspect = commands.add_parser("inspect", help="say what a kit, adapter, run or model is, and whether it is sound")
     inspect.add_argument("path", metavar="PATH", nargs="+", help="one path or model reference; two models are checked as a pair")
-    for command in (prepare, evaluate):
+
+    serve = commands.add_parser("serve", help="answer OpenAI requests with the adapters of a registry")
+    serve.add_argument("registry", metavar="REGISTRY")
+    serve.add_argument(
+        "--base", action="append", default=[], metavar="REF", help="base to load (more than once: an engine each); default: the one of all releases"
+    )
+    serve.add_argument("--port", type=int, default=8000)
+    serve.add_argument("--host", help="address to listen at; default: 127.0.0.1, with --keys all addresses")
+    serve.add_argument("--keys", metavar="FILE", help="file of API keys, see `translora keys`; default: no keys")
+    serve.add_argument("--replicas", type=int, default=1, metavar="N", help="engines of each base")
+    serve.add_argument("--adapters", type=int, default=8, metavar="N", help="adapters in an engine's memory; more of them take turns")
+
+    keys = commands.add_parser("keys", help="add an API key to a file of keys, and show it once")
+    keys.add_argument("file", metavar="FILE")
+    keys.add_argument("--add", required=True, metavar="NAME", help="whose key it is")
+    keys.add_argument("--adapters", nargs="+", required=True, metavar="GLOB", help="names of adapters that the key may use, e.g. 'support-*'")
+    keys.add_argument("--requests-per-minute", type=int, default=600, metavar="N")
+    keys.add_argument("--max-tokens", type=int, default=1024, metavar="N", help="most tokens of an answer")
+
+    for command in (prepare, evaluate, serve):
         command.add_argument("--set", action="append", default=[], metavar="cluster.key=value", help="how engines are loaded, e.g. cluster.vllm.dtype=float32")
-    for command in (prepare, transfer, evaluate):
+    for command in (prepare, transfer, evaluate, serve):
         command.add_argument("--engine", choices=ENGINES, default="auto", help="auto: vllm where it is installed")
     return root
 
@@ -73,7 +92,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it where it is installed, and it asks for a kernel that nothing here needs
     try:
         options = parser().parse_args(arguments)
-        return {"prepare": _prepare, "transfer": _transfer, "evaluate": _evaluate, "inspect": _inspect}[options.command](options)
+        return {"prepare": _prepare, "transfer": _transfer, "evaluate": _evaluate, "inspect": _inspect, "serve": _serve, "keys": _keys}[options.command](
+            options
+        )
     except UsageError as error:
         print(f"translora: {error}", file=sys.stderr)
         return 2
@@ -199,6 +220,33 @@ def _inspect(options: argparse.Namespace) -> int:
     from translora_ray.inspection import inspect
 
     inspect(options.path)
+    return 0
+
+
+def _serve(options: argparse.Namespace) -> int:
+    cluster = _placement(options.set)
+    from translora_ray.serving.app import service
+    from translora_ray.serving.run import run
+
+    arguments = {
+        "registry": _place(options.registry, "REGISTRY"),
+        "bases": [_reference(base) for base in options.base],
+        "engine": options.engine,
+        "keys": options.keys and _place(options.keys, "--keys"),
+        "replicas": options.replicas,
+        "adapters": options.adapters,
+        "gpus": cluster.engine_gpus,
+        "vllm": cluster.vllm,
+    }
+    run(service({key: value for key, value in arguments.items() if value is not None}), options.host, options.port, lambda line: print(line, flush=True))
+    return 0
+
+
+def _keys(options: argparse.Namespace) -> int:
+    from translora_ray.serving.auth import add_key
+
+    key = add_key(options.file, options.add, tuple(options.adapters), requests_per_minute=options.requests_per_minute, max_tokens=options.max_tokens)
+    print(f"{key}\n(shown once: {options.file} holds its digest)")
     return 0
 
 

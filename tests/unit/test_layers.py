@@ -29,9 +29,15 @@ LAYERS = [
     {"stream.pipeline", "training.trainer"},
     {"evaluation.report", "gating"},
     {"workflow", "inspection"},
+    {"serving.auth", "serving.protocol", "serving.measures", "serving.index"},
+    {"serving.loading", "serving.batches", "serving.reading"},
+    {"serving.local", "serving.llm", "serving.gateway"},
+    {"serving.app"},
+    {"serving.run"},
     {"cli"},
 ]
 RAY = {"stream.pipeline", "stream.requests", "training.trainer", "placement", "gating", "workflow"}
+RAY |= {f"serving.{name}" for name in ("measures", "reading", "local", "llm", "gateway", "app", "run")}
 VLLM = {"engines.vllm", "engines.vllm_worker"}
 
 

@@ -6,7 +6,7 @@ Which engine answers is decided here. vLLM is served by `ray.serve.llm` (`servin
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ray import serve
@@ -33,7 +33,7 @@ class Service(BaseModel):
     engine: EngineKind = "auto"
     keys: str | None = None
     """File of keys (`translora keys`). None: no keys; whoever reaches the port is let in."""
-    replicas: int | tuple[int, int] = 1
+    replicas: Annotated[int, Field(ge=1)] | tuple[int, int] = 1
     """Engines of each base, or the least and the most between which Serve scales with the load."""
     ingresses: int = Field(1, ge=1)
     """Replicas of the ingress. Rates are limited in each of them."""
@@ -52,11 +52,20 @@ class Service(BaseModel):
 
 def build(arguments: dict[str, Any]) -> Application:
     """The application from the arguments of a Serve config file. Raises `UsageError` where they can not work."""
+    return application(service(arguments))
+
+
+def service(arguments: dict[str, Any]) -> Service:
+    """Checked arguments, or a `UsageError` that names the wrong one."""
     try:
-        service = Service.model_validate(arguments)
+        return Service.model_validate(arguments)
     except ValidationError as error:
-        found = error.errors()[0]
-        raise UsageError(f"args.{'.'.join(map(str, found['loc']))}: {found['msg']}.") from None
+        wrong = error.errors()[0]
+        raise UsageError(f"args.{'.'.join(map(str, wrong['loc']))}: {wrong['msg']}.") from None
+
+
+def application(service: Service) -> Application:
+    """The ingress with an engine for each base."""
     if service.keys:
         read_keys(service.keys)
     registry = Registry(service.registry)
@@ -73,6 +82,12 @@ def build(arguments: dict[str, Any]) -> Application:
         engines.append(engine)
     options = _options(service, service.ingresses) | {"max_ongoing_requests": 1000, "ray_actor_options": {"num_cpus": 0}}
     return serve.deployment(Gateway, name="gateway", **options).bind(service.registry, service.keys, serves, *engines)
+
+
+def count(service: Service) -> int:
+    """Engines that there may be."""
+    most = service.replicas if isinstance(service.replicas, int) else service.replicas[1]
+    return most * max(1, len(service.bases))
 
 
 def only_base(releases: list[Release], where: str) -> tuple[str]:

@@ -2,6 +2,8 @@
 
 A FastAPI app of our own rather than `ray.serve.llm`'s ingress: that one needs vLLM to be imported, lets every origin in, and reads adapters
 from the storage's listing, so it could neither front the transformers engine nor keep tenants apart.
+
+`serve.ingress` copies the routes when it decorates the class: a function that they call must be imported, or stand above it.
 """
 
 from __future__ import annotations
@@ -17,11 +19,10 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from ray import serve
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
 
 from translora_ray.registry import Registry, Release
 from translora_ray.serving import protocol
@@ -29,6 +30,7 @@ from translora_ray.serving.auth import Key, Keyring, Limiter
 from translora_ray.serving.index import Index, card
 from translora_ray.serving.measures import RequestMeasures
 from translora_ray.serving.protocol import ChatRequest, CompletionRequest, Piece, ServiceError
+from translora_ray.serving.reading import read_body, read_pieces
 
 logger = logging.getLogger("ray.serve")
 app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
@@ -139,10 +141,10 @@ class Gateway:
         try:
             key = self._admit(request)
             seen.key = key.name
-            asked = protocol.parse(kind, await _body(request, key.max_body_bytes), key.max_tokens)
+            asked = protocol.parse(kind, await read_body(request, key.max_body_bytes), key.max_tokens)
             release = await self._resolve(asked.model, key)
             seen.release = release.id
-            pieces = _pieces(self._engine(release).answer.remote(protocol.asked(asked, release.id, key.max_tokens)))
+            pieces = read_pieces(self._engine(release).answer.remote(protocol.asked(asked, release.id, key.max_tokens)))
             first = await anext(pieces)
         except ServiceError as error:
             seen.status = error.status
@@ -162,9 +164,7 @@ class Gateway:
         events = self._events(seen, (identity, created, release.id, chat), first, pieces, with_usage)
         return StreamingResponse(events, media_type="text/event-stream", headers=headers | {"cache-control": "no-cache"})
 
-    async def _events(
-        self, seen: _Seen, frame: tuple[str, int, str, bool], piece: Piece, pieces: AsyncIterator[Piece], with_usage: bool
-    ) -> AsyncIterator[str]:
+    async def _events(self, seen: _Seen, frame: tuple[str, int, str, bool], piece: Piece, pieces: AsyncIterator[Piece], with_usage: bool) -> AsyncIterator[str]:
         """The answer as server-sent events. An engine that fails on the way ends it with an error's event: nothing else can be said by then."""
         try:
             yield protocol.event(*frame, piece, True)
@@ -250,33 +250,3 @@ class Gateway:
         facts = {"key": seen.key, "release": seen.release, "status": seen.status, "prompt_tokens": seen.prompt_tokens, "tokens": seen.tokens}
         logger.info("request", extra={"ray_serve_extra_fields": facts | {"seconds": round(seconds, 4)}})
         self.measures.request(seen.release, seen.status, seconds, seen.first, seen.prompt_tokens, seen.tokens)
-
-
-async def _body(request: Request, most: int) -> bytes:
-    too_large = ServiceError(413, "request_too_large", f"The request's body is larger than the {most} bytes that this key may send.")
-    if (length := request.headers.get("content-length", "")).isdigit() and int(length) > most:
-        raise too_large
-    body = bytearray()
-    try:
-        async for part in request.stream():
-            body += part
-            if len(body) > most:
-                raise too_large
-    except ClientDisconnect:
-        raise ServiceError(400, "invalid_request", "The request ended before its body.") from None
-    return bytes(body)
-
-
-async def _pieces(answer: Any) -> AsyncIterator[Piece]:
-    """An engine's pieces. What Ray or Serve raise when a replica dies or is full is an error that a client may try again after."""
-    try:
-        async for piece in answer:
-            yield piece
-    except RayTaskError as error:
-        if isinstance(error.cause, ServiceError):
-            raise error.cause from None
-        logger.error(f"an engine failed: {error}")
-        raise ServiceError(503, "engine_failed", "The engine failed on this request: try again.", 1) from None
-    except (RayError, RayServeException) as error:
-        logger.error(f"an engine is not available: {error}")
-        raise ServiceError(503, "engine_unavailable", "The engine is not available at the moment: try again.", 2) from None

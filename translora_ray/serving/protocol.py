@@ -136,7 +136,7 @@ class Piece:
     tokens: int = 0
 
 
-_R = TypeVar("_R", ChatRequest, CompletionRequest)
+_R = TypeVar("_R", bound=_Asked)
 
 
 def parse(kind: type[_R], body: bytes, most: int) -> _R:
