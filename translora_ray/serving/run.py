@@ -29,7 +29,7 @@ def run(service: Service, host: str | None, port: int, say: Callable[[str], None
     _require_free(host, port)
     service = service.model_copy(update={"cpus": max(1.0, cpus() // count(service))})
     bound = application(service)
-    with _told_to_end() as ending, ray_failures(), ray_session(Cluster()) as own:
+    with ray_failures(), ray_session(Cluster()) as own, _told_to_end() as ending:  # after Ray, which has handlers of its own
         logging.getLogger("ray.serve").setLevel(logging.ERROR)  # replicas log to files of their own; here it would tell of its own start
         serve.start(http_options={"host": host, "port": port})
         try:
