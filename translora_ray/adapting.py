@@ -80,8 +80,8 @@ def prove_live(model: Any, tokenizer: Any, path: str, name: str) -> None:
     def holds(layer: Any) -> bool:
         return any(name in getattr(layer, weights, {}) for weights in ("lora_A", "ia3_l"))
 
+    model.set_adapter(name, inference_mode=True)  # first: the one that was active may be gone
     require_applied(path, {module for module, layer in model.get_base_model().named_modules() if holds(layer)})
-    model.set_adapter(name, inference_mode=True)
     probe = torch.tensor([tokenizer("The quick brown fox").input_ids], device=model.device)
     with torch.inference_mode():
         with_adapter = model(probe, use_cache=False).logits

@@ -11,73 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from translora_ray import __version__
 from translora_ray.errors import TransLoraError, UsageError, first_line
+from translora_ray.options import parser
 
 if TYPE_CHECKING:
     from translora_ray.config import Cluster, EngineKind
     from translora_ray.engines.base import OpenEngine
     from translora_ray.progress import Display
-
-ENGINES = ("auto", "transformers", "vllm")
-REF = "a hub id, a directory, a .gguf file, or packaged:smollm2-135m-instruct, packaged:gemma-3-270m"
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> Any:
-        raise UsageError(f"{message}; see `{self.prog} --help`.")
-
-
-def parser() -> argparse.ArgumentParser:
-    root = _Parser(prog="translora", description="Move LoRA adapters to a new base model without the data they were trained on.")
-    root.add_argument("--version", action="version", version=__version__)
-    commands = root.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    prepare = commands.add_parser("prepare", help="make a transfer kit while the task's rows are at hand")
-    prepare.add_argument("task", metavar="TASK.yaml")
-    prepare.add_argument("--base", required=True, metavar="REF", help=f"source base: {REF}")
-    prepare.add_argument("--out", required=True, metavar="KIT", help="directory to make")
-    prepare.add_argument("--adapter", metavar="DIR", help="a source adapter that exists, instead of training one")
-    prepare.add_argument("--no-discriminator", action="store_true", help="leave the discriminator out")
-
-    transfer = commands.add_parser("transfer", help="move a kit's adapter to another base")
-    transfer.add_argument("kit", metavar="KIT", help="a transfer kit, or a finished run whose adapter moves on")
-    transfer.add_argument("--target", required=True, metavar="REF", help=f"target base: {REF}")
-    transfer.add_argument("--out", required=True, metavar="RUN", help="run directory; an interrupted run goes on")
-    transfer.add_argument("--recipe", metavar="R.yaml")
-    transfer.add_argument("--set", action="append", default=[], metavar="key=value", help="override a recipe or cluster key, e.g. training.epochs=3")
-
-    evaluate = commands.add_parser("evaluate", help="compare a finished run with its baselines on real rows")
-    evaluate.add_argument("run", metavar="RUN")
-    evaluate.add_argument("--data", required=True, metavar="test.jsonl")
-    evaluate.add_argument("--oracle", metavar="train.jsonl", help="also train an adapter on these real rows, for comparison")
-    evaluate.add_argument(
-        "--arms", nargs="+", default=[], metavar="ARM", help="also adapters made in other ways: copy, seeds_only, unfiltered, a selection method"
-    )
-    evaluate.add_argument("--gate", action="store_true", help="exit 1 where the real rows say that the adapter must not ship")
-    evaluate.add_argument("--json", metavar="FILE", help="write the result there; - for standard output")
-
-    fleet = commands.add_parser("fleet", help="move many kits' adapters, with shared engines")
-    fleet.add_argument("fleet", metavar="FLEET.yaml")
-    fleet.add_argument("--resume", action="store_true", help="go on with a fleet that is there; begin where there is none")
-    fleet.add_argument("--dry-run", action="store_true", help="say what would be done, and do nothing")
-
-    status = commands.add_parser("status", help="how far a fleet is")
-    status.add_argument("out", metavar="OUT", help="the directory or URI that FLEET.yaml names as out")
-    status.add_argument("--watch", action="store_true", help="show it anew until the fleet ends")
-
-    inspect = commands.add_parser("inspect", help="say what a kit, adapter, run or model is, and whether it is sound")
-    inspect.add_argument("path", metavar="PATH", nargs="+", help="one path or model reference; two models are checked as a pair")
-    inspect.add_argument("--audit", action="store_true", help="membership tests on a kit's discriminator, and on a run's synthetic prompts")
-    inspect.add_argument("--data", metavar="train.jsonl", help="of --audit: the rows that the kit was made from")
-    inspect.add_argument("--holdout", metavar="test.jsonl", help="of --audit: rows of the same task that were not learnt from")
-    inspect.add_argument("--pairs", action="store_true", help="of --audit: show the synthetic prompts that are nearest to rows, and the rows")
-    inspect.add_argument("--json", metavar="FILE", help="of --audit: write the result there; - for standard output")
-    for command in (prepare, evaluate, inspect):
-        command.add_argument("--set", action="append", default=[], metavar="cluster.key=value", help="how engines are loaded, e.g. cluster.vllm.dtype=float32")
-    for command in (prepare, transfer, evaluate, inspect, fleet):
-        command.add_argument("--engine", choices=ENGINES, default="auto", help="auto: vllm where it is installed")
-    return root
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -87,8 +27,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it where it is installed, and it asks for a kernel that nothing here needs
     try:
         options = parser().parse_args(arguments)
-        run = {"prepare": _prepare, "transfer": _transfer, "evaluate": _evaluate, "fleet": _fleet, "status": _status, "inspect": _inspect}
-        return run[options.command](options)
+        commands = {"prepare": _prepare, "transfer": _transfer, "evaluate": _evaluate, "fleet": _fleet, "status": _status, "inspect": _inspect}
+        commands |= {"serve": _serve, "keys": _keys}
+        return commands[options.command](options)
     except UsageError as error:
         print(f"translora: {error}", file=sys.stderr)
         return 2
@@ -272,6 +213,33 @@ def _inspect(options: argparse.Namespace) -> int:
     from translora_ray.inspection import inspect
 
     inspect(options.path)
+    return 0
+
+
+def _serve(options: argparse.Namespace) -> int:
+    cluster = _placement(options.set)
+    from translora_ray.serving.app import service
+    from translora_ray.serving.run import run
+
+    arguments = {
+        "registry": _place(options.registry, "REGISTRY"),
+        "bases": [_reference(base) for base in options.base],
+        "engine": options.engine,
+        "keys": options.keys and _place(options.keys, "--keys"),
+        "replicas": options.replicas,
+        "adapters": options.adapters,
+        "gpus": cluster.engine_gpus,
+        "vllm": cluster.vllm,
+    }
+    run(service({key: value for key, value in arguments.items() if value is not None}), options.host, options.port, lambda line: print(line, flush=True))
+    return 0
+
+
+def _keys(options: argparse.Namespace) -> int:
+    from translora_ray.serving.auth import add_key
+
+    key = add_key(options.file, options.add, tuple(options.adapters), requests_per_minute=options.requests_per_minute, max_tokens=options.max_tokens)
+    print(f"{key}\n(shown once: {options.file} holds its digest)")
     return 0
 
 

@@ -21,10 +21,11 @@ _ITEM_NUMBER = re.compile(r"\n\s*\d+[.)]\s")
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a model is asked. `format` "text" is continued as it stands, "chat" is one user message in the base's template."""
+    """What a model is asked. `format` "text" is continued as it stands, "chat" is a user message in the base's template, after `before`: (role, text)."""
 
     text: str
     format: Format = "text"
+    before: tuple[tuple[str, str], ...] = ()
 
 
 def task_prompt(template: str, text_input: str, format: Format) -> Prompt:
@@ -79,7 +80,7 @@ def prompt_ids(tokenizer: Any, prompt: Prompt) -> list[int]:
     if prompt.format == "chat":
         if not tokenizer.chat_template:
             raise UsageError(f"{tokenizer.name_or_path} has no chat template: use a task with format: text, or an instruct model.")
-        messages = [{"role": "user", "content": prompt.text}]
+        messages = [*({"role": role, "content": text} for role, text in prompt.before), {"role": "user", "content": prompt.text}]
         return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
     return list(tokenizer(prompt.text)["input_ids"])
 

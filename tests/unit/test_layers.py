@@ -6,7 +6,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2] / "translora_ray"
 LAYERS = [
     {"errors"},
-    {"records"},
+    {"records", "options"},
     {"config"},
     {"reading", "evaluation.metrics"},
     {"prompts", "storage", "progress", "references"},
@@ -23,8 +23,8 @@ LAYERS = [
     {"stream.choose", "evaluation.gate"},
     {"releases"},
     {"registry"},
-    {"stream.requests", "stream.collect", "evaluation.distance", "placement"},
-    {"evaluation.arms", "evaluation.audit"},
+    {"stream.requests", "stream.collect", "placement"},
+    {"evaluation.arms", "evaluation.audit", "evaluation.distance"},
     {"evaluation.report"},
     {"evaluation.page"},
     {"evaluation.compare"},
@@ -34,9 +34,15 @@ LAYERS = [
     {"fleet.groups", "fleet.state"},
     {"fleet.page", "fleet.status", "fleet.forecast"},
     {"fleet.driver"},
+    {"serving.auth", "serving.protocol", "serving.measures", "serving.index"},
+    {"serving.loading", "serving.batches", "serving.reading"},
+    {"serving.local", "serving.llm", "serving.gateway"},
+    {"serving.app"},
+    {"serving.run"},
     {"cli"},
 ]
 RAY = {"stream.pipeline", "stream.requests", "training.trainer", "placement", "workflow", "fleet.driver", "fleet.forecast"}
+RAY |= {f"serving.{name}" for name in ("measures", "reading", "local", "llm", "gateway", "app", "run")}
 VLLM = {"engines.vllm", "engines.vllm_worker"}
 
 

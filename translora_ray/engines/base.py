@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from translora_ray.prompts import Prompt
@@ -30,12 +30,16 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Generate:
-    """Continue `prompt`. The same seed gives the same text in the same batch on the same engine."""
+    """Continue `prompt`. The same seed gives the same text in the same batch on the same engine.
+
+    `watch` is told the tokens' text after each of them, stop strings included, and ends the answer by saying False (transformers engine alone).
+    """
 
     prompt: Prompt
     sampling: Sampling
     adapter: AdapterRef | None = None
     seed: int = 0
+    watch: Callable[[str], bool] | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)

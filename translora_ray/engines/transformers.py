@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from itertools import count
 from typing import Any, TypeVar
 
 import torch
@@ -11,7 +12,7 @@ from transformers import DynamicCache
 
 from translora_ray import adapters, adapting
 from translora_ray.engines.base import AdapterRef, Complete, Generate, Generation, Sampling, Score
-from translora_ray.errors import UsageError
+from translora_ray.errors import RunFailed, UsageError
 from translora_ray.models import context_of, end_tokens, load_base, load_tokenizer, release
 from translora_ray.prompts import Prompt, answer_ids, common_length, distinct_tokens, prompt_ids
 
@@ -33,6 +34,7 @@ class TransformersEngine:
         self.context = context_of(self.model)
         self.ends = end_tokens(self.model, self.tokenizer)
         self._names: dict[str, str] = {}
+        self._numbers = count()
         self._prompts: dict[str, torch.Tensor] = {}
         self._virtual: torch.Tensor | None = None
         """Vectors before each prompt, (virtual tokens, hidden), where a prompt-tuning adapter answers."""
@@ -51,6 +53,12 @@ class TransformersEngine:
 
     def fits(self, prompt: Prompt, new_tokens: int) -> bool:
         return len(prompt_ids(self.tokenizer, prompt)) + new_tokens <= self.context
+
+    def drop(self, path: str) -> None:
+        """Free the memory of an adapter; a request that names it has it read again."""
+        self._prompts.pop(path, None)
+        if name := self._names.pop(path, None):
+            self.model.delete_adapter(name)
 
     def close(self) -> None:
         del self.model
@@ -86,7 +94,7 @@ class TransformersEngine:
         inputs = self._pad(ids, shared)
         mask, positions = inputs["attention_mask"], inputs["position_ids"][:, shared:]
         feed = {name: inputs[name][:, shared:] for name in ("input_ids", "inputs_embeds") if name in inputs}
-        rows = [_Row(self.tokenizer, self.ends, sampling, request.seed) for request in requests]
+        rows = [_Row(self.tokenizer, self.ends, request) for request in requests]
         alive = list(range(len(rows)))
         for _ in range(sampling.max_tokens):
             logits = self.model(**feed, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
@@ -159,9 +167,14 @@ class TransformersEngine:
                 self.model.base_model.disable_adapter_layers()
             return
         if adapter.path not in self._names:
-            self._names[adapter.path] = f"adapter{len(self._names)}"
-            self.model = adapting.attach(self.model, adapter.path, self._names[adapter.path])
-            adapting.prove_live(self.model, self.tokenizer, adapter.path, self._names[adapter.path])
+            name = f"adapter{next(self._numbers)}"
+            self.model = adapting.attach(self.model, adapter.path, name)
+            self._names[adapter.path] = name
+            try:
+                adapting.prove_live(self.model, self.tokenizer, adapter.path, name)
+            except RunFailed:
+                self.drop(adapter.path)  # else the next request would find it loaded
+                raise
         self.model.base_model.enable_adapter_layers()
         self.model.set_adapter(self._names[adapter.path], inference_mode=True)
 
@@ -172,9 +185,9 @@ class _Row:
     WINDOW = 8
     """Tokens in which a stop string is looked for after each step."""
 
-    def __init__(self, tokenizer: Any, ends: set[int], sampling: Sampling, seed: int) -> None:
-        self.tokenizer, self.ends, self.sampling = tokenizer, ends, sampling
-        self.generator = torch.Generator().manual_seed(seed)
+    def __init__(self, tokenizer: Any, ends: set[int], request: Generate) -> None:
+        self.tokenizer, self.ends, self.sampling, self.watch = tokenizer, ends, request.sampling, request.watch
+        self.generator = torch.Generator().manual_seed(request.seed)
         self.tokens: list[int] = []
         self.finished = False
 
@@ -183,6 +196,8 @@ class _Row:
         self.tokens.append(token)
         tail = self.tokenizer.decode(self.tokens[-self.WINDOW :], skip_special_tokens=True) if self.sampling.stop else ""
         self.finished = token in self.ends or any(stop in tail for stop in self.sampling.stop)
+        if self.watch and not self.watch(self.tokenizer.decode(self.tokens, skip_special_tokens=True)):
+            return False
         return not self.finished
 
     def result(self, prompt_tokens: int) -> Generation:

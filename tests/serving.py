@@ -1,0 +1,128 @@
+"""What tests of the service share: finished runs made of random adapters, a base with a chat template, and the command itself running."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from tests.conftest import save_model
+from translora_ray import adapters, models
+from translora_ray.storage import RunStore
+
+TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}A:"
+
+
+def chat_base(folder: Path) -> str:
+    """A tiny Llama whose tokenizer has a chat template."""
+    base = save_model(folder, "llama", seed=5)
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    return base
+
+
+def finished_run(folder: Path, base: str, name: str, seed: int, rank: int = 4) -> str:
+    """A run as a transfer leaves it, as far as the registry looks, with an adapter of random weights."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(r=rank, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM"))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(folder / "adapter")
+    digest = adapters.digest(folder / "adapter")
+    manifest = {"adapter_digest": digest, "target_base": base, "target": models.fingerprint(base), "source_base": "elsewhere", "kit": "k" * 16, "lineage": []}
+    manifest |= {"recipe_hash": f"r{seed}", "gate": {"verdict": "ship", "reasons": [], "checks": []}, "task": {"name": name, "format": "text"}}
+    RunStore(str(folder)).write_json("manifest.json", manifest)
+    return str(folder)
+
+
+def expected(base: str, adapter: str, prompt: str, tokens: int) -> str:
+    """The greedy answer of plain transformers and peft."""
+    import torch
+    from peft import PeftModel
+
+    tokenizer, model = models.load_tokenizer(base), PeftModel.from_pretrained(models.load_base(base), f"{adapter}/adapter")
+    ids = torch.tensor([tokenizer(prompt).input_ids])
+    output = model.generate(input_ids=ids, max_new_tokens=tokens, do_sample=False, eos_token_id=2, pad_token_id=0)[0, ids.shape[1] :]
+    return str(tokenizer.decode(output, skip_special_tokens=True))
+
+
+class Running:
+    """`translora serve` in a process of its own."""
+
+    def __init__(self, *arguments: str) -> None:
+        # The tests' own directory comes first for Ray's workers, too.
+        environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+        command = [sys.executable, "-m", "translora_ray.cli", "serve", *arguments]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+        self.lines: list[str] = []
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout
+        self.lines.extend(iter(self.process.stdout.readline, ""))
+
+    def url(self, seconds: float = 300) -> str:
+        """The address it prints when it is ready."""
+        until = time.monotonic() + seconds
+        while time.monotonic() < until and self.process.poll() is None:
+            for line in self.lines:
+                if line.startswith("serving "):
+                    return line.split(" at ")[1].split("/v1")[0]
+            time.sleep(0.1)
+        raise AssertionError(f"the service did not start: {self.output()}")
+
+    def output(self) -> str:
+        return "".join(self.lines)
+
+    def end(self, seconds: float = 90) -> int:
+        """Tell it to end; its exit code."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        try:
+            return self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            raise
+
+
+@contextlib.contextmanager
+def running(*arguments: str) -> Iterator[Running]:
+    service = Running(*arguments)
+    try:
+        yield service
+    finally:
+        service.end()
+
+
+def free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def post(url: str, body: bytes | dict[str, object], key: str | None = None) -> tuple[int, dict[str, str], bytes]:
+    """(status, headers, body) of a POST, whatever the status."""
+    import urllib.error
+    import urllib.request
+
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, data, headers), timeout=120) as answer:
+            return answer.status, dict(answer.headers), answer.read()
+    except urllib.error.HTTPError as error:
+        return error.code, dict(error.headers), error.read()

@@ -1,0 +1,212 @@
+"""What the service decides without Ray: requests, names, pieces of text, batches."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from tests.serving import TEMPLATE, finished_run
+from translora_ray.engines.base import AdapterRef, Generate, Sampling
+from translora_ray.engines.transformers import TransformersEngine
+from translora_ray.prompts import Prompt
+from translora_ray.registry import Registry
+from translora_ray.serving.batches import Batches, settled
+from translora_ray.serving.index import Index
+from translora_ray.serving.loading import Loader
+from translora_ray.serving.protocol import ChatRequest, CompletionRequest, Piece, ServiceError, asked, parse
+
+CHAT = {"model": "a", "messages": [{"role": "user", "content": "x"}]}
+COMPLETION = {"model": "a", "prompt": "x"}
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        (b"", "body"),
+        (b"{", "body"),
+        (b"[]", "body"),
+        (b"\xff\xfe", "body"),
+        (b'{"model": "\\ud800", "prompt": "x"}', "body"),
+        ({"prompt": "x"}, "model"),
+        (COMPLETION | {"model": 7}, "model"),
+        (COMPLETION | {"prompt": ""}, "prompt"),
+        (COMPLETION | {"prompt": ["a", "b"]}, "prompt"),
+        (COMPLETION | {"prompt": [1, 2]}, "prompt"),
+        (COMPLETION | {"max_tokens": 0}, "max_tokens"),
+        (COMPLETION | {"max_tokens": "5"}, "max_tokens"),
+        (COMPLETION | {"max_tokens": 65}, "max_tokens"),
+        (COMPLETION | {"temperature": -1}, "temperature"),
+        (b'{"model": "a", "prompt": "x", "temperature": NaN}', "temperature"),
+        (COMPLETION | {"seed": 1 << 70}, "seed"),
+        (COMPLETION | {"stop": ["a"] * 5}, "stop"),
+        (COMPLETION | {"n": 2}, "n"),
+        (COMPLETION | {"presence_penalty": 0.5}, "presence_penalty"),
+        (COMPLETION | {"logit_bias": {}}, "logit_bias"),
+        (COMPLETION | {"echo": True}, "echo"),
+    ],
+)
+def test_what_is_not_understood_is_refused_by_name(body: bytes | dict[str, object], field: str) -> None:
+    with pytest.raises(ServiceError) as refused:
+        parse(CompletionRequest, body if isinstance(body, bytes) else json.dumps(body).encode(), most=64)
+    assert refused.value.status == 400 and refused.value.message.startswith(field)
+
+
+@pytest.mark.parametrize(
+    "messages", [[], "x", [{"role": "tool", "content": "x"}], [{"role": "user"}], [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]]
+)
+def test_messages_are_checked(messages: object) -> None:
+    with pytest.raises(ServiceError) as refused:
+        parse(ChatRequest, json.dumps(CHAT | {"messages": messages}).encode(), most=64)
+    assert refused.value.status == 400 and refused.value.message.startswith("messages")
+
+
+def test_what_changes_nothing_is_taken() -> None:
+    neutral = {
+        "n": 1,
+        "presence_penalty": 0,
+        "frequency_penalty": 0.0,
+        "top_p": 1,
+        "stop": None,
+        "stream": False,
+        "user": "u",
+        "seed": None,
+        "temperature": None,
+    }
+    chat = parse(ChatRequest, json.dumps(CHAT | neutral | {"max_completion_tokens": 5, "logprobs": False}).encode(), most=64)
+    found = asked(chat, "a@1", 64)
+    assert (found.chat, found.max_tokens, found.temperature, found.messages) == (True, 5, 1.0, (("user", "x"),))
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    assert asked(parse(ChatRequest, json.dumps(CHAT | {"messages": [{"role": "user", "content": parts}]}).encode(), 64), "a@1", 64).messages == (
+        ("user", "ab"),
+    )
+    completion = asked(parse(CompletionRequest, json.dumps(COMPLETION | {"prompt": ["x"], "stop": "\n"}).encode(), most=64), "a@1", 64)
+    assert (completion.chat, completion.max_tokens, completion.messages, completion.stop) == (False, 16, (("", "x"),), ("\n",))
+
+
+def test_noise_is_never_more_than_a_refusal() -> None:
+    """Requests with bytes exchanged at random: each is taken or refused with 400."""
+    whole, random_ = json.dumps(CHAT | {"stop": ["\n"], "max_tokens": 3, "temperature": 0.5, "stream": True}).encode(), random.Random(0)
+    refused = []
+    for _ in range(3000):
+        body = bytearray(whole)
+        for _ in range(random_.randint(1, 4)):
+            body[random_.randrange(len(body))] = random_.randrange(256)
+        try:
+            parse(ChatRequest, bytes(body[: random_.randint(1, len(body))] if random_.random() < 0.3 else body), most=64)
+        except ServiceError as error:
+            refused.append((error.status, json.dumps(error.body())))
+    assert {status for status, _ in refused} == {400} and 1000 < len(refused) < 3000
+
+
+@pytest.mark.parametrize(
+    ("text", "stops", "end"),
+    [("abc", (), 3), ("abc", ("x",), 3), ("ab\n", ("\n\n",), 2), ("abEN", ("END",), 2), ("abE", ("END", "bEx"), 1), ("ab\ufffd", (), 2), ("\ufffd", ("a",), 0)],
+)
+def test_only_what_is_certain_is_sent(text: str, stops: tuple[str, ...], end: int) -> None:
+    assert settled(text, stops) == end
+
+
+async def collect(batches: Batches, request: Generate, stream: bool) -> list[Piece]:
+    return [piece async for piece in batches.run(request, stream)]
+
+
+def test_batches_answer_as_the_engine_does_and_pieces_add_up(tiny_llama: str, tmp_path: Path) -> None:
+    paths = [f"{finished_run(tmp_path / str(seed), tiny_llama, 'x', seed)}/adapter" for seed in (1, 2)]
+    plain = TransformersEngine(tiny_llama, device="cpu")
+    requests = [
+        Generate(Prompt(f"question {i}"), Sampling(12, temperature, stop=("a",) if i % 3 == 0 else ()), AdapterRef(str(i % 2), paths[i % 2]), seed=i)
+        for i in range(6)
+        for temperature in (0.0, 1.0)
+    ]
+    alone = [plain.generate([request])[0] for request in requests]
+    batches = Batches(TransformersEngine(tiny_llama, device="cpu"), batch_size=4)
+
+    async def everything() -> list[list[Piece]]:
+        return await asyncio.gather(*(collect(batches, request, stream) for stream in (False, True) for request in requests))
+
+    answers = asyncio.run(everything())
+    for answer, wanted in zip(answers, alone * 2, strict=True):
+        last = answer[-1]
+        assert "".join(piece.text for piece in answer) == wanted.text
+        assert (last.tokens, last.prompt_tokens, last.finish) == (wanted.tokens, wanted.prompt_tokens, "stop" if wanted.finished else "length")
+        assert all(piece.finish is None for piece in answer[:-1])
+    assert all(len(answer) == 1 for answer in answers[: len(requests)]) and max(len(answer) for answer in answers) > 3
+
+
+def test_an_answer_ends_when_nobody_listens_and_an_adapter_can_leave(tiny_llama: str, tmp_path: Path) -> None:
+    path = f"{finished_run(tmp_path / 'run', tiny_llama, 'x', 1)}/adapter"
+    engine = TransformersEngine(tiny_llama, device="cpu")
+    batches = Batches(engine, batch_size=4)
+    request = Generate(Prompt("question"), Sampling(8), AdapterRef("x", path))
+    before = asyncio.run(collect(batches, request, False))
+
+    async def leave() -> int:
+        stream = batches.run(Generate(Prompt("question"), Sampling(1500, 1.0), AdapterRef("x", path), seed=3), True)
+        await anext(stream)
+        await stream.aclose()
+        began = asyncio.get_running_loop().time()
+        await collect(batches, request, False)  # waits for the batch before it
+        return round(asyncio.get_running_loop().time() - began)
+
+    assert asyncio.run(leave()) < 5
+    batches.call(lambda: engine.drop(path))
+    assert asyncio.run(collect(batches, request, False)) == before, "read again, it answers as before"
+    assert engine._names == {path: "adapter1"}
+
+
+def test_names_lead_to_releases_and_a_failure_keeps_them(tiny_llama: str, tmp_path: Path) -> None:
+    registry = Registry(str(tmp_path / "registry"))
+    for seed in (1, 2):
+        registry.publish(finished_run(tmp_path / f"run{seed}", tiny_llama, "colours", seed))
+    index = Index(registry)
+    assert not index.loaded and index.find("colours@1") is None and index.age() is not None
+    index.refresh()
+    assert index.loaded and index.age() is None and [model["id"] for model in index.models(lambda _: True)] == ["colours@1", "colours@2"]
+    assert index.find("colours") is None, "no channel yet"
+    registry.promote("colours@1")
+    registry.promote("colours@2", "next")
+    index.refresh()
+    found = {name: index.find(name) for name in ("colours", "colours:stable", "colours:next", "colours@2", "colours:x", "../colours@1", "")}
+    assert [release and release.id for release in found.values()] == ["colours@1", "colours@1", "colours@2", "colours@2", None, None, None]
+    (tmp_path / "registry").rename(tmp_path / "away")
+    index.refresh()
+    assert index.age() is not None and index.find("colours:stable") == found["colours"]
+    (tmp_path / "away").rename(tmp_path / "registry")
+    registry.promote("colours@2")
+    index.refresh()
+    stable = index.find("colours")
+    assert index.age() is None and stable and stable.id == "colours@2"
+
+
+def test_damaged_weights_are_said_without_a_path_and_mended_ones_load(tiny_llama: str, tmp_path: Path) -> None:
+    registry = Registry(str(tmp_path / "registry"))
+    registry.publish(finished_run(tmp_path / "run", tiny_llama, "colours", 1))
+    weights = next((tmp_path / "registry").rglob("colours@1/adapter_model.safetensors"))
+    sound = weights.read_bytes()
+    loader = Loader(str(tmp_path / "registry"), tiny_llama)
+    for damaged in (sound[:-10], sound[:-4] + b"\0\1\2\3", b""):
+        weights.write_bytes(damaged)
+        with pytest.raises(ServiceError) as refused:
+            loader.load("colours@1")
+        assert refused.value.status == 503 and refused.value.retry_after and str(tmp_path) not in refused.value.message
+    weights.write_bytes(sound)
+    path = loader.load("colours@1")
+    (tmp_path / "registry").rename(tmp_path / "away")
+    assert loader.load("colours@1") == path, "what was fetched needs no registry"
+    with pytest.raises(ServiceError) as refused:
+        loader.load("colours@2")
+    assert refused.value.status in (404, 503)
+
+
+def test_the_chat_template_gets_all_messages(tiny_llama: str) -> None:
+    from translora_ray.models import load_tokenizer
+    from translora_ray.prompts import prompt_ids
+
+    tokenizer = load_tokenizer(tiny_llama)
+    tokenizer.chat_template = TEMPLATE
+    prompt = Prompt("you", "chat", (("system", "be"), ("user", "hi"), ("assistant", "yes")))
+    assert tokenizer.decode(prompt_ids(tokenizer, prompt)) == "be\nhi\nyes\nyou\nA:"

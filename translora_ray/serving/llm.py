@@ -1,0 +1,166 @@
+"""The deployment on vLLM: `ray.serve.llm`'s LLMServer, with adapters from our registry.
+
+`ray.serve.llm` finds adapters by listing s3://, gs://, abfss:// or azure:// prefixes and takes no local path; it checks no digest, and its cache
+on disk knows neither base nor version. LLMServer takes a `model_downloader`, so the smallest change is one class: `Downloader` fetches an
+immutable release through the registry, wherever that lies. The rest (routing to replicas that hold the adapter, vLLM's own LoRA modules, their
+eviction, autoscaling, health) is Ray's and vLLM's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from collections.abc import AsyncIterator
+from functools import partial
+from typing import Any
+
+from ray.llm._internal.serve.core.configs.llm_config import DiskMultiplexConfig
+from ray.serve.llm import LLMConfig, build_llm_deployment
+from ray.serve.llm.deployment import LLMServer
+from ray.serve.llm.openai_api_models import ChatCompletionRequest, CompletionRequest, ErrorResponse
+
+from translora_ray import adapters
+from translora_ray.config import Vllm
+from translora_ray.engines.vllm import OWNER, engine_arguments
+from translora_ray.errors import RunFailed
+from translora_ray.serving.loading import Loader, unusable
+from translora_ray.serving.measures import EngineMeasures
+from translora_ray.serving.protocol import Asked, Piece, ServiceError
+
+
+class Downloader:
+    """What LLMServer asks for an adapter that its replica does not hold (in place of `LoraModelLoader`)."""
+
+    def __init__(self, loader: Loader, measures: EngineMeasures, **_: Any) -> None:
+        self.loader, self.measures = loader, measures
+
+    async def load_model_from_config(self, lora_model_id: str, llm_config: LLMConfig) -> Any:
+        with self.measures.load(lora_model_id):
+            path = await asyncio.to_thread(self.loader.load, lora_model_id)
+        return _Held(self.measures, model_id=lora_model_id, max_total_tokens=None, local_path=str(path), lora_assigned_int_id=0)
+
+
+class _Held(DiskMultiplexConfig):  # type: ignore[misc]
+    """An adapter that a replica holds. Serve calls `__del__` when another takes its place; vLLM, whose memory it is, forgets adapters by itself."""
+
+
+class VllmBackend(LLMServer):  # type: ignore[misc]
+    """Answers `Asked` in `Piece`s, as `TransformersBackend` does, through LLMServer's own chat and completions."""
+
+    async def __init__(self, llm_config: LLMConfig, base: str, registry: str) -> None:  # type: ignore[misc]
+        os.environ[OWNER] = str(os.getpid())  # vLLM's processes end with this one
+        self._proved: set[str] = set()
+        loader, measures = await asyncio.to_thread(Loader, registry, base), EngineMeasures()
+        await super().__init__(llm_config, model_downloader=partial(Downloader, loader, measures))
+
+    async def answer(self, asked: Asked) -> AsyncIterator[Piece]:
+        """Always streamed inside: the counts of tokens come at the end, and one kind of answer is read."""
+        await self._hold(asked.release)
+        answers = await (self.chat(_chat(asked)) if asked.chat else self.completions(_completion(asked)))
+        pieces, said = _read(answers), []
+        async for piece in pieces:
+            if asked.stream:
+                yield piece
+            else:
+                said.append(piece.text)
+                if piece.finish:
+                    yield Piece("".join(said), piece.finish, piece.prompt_tokens, piece.tokens)
+
+    async def ready(self) -> bool:
+        await self.check_health()
+        return True
+
+    async def _hold(self, release: str) -> None:
+        """Have vLLM load the adapter, and prove once that it applied every module: it drops what it does not know in silence."""
+        try:
+            await self._maybe_resolve_lora_from_multiplex()
+            if release not in self._proved:
+                number = self.engine._oai_models.lora_requests[release].lora_int_id
+                path = self.engine._oai_models.lora_requests[release].lora_path
+                for applied in await self.collective_rpc("applied_modules", args=(number,)):
+                    adapters.require_applied(path, set(applied))
+                self._proved.add(release)
+        except (ValueError, RunFailed):
+            raise unusable(release) from None
+
+
+def deployment(name: str, base: str, registry: str, vllm: Vllm, gpus: float, options: dict[str, Any]) -> Any:
+    """The deployment, bound to its arguments. `vllm` says the largest rank and how many adapters; `gpus` is 0 where vLLM computes on CPUs."""
+    # Sampling is what a request says, not what the base's files suggest, as on the transformers engine.
+    arguments = engine_arguments(base, (), vllm, gpus) | {"generation_config": "vllm"}
+    folder = arguments.pop("model")
+    arguments.pop("distributed_executor_backend")  # ray.serve.llm's business
+    cpus = options["ray_actor_options"].pop("num_cpus")
+    config: dict[str, Any] = {
+        "model_loading_config": {"model_id": name, "model_source": folder},
+        "engine_kwargs": arguments,
+        "lora_config": {"max_num_adapters_per_replica": vllm.adapters},
+        "deployment_config": {key: value for key, value in options.items() if key in ("num_replicas", "autoscaling_config")},
+        "log_engine_metrics": False,
+        "experimental_configs": {"stream_batching_interval_ms": 0},
+    }
+    if not gpus:
+        config |= {"accelerator_config": {"kind": "cpu"}, "placement_group_config": {"bundles": [{"CPU": cpus}]}}
+        config["runtime_env"] = {"env_vars": {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1"}}
+    elif gpus < 1:
+        config["placement_group_config"] = {"bundles": [{"CPU": cpus, "GPU": gpus}]}
+    others = {key: value for key, value in options.items() if key not in ("num_replicas", "autoscaling_config", "ray_actor_options")}
+    return build_llm_deployment(
+        LLMConfig(**config),
+        bind_kwargs={"base": base, "registry": registry},
+        override_serve_options=others | {"name": name},
+        deployment_cls=VllmBackend,
+    )
+
+
+def _shared(asked: Asked) -> dict[str, Any]:
+    return {
+        "model": asked.release,
+        "temperature": asked.temperature,
+        "top_p": 1.0 if asked.top_p is None else asked.top_p,
+        "min_p": asked.min_p,
+        "stop": list(asked.stop) or None,
+        "seed": asked.seed,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+
+
+def _chat(asked: Asked) -> Any:
+    messages = [{"role": role, "content": text} for role, text in asked.messages]
+    return ChatCompletionRequest(messages=messages, max_completion_tokens=asked.max_tokens or asked.most, **_shared(asked))
+
+
+def _completion(asked: Asked) -> Any:
+    return CompletionRequest(prompt=asked.messages[0][1], max_tokens=asked.max_tokens or asked.most, **_shared(asked))
+
+
+async def _read(answers: Any) -> AsyncIterator[Piece]:
+    """vLLM's server-sent events as pieces. The one that ends the text waits for the counts, which come after it."""
+    finish, text = None, ""
+    async for answer in answers:
+        for event in answer if isinstance(answer, list) else [answer]:
+            if isinstance(event, ErrorResponse):
+                raise _error(event.error.message, int(event.error.code or 500))
+            for line in event.split("\n"):
+                if not line.startswith("data: ") or line == "data: [DONE]":
+                    continue
+                content = json.loads(line[6:])
+                if "error" in content:
+                    raise _error(content["error"]["message"], int(content["error"].get("code") or 500))
+                for choice in content["choices"]:
+                    text += choice["text"] if "text" in choice else choice["delta"].get("content") or ""
+                    finish = finish or choice["finish_reason"]
+                if content.get("usage") and finish:
+                    yield Piece(text, "stop" if finish == "stop" else "length", content["usage"]["prompt_tokens"], content["usage"]["completion_tokens"])
+                    return
+                if text and not finish:
+                    yield Piece(text)
+                    text = ""
+
+
+def _error(message: str, status: int) -> ServiceError:
+    if 400 <= status < 500:
+        return ServiceError(400, "invalid_request", message)
+    return ServiceError(503, "engine_failed", "The engine failed on this request: try again.", 1)

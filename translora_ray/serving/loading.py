@@ -1,0 +1,50 @@
+"""From a release to a directory that an engine can load: fetched, its digest checked, and compared with the base. No Ray here."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from pathlib import Path
+
+from translora_ray import adapters, models
+from translora_ray.errors import RunFailed, UsageError
+from translora_ray.registry import NotFound, Registry, Unreachable
+from translora_ray.serving.protocol import ServiceError, unknown
+
+logger = logging.getLogger("ray.serve")
+
+
+class Loader:
+    """Fetches releases for one engine. What was fetched stays on its disk until it ends, so an adapter that left its memory comes back without the registry."""
+
+    def __init__(self, registry: str, base: str) -> None:
+        self.registry = Registry(registry)
+        self.base = base
+        self.shapes, self.width = models.linear_shapes(base), models.width(base)
+        self._scratch = tempfile.TemporaryDirectory(prefix="translora-serve-")
+        self._paths: dict[str, Path] = {}
+
+    def load(self, release: str) -> Path:
+        """The directory of a release's adapter. Raises `ServiceError` that a client may read: what is wrong in full is in the log."""
+        if release in self._paths:
+            return self._paths[release]
+        try:
+            found = self.registry.release(release)
+            path = self.registry.fetch(found, Path(self._scratch.name))
+            adapters.check_fits(adapters.inspect(path), self.base, self.shapes, self.width)
+        except NotFound:
+            raise unknown(release) from None
+        except Unreachable as error:
+            logger.error(f"loading {release}: {error}")
+            raise ServiceError(503, "registry_unreachable", f"{release} is not loaded and the registry does not answer: try again.", 5) from None
+        except (UsageError, RunFailed, OSError) as error:
+            logger.error(f"loading {release}: {error}")
+            raise unusable(release) from None
+        self._paths[release] = path
+        return path
+
+
+def unusable(release: str) -> ServiceError:
+    """The answer for an adapter that an engine can not use."""
+    message = f"The weights of {release} are damaged or do not fit the base, so it can not answer: try again later; other models are not affected."
+    return ServiceError(503, "adapter_unusable", message, 10)

@@ -1,0 +1,84 @@
+"""`translora serve`: the service in the foreground, on a local Ray of its own unless an address is given, until it is told to end."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import signal
+import socket
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+
+from ray import serve
+
+from translora_ray.config import Cluster
+from translora_ray.errors import RunFailed, UsageError
+from translora_ray.placement import cpus, ray_failures, ray_session
+from translora_ray.registry import Registry
+from translora_ray.serving.app import NAME, Service, application, count
+
+START_SECONDS = 600
+
+
+def run(service: Service, host: str | None, port: int, say: Callable[[str], None]) -> None:
+    """Serve until SIGINT or SIGTERM, then let requests that run finish. `host` None: this machine alone where there are no keys, else all addresses."""
+    host = host or ("0.0.0.0" if service.keys else "127.0.0.1")
+    _require_free(host, port)
+    service = service.model_copy(update={"cpus": max(1.0, cpus() // count(service))})
+    bound = application(service)
+    with ray_failures(), ray_session(Cluster()) as own, _told_to_end() as ending:  # after Ray, which has handlers of its own
+        logging.getLogger("ray.serve").setLevel(logging.ERROR)  # replicas log to files of their own; here it would tell of its own start
+        serve.start(http_options={"host": host, "port": port})
+        try:
+            serve.run(bound, name=NAME, blocking=False)
+            url = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
+            _wait_ready(url, ending)
+            if not ending.is_set():
+                _greet(service, url, say)
+            while not ending.wait(1):
+                pass
+            say("ending: requests that run may finish")
+        finally:
+            serve.delete(NAME)
+            if own:
+                serve.shutdown()
+
+
+@contextlib.contextmanager
+def _told_to_end() -> Iterator[threading.Event]:
+    ending = threading.Event()
+    before = {number: signal.signal(number, lambda *_: ending.set()) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield ending
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _require_free(host: str, port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except (OSError, OverflowError) as error:
+            raise UsageError(f"Port {port} of {host} can not be had ({error}): choose another one with --port.") from None
+
+
+def _wait_ready(url: str, ending: threading.Event) -> None:
+    until = time.monotonic() + START_SECONDS
+    while not ending.wait(0.2):
+        with contextlib.suppress(urllib.error.URLError, OSError), urllib.request.urlopen(f"{url}/ready", timeout=10):
+            return
+        if time.monotonic() > until:
+            raise RunFailed(f"The service is not ready after {START_SECONDS} s: Ray's logs are in /tmp/ray/session_latest/logs/serve.")
+
+
+def _greet(service: Service, url: str, say: Callable[[str], None]) -> None:
+    channels = Registry(service.registry).channels()
+    model = next(iter(channels), None) or next((release.id for release in Registry(service.registry).releases()), "NAME")
+    header = " -H 'Authorization: Bearer KEY'" if service.keys else ""
+    say(f"serving {service.registry} at {url}/v1" + ("" if service.keys else ": no keys, for this machine alone (--keys FILE)"))
+    say(f"""  curl {url}/v1/completions{header} -H 'Content-Type: application/json' -d '{{"model": "{model}", "prompt": "Hello", "max_tokens": 16}}'""")
