@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import json
 import random
 from pathlib import Path
@@ -206,7 +207,7 @@ def test_the_chat_template_gets_all_messages(tiny_llama: str) -> None:
     from translora_ray.models import load_tokenizer
     from translora_ray.prompts import prompt_ids
 
-    tokenizer = load_tokenizer(tiny_llama)
+    tokenizer = copy.deepcopy(load_tokenizer(tiny_llama))  # it is shared
     tokenizer.chat_template = TEMPLATE
     prompt = Prompt("you", "chat", (("system", "be"), ("user", "hi"), ("assistant", "yes")))
     assert tokenizer.decode(prompt_ids(tokenizer, prompt)) == "be\nhi\nyes\nyou\nA:"

@@ -1,5 +1,6 @@
 """Prompts, records, metrics, repetition: text in, text out."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -45,7 +46,7 @@ def test_few_shot_shows_answers_and_ends_with_the_question() -> None:
 
 
 def test_prompt_and_answer_tokens_meet_with_one_blank(tiny_llama: str) -> None:
-    tokenizer = load_tokenizer(tiny_llama)
+    tokenizer = copy.deepcopy(load_tokenizer(tiny_llama))  # it is shared
     prompt = Prompt("Q: red\nA:")
     ids = prompt_ids(tokenizer, prompt) + answer_ids(tokenizer, prompt, "b")
     assert tokenizer.decode(ids[:-1]) == "Q: red\nA: b"
@@ -58,7 +59,7 @@ def test_chat_without_template_is_refused(tiny_llama: str) -> None:
 
 
 def test_chat_renders_one_user_message_with_the_bases_own_template(tiny_llama: str) -> None:
-    tokenizer = load_tokenizer(tiny_llama)
+    tokenizer = copy.deepcopy(load_tokenizer(tiny_llama))  # it is shared
     tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}bot: {% endif %}"
     assert tokenizer.decode(prompt_ids(tokenizer, Prompt("hi", "chat"))) == "user: hi\nbot: "
 
