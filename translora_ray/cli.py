@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from translora_ray import __version__
+from translora_ray import __version__, releasing
 from translora_ray.errors import TransLoraError, UsageError, first_line
 
 if TYPE_CHECKING:
@@ -57,8 +57,9 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--gate", action="store_true", help="exit 1 where the real rows say that the adapter must not ship")
     evaluate.add_argument("--json", metavar="FILE", help="write the result there; - for standard output")
 
-    inspect = commands.add_parser("inspect", help="say what a kit, adapter, run or model is, and whether it is sound")
+    inspect = commands.add_parser("inspect", help="say what a kit, adapter, run, registry or model is, and whether it is sound")
     inspect.add_argument("path", metavar="PATH", nargs="+", help="one path or model reference; two models are checked as a pair")
+    releasing.add_commands(commands)
     for command in (prepare, evaluate):
         command.add_argument("--set", action="append", default=[], metavar="cluster.key=value", help="how engines are loaded, e.g. cluster.vllm.dtype=float32")
     for command in (prepare, transfer, evaluate):
@@ -73,7 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it where it is installed, and it asks for a kernel that nothing here needs
     try:
         options = parser().parse_args(arguments)
-        return {"prepare": _prepare, "transfer": _transfer, "evaluate": _evaluate, "inspect": _inspect}[options.command](options)
+        handlers = {"prepare": _prepare, "transfer": _transfer, "evaluate": _evaluate, "inspect": _inspect, **dict.fromkeys(releasing.COMMANDS, _release)}
+        return handlers[options.command](options)
     except UsageError as error:
         print(f"translora: {error}", file=sys.stderr)
         return 2
@@ -200,6 +202,11 @@ def _inspect(options: argparse.Namespace) -> int:
 
     inspect(options.path)
     return 0
+
+
+def _release(options: argparse.Namespace) -> int:
+    options.registry = _place(options.registry, "REGISTRY")
+    return releasing.run(options)
 
 
 def entry() -> None:
