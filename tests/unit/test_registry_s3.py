@@ -116,28 +116,23 @@ def test_writers_at_once_get_a_version_each_and_never_mix(registry: Registry, tm
     assert registry.release("colours").id == changes[-1]["release"]
 
 
-def test_of_a_promotion_and_a_retirement_at_once_the_channel_wins(registry: Registry, tmp_path: Path) -> None:
-    registry.publish(save_run(tmp_path / "run"))
-    for number in range(5):
-        ready = threading.Barrier(2)
+@pytest.mark.parametrize("name", ["first", "second", "third"])
+def test_of_a_promotion_and_a_retirement_at_once_the_channel_wins(registry: Registry, tmp_path: Path, name: str) -> None:
+    registry.publish(save_run(tmp_path / "run"), name=name)
+    ready = threading.Barrier(2)
 
-        def promote(channel: str = f"c{number}", ready: threading.Barrier = ready) -> None:
-            ready.wait()
-            Registry(registry.uri).promote("colours@1", channel)
+    def promote() -> None:
+        ready.wait()
+        Registry(registry.uri).promote(f"{name}@1", "live")
 
-        def retire(ready: threading.Barrier = ready) -> None:
-            ready.wait()
-            Registry(registry.uri).retire("colours@1")
+    def retire() -> None:
+        ready.wait()
+        Registry(registry.uri).retire(f"{name}@1")
 
-        with ThreadPoolExecutor(2) as threads:
-            outcomes = [threads.submit(promote).exception(), threads.submit(retire).exception()]
-        assert all(isinstance(outcome, UsageError | None) for outcome in outcomes)
-        if registry.channels():
-            assert ids(registry) == ["colours@1"]
-            return
-        assert ids(registry) == []  # the retirement came first
-        registry.publish(str(tmp_path / "run"), name="colours")
-        return
+    with ThreadPoolExecutor(2) as threads:
+        outcomes = [future.exception() for future in [threads.submit(promote), threads.submit(retire)]]
+    assert all(isinstance(outcome, UsageError | None) for outcome in outcomes)
+    assert ids(registry) == ([f"{name}@1"] if registry.channels() else [])  # the retirement came first where there is no channel
 
 
 def test_the_commands_and_inspect(registry: Registry, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
