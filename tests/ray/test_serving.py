@@ -70,7 +70,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     for name, seed in (("colours", 1), ("colours", 2), ("numbers", 3)):
         found.publish(name, seed)
     registry.promote("colours@1")
-    registry.publish(finished_run(folder / "foreign", chat_base(folder / "other"), "foreign", 4))
+    registry.publish(finished_run(folder / "foreign", chat_base(folder / "other", seed=6), "foreign", 4))
     (folder / "other-weights").mkdir()
     options = ["--port", str(free_port()), "--keys", keys, "--engine", "transformers", "--base", found.base, "--host", "127.0.0.1", "--adapters", "2"]
     with running(str(folder / "registry"), *options) as service:
@@ -225,7 +225,10 @@ def test_metrics_and_logs_tell_of_releases_and_not_of_texts(world: World) -> Non
     assert mine and {"key", "status", "seconds", "tokens"} <= mine[-1].keys() and mine[-1]["key"] == "all"
     everything = "".join(path.read_text(errors="replace") for log in logs for path in log.parent.glob("*"))
     assert secret not in everything and not any(key in everything for key in world.keys.values())
-    port = json.loads(next(logs[0].parents[2].glob("prom_metrics_service_discovery.json")).read_text())[0]["targets"]
+    discovery, until = logs[0].parents[2] / "prom_metrics_service_discovery.json", time.monotonic() + 60
+    while not discovery.exists() and time.monotonic() < until:
+        time.sleep(1)
+    port = json.loads(discovery.read_text())[0]["targets"]
     exported = ""
     for _ in range(30):
         exported = "".join(urllib.request.urlopen(f"http://{target}/metrics", timeout=10).read().decode() for target in port)

@@ -200,7 +200,9 @@ class Gateway:
             raise protocol.unknown(model)
         self._require_index()
         release = self.index.find(model)
-        if release is None and self.index.clock() - self.index.began > ASKED_AGAIN_SECONDS:
+        asked = self.index.clock()
+        while release is None and self.index.began < asked:  # it may have been published since that reading began
+            await asyncio.sleep(max(0.0, self.index.began + ASKED_AGAIN_SECONDS - self.index.clock()))
             await self._refresh()
             release = self.index.find(model)
         if release is None:
