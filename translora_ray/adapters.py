@@ -248,7 +248,7 @@ def _read_header(folder: Path) -> dict[str, list[int]]:
             raise UsageError(f"{folder} holds pickled weights, which are never loaded: save it with safe_serialization=True.")
         raise UsageError(f"{folder} is not an adapter: it has no {WEIGHTS}.")
     try:
-        with safe_open(str(folder / WEIGHTS), framework="pt") as file:
+        with safe_open(str(folder / WEIGHTS), framework="numpy") as file:  # shapes alone: torch need not be imported
             return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise UsageError(f"{folder / WEIGHTS} is corrupt ({error}): copy it again.") from None

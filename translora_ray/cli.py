@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from translora_ray import releasing
 from translora_ray.errors import TransLoraError, UsageError, first_line
 from translora_ray.options import parser
 
@@ -28,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = parser().parse_args(arguments)
         commands = {"prepare": _prepare, "transfer": _transfer, "evaluate": _evaluate, "fleet": _fleet, "status": _status, "inspect": _inspect}
-        commands |= {"serve": _serve, "keys": _keys}
+        commands |= {"serve": _serve, "keys": _keys, **dict.fromkeys(releasing.COMMANDS, _release)}
         return commands[options.command](options)
     except UsageError as error:
         print(f"translora: {error}", file=sys.stderr)
@@ -241,6 +242,11 @@ def _keys(options: argparse.Namespace) -> int:
     key = add_key(options.file, options.add, tuple(options.adapters), requests_per_minute=options.requests_per_minute, max_tokens=options.max_tokens)
     print(f"{key}\n(shown once: {options.file} holds its digest)")
     return 0
+
+
+def _release(options: argparse.Namespace) -> int:
+    options.registry = _place(options.registry, "REGISTRY")
+    return releasing.run(options)
 
 
 def entry() -> None:

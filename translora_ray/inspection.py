@@ -1,4 +1,4 @@
-"""What lies at a path: a kit, an adapter, a run or a model, and whether it is sound."""
+"""What lies at a path: a kit, an adapter, a run, a registry or a model, and whether it is sound."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from translora_ray import adapters, kit, models
+from translora_ray import adapters, kit, models, releasing
 from translora_ray.errors import UsageError
 from translora_ray.evaluation.report import show_facts
+from translora_ray.registry import Registry
 from translora_ray.storage import ADAPTER, IDENTITY, MANIFEST, RunStore
 
 
@@ -18,6 +19,9 @@ def inspect(paths: list[str]) -> None:
         raise UsageError("inspect takes one path, or two models to check as a pair.")
     if len(paths) == 2:
         _pair(*paths)
+        return
+    if (registry := Registry(paths[0])).exists():
+        releasing.show(registry)
         return
     title, facts = _facts(paths[0])
     show_facts(title, facts)

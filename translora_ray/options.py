@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any, TypeAlias
 
-from translora_ray import __version__
+from translora_ray import __version__, releasing
 from translora_ray.errors import UsageError
 
 ENGINES = ("auto", "transformers", "vllm")
@@ -27,6 +27,7 @@ def parser() -> argparse.ArgumentParser:
     prepare, transfer, evaluate = _one_adapter(commands)
     fleet = _fleets(commands)
     inspect = _inspection(commands)
+    releasing.add_commands(commands)
     serve = _service(commands)
     for command in (prepare, evaluate, inspect, serve):
         command.add_argument("--set", action="append", default=[], metavar="cluster.key=value", help="how engines are loaded, e.g. cluster.vllm.dtype=float32")
@@ -75,7 +76,7 @@ def _fleets(commands: Commands) -> _Parser:
 
 
 def _inspection(commands: Commands) -> _Parser:
-    inspect = commands.add_parser("inspect", help="say what a kit, adapter, run or model is, and whether it is sound")
+    inspect = commands.add_parser("inspect", help="say what a kit, adapter, run, registry or model is, and whether it is sound")
     inspect.add_argument("path", metavar="PATH", nargs="+", help="one path or model reference; two models are checked as a pair")
     inspect.add_argument("--audit", action="store_true", help="membership tests on a kit's discriminator, and on a run's synthetic prompts")
     inspect.add_argument("--data", metavar="train.jsonl", help="of --audit: the rows that the kit was made from")

@@ -7,26 +7,19 @@ REGISTRY/channels/NAME/CHANNEL/000001.json     every change of a channel; the on
 REGISTRY/retired/NAME@V                        releases that are no longer listed
 REGISTRY/claims/...                            numbers that writers have claimed
 ```
-A file is written once and never again; so readers may keep what they read, and writers have nothing to overwrite. A number (of a release, of a change)
-belongs to the writer that claimed it (`RunStore.claim`), whatever the others do and however slow they are. On local disk a lock lets one writer in after
-the other, too: versions follow each other, and what is published twice at once is one release. On an object store, which knows no locks, two writers who
-meet may skip numbers; a run published twice at the very same time may become two releases with the same digest; and of two changes of a channel
-at the same time the one with the higher number counts, the other is in its history.
+A file is written once and never again (`ledger.py`), so readers may keep what they read, and writers have nothing to overwrite. On local disk versions follow
+each other, and a run that is published twice at once is one release. On an object store versions may be skipped where writers meet; a run published
+twice at the very same time may become two releases with the same digest; of two changes of a channel at the same time the one with the higher number
+counts, and the other is in its history.
 """
 
 from __future__ import annotations
 
 import contextlib
-import itertools
-import json
 import os
-import random
 import re
-import shutil
 import tempfile
-import time
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable
 from dataclasses import fields
 from datetime import UTC, datetime
 from pathlib import Path
@@ -35,67 +28,56 @@ from typing import Any
 import pyarrow.fs as pafs
 
 from translora_ray import adapters
-from translora_ray.errors import RunFailed, UsageError, first_line
+from translora_ray.errors import UsageError
+from translora_ray.ledger import Ledger, Unreachable, Unsound
 from translora_ray.releases import STABLE, NotFound, Release, check_name, of_run, parse_channel, parse_id, some
-from translora_ray.storage import RunStore
 
 __all__ = ["STABLE", "NotFound", "Registry", "Release", "Unreachable", "Unsound"]
 
-MARKER = "registry.json"
 RELEASE = "release.json"
-RELEASES, CHANNELS, RETIRED, CLAIMS = "releases", "channels", "retired", "claims"
+RELEASES, CHANNELS, RETIRED = "releases", "channels", "retired"
 FILES = (adapters.CONFIG, adapters.WEIGHTS)
 """The files of a release: those that its digest covers, nothing else."""
 _CHANGE = re.compile(r"[0-9]{6}\.json")
 _STORED = [field.name for field in fields(Release) if field.name != "uri"]
 Change = dict[str, Any]
 """A change of a channel: `change`, `release`, `earlier`, `time`."""
-READERS = 16
-"""Files that are read from an object store at the same time."""
-
-
-class Unreachable(RunFailed):
-    """The registry's storage does not answer; it may do so later."""
-
-
-class Unsound(UsageError):
-    """A release is not what was published."""
 
 
 class Registry:
     """Releases and channels at `uri`: a directory, s3://... or gs://... Nothing is read or made before a method is called; safe in several threads."""
 
     def __init__(self, uri: str) -> None:
-        self.store = RunStore(uri)
-        self.uri = self.store.uri if "://" in uri else self.store.root
-        self._read: dict[str, dict[str, Any]] = {}
+        self._ledger = Ledger(uri)
+        self.uri, self._store = self._ledger.uri, self._ledger.store
+
+    def exists(self) -> bool:
+        return self._ledger.exists()
 
     def check(self) -> None:
         """Raise `UsageError` where there is no registry."""
-        with self._reaching():
-            if not self.store.exists(MARKER):
-                raise UsageError(f"There is no registry at {self.uri}: publish a run to it first, or correct the path.")
+        self._ledger.check()
 
     def publish(self, run: str, name: str | None = None, reviewed: bool = False) -> Release:
         """The release of a finished run, by default under its task's name: the one that holds the run already, or a new one with the next version."""
         with tempfile.TemporaryDirectory() as scratch:
             facts, folder = of_run(run, reviewed, Path(scratch))
             name = check_name(name or facts["task"]["name"])
-            with self._writing(create=True):
-                there = {found[1]: each for each in self.store.names(RELEASES) if (found := parse_id(each)) and found[0] == name}
+            with self._ledger.writing(create=True):
+                there = {found[1]: each for each in self._store.names(RELEASES) if (found := parse_id(each)) and found[0] == name}
                 for release in self._releases(there.values()):
                     if (release.digest, release.recipe_hash) == (facts["digest"], facts["recipe_hash"]):
                         return release
-                version = self._claim(f"{RELEASES}/{name}@", max(there, default=0))
+                version = self._ledger.claim(f"{RELEASES}/{name}@", max(there, default=0))
                 place = f"{RELEASES}/{name}@{version}"
                 for file in FILES:
-                    self.store.write(f"{place}/{file}", (folder / file).read_bytes())
-                self.store.write_json(f"{place}/{RELEASE}", {**facts, "name": name, "version": version, "created": _now()})
+                    self._store.write(f"{place}/{file}", (folder / file).read_bytes())
+                self._store.write_json(f"{place}/{RELEASE}", {**facts, "name": name, "version": version, "created": _now()})
                 return self.release(f"{name}@{version}")
 
     def release(self, reference: str) -> Release:
         """The release behind `name@version`, `name:channel` or `name` (its channel `stable`). Raises `NotFound`, which says what there is."""
-        with self._reaching():
+        with self._ledger.reaching():
             channel = parse_channel(reference)
             now = self._current(*channel) if channel else None
             wanted = now["release"] if now else reference
@@ -105,28 +87,28 @@ class Registry:
 
     def releases(self, base: str | None = None) -> list[Release]:
         """Releases that are not retired, by name and version; those for one `base`, a target base's reference or fingerprint, where it is given."""
-        with self._reaching():
-            found = self._releases(self.store.names(RELEASES))
+        with self._ledger.reaching():
+            found = self._releases(self._store.names(RELEASES))
         return [release for release in found if base is None or base in (release.target_base, release.base_fingerprint)]
 
     def channels(self) -> dict[str, str]:
         """What each channel names: {"name:channel": "name@version"}, sorted."""
-        with self._reaching():
-            selector = pafs.FileSelector(self.store.path(CHANNELS), allow_not_found=True, recursive=True)
-            paths = sorted(info.path.removeprefix(f"{self.store.root}/") for info in self.store.fs.get_file_info(selector) if info.is_file)
+        with self._ledger.reaching():
+            selector = pafs.FileSelector(self._store.path(CHANNELS), allow_not_found=True, recursive=True)
+            paths = sorted(info.path.removeprefix(f"{self._store.root}/") for info in self._store.fs.get_file_info(selector) if info.is_file)
             latest = {path[:-12]: path for path in paths if _CHANGE.fullmatch(path[-11:])}
-            named = self._load(latest.values())
+            named = self._ledger.load(latest.values())
         return {":".join(path.split("/")[1:3]): change["release"] for path, change in named.items()}
 
     def history(self, name: str, channel: str = STABLE) -> list[dict[str, Any]]:
         """Every change of a channel, the first one first: `change` (promote or roll back), `release`, the releases `earlier` on it, `time`."""
-        with self._reaching():
-            return list(self._load(self._changes(check_name(name), check_name(channel, "channel"))).values())
+        with self._ledger.reaching():
+            return list(self._ledger.load(self._changes(check_name(name), check_name(channel, "channel"))).values())
 
     def promote(self, reference: str, channel: str = STABLE) -> Release:
         """Let the channel of the release's name name it; nothing changes where it does already."""
         check_name(channel, "channel")
-        with self._writing():
+        with self._ledger.writing():
             release = self.release(reference)
 
             def onto(now: Change | None) -> Change | None:
@@ -152,17 +134,17 @@ class Registry:
 
         check_name(name)
         check_name(channel, "channel")
-        with self._writing():
+        with self._ledger.writing():
             self._change(name, channel, down)
             return self.release(f"{name}:{channel}")
 
     def retire(self, reference: str) -> None:
         """Take `name@version` off the lists; its files stay. Refused while a channel names it, which also wins where both happen at once."""
-        with self._writing():
+        with self._ledger.writing():
             if not parse_id(reference) or not self._visible(reference):
                 raise NotFound(f"{self.uri} has no release {reference!r} to retire: {self._there(reference)}.")
             self._refuse_named(reference)
-            self.store.write_json(f"{RETIRED}/{reference}", {"time": _now()})
+            self._store.write_json(f"{RETIRED}/{reference}", {"time": _now()})
             try:
                 self._refuse_named(reference)
             except UsageError:
@@ -174,58 +156,50 @@ class Registry:
         final = folder / release.id
         if _digest(final) == release.digest:
             return final
-        shutil.rmtree(final, ignore_errors=True)
+        content = {}
+        with self._ledger.reaching(), contextlib.suppress(FileNotFoundError):
+            content = {file: self._store.read(f"{RELEASES}/{release.id}/{file}") for file in FILES}
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=f".{release.id}-") as scratch:
             new = Path(scratch) / "new"
             new.mkdir()
-            with self._reaching(), contextlib.suppress(FileNotFoundError):
-                for file in FILES:
-                    (new / file).write_bytes(self.store.read(f"{RELEASES}/{release.id}/{file}"))
+            for file, read in content.items():
+                (new / file).write_bytes(read)
             found = _digest(new)
             if found != release.digest:
                 wrong = f"its digest is {found}" if found else "a file is missing"
                 raise Unsound(f"{release.id} in {self.uri} is not what was published: {wrong}, expected {release.digest}; retire it and publish the run again.")
-            try:
+            with contextlib.suppress(OSError):  # another thread or process may have been faster
                 os.rename(new, final)
-            except OSError:
-                if _digest(final) != release.digest:  # else another thread or process was faster
-                    raise
+            if _digest(final) != release.digest:
+                os.rename(final, Path(scratch) / "old")
+                os.rename(new, final)
         return final
-
-    def _claim(self, place: str, last: int, width: int = 0) -> int:
-        """A number above `last` that is this writer's alone. One that is claimed and not used stays unused."""
-        for number in itertools.count(last + 1):
-            if self.store.claim(f"{CLAIMS}/{place}{number:0{width}d}"):
-                return number
-            if not self.store.local:
-                time.sleep(random.uniform(0.05, 0.5))  # two who met must not meet again
-        raise AssertionError
 
     def _changes(self, name: str, channel: str) -> list[str]:
         """Paths of the channel's changes, the first one first."""
         place = f"{CHANNELS}/{name}/{channel}"
-        return [f"{place}/{file}" for file in self.store.names(place) if _CHANGE.fullmatch(file)]
+        return [f"{place}/{file}" for file in self._store.names(place) if _CHANGE.fullmatch(file)]
 
     def _current(self, name: str, channel: str) -> Change | None:
-        return next(iter(self._load(self._changes(name, channel)[-1:]).values()), None)
+        return next(iter(self._ledger.load(self._changes(name, channel)[-1:]).values()), None)
 
     def _change(self, name: str, channel: str, make: Callable[[Change | None], Change | None]) -> None:
         """Commit what `make` makes of the channel's last change, unless that is None."""
         if make(self._current(name, channel)) is None:
             return
         last = self._changes(name, channel)[-1:]
-        number = self._claim(f"{CHANNELS}/{name}/{channel}/", int(last[0][-11:-5]) if last else 0, width=6)
+        number = self._ledger.claim(f"{CHANNELS}/{name}/{channel}/", int(last[0][-11:-5]) if last else 0, width=6)
         if new := make(self._current(name, channel)):  # another change may have come before the claim
-            self.store.write_json(f"{CHANNELS}/{name}/{channel}/{number:06d}.json", {**new, "time": _now()})
+            self._store.write_json(f"{CHANNELS}/{name}/{channel}/{number:06d}.json", {**new, "time": _now()})
 
     def _visible(self, release: str) -> bool:
-        return self.store.exists(f"{RELEASES}/{release}/{RELEASE}") and not self.store.exists(f"{RETIRED}/{release}")
+        return self._store.exists(f"{RELEASES}/{release}/{RELEASE}") and not self._store.exists(f"{RETIRED}/{release}")
 
     def _unretire(self, release: str) -> None:
-        if self.store.exists(f"{RETIRED}/{release}"):
+        if self._store.exists(f"{RETIRED}/{release}"):
             with contextlib.suppress(FileNotFoundError):
-                self.store.fs.delete_file(self.store.path(f"{RETIRED}/{release}"))
+                self._store.fs.delete_file(self._store.path(f"{RETIRED}/{release}"))
 
     def _refuse_named(self, release: str) -> None:
         if named := [channel for channel, there in self.channels().items() if there == release]:
@@ -233,9 +207,9 @@ class Registry:
 
     def _releases(self, ids: Iterable[str]) -> list[Release]:
         """Those of the releases that are visible, in order."""
-        retired = set(self.store.names(RETIRED))
+        retired = set(self._store.names(RETIRED))
         wanted = {f"{RELEASES}/{each}/{RELEASE}": each for each in ids if parse_id(each) and each not in retired}
-        found = [self._as_release(path, facts) for path, facts in self._load(wanted).items()]
+        found = [self._as_release(path, facts) for path, facts in self._ledger.load(wanted).items()]
         return sorted(found, key=lambda release: (release.name, release.version))
 
     def _as_release(self, path: str, facts: dict[str, Any]) -> Release:
@@ -244,65 +218,18 @@ class Registry:
         try:
             return Release(**{**{name: facts[name] for name in _STORED}, "lineage": tuple(facts["lineage"]), "uri": uri})
         except (KeyError, TypeError):
-            raise self._damaged(path) from None
-
-    def _load(self, paths: Iterable[str]) -> dict[str, dict[str, Any]]:
-        """The JSON files that are there of those at `paths`. Each is read once, because it never changes."""
-        wanted = list(paths)
-        missing = [path for path in wanted if path not in self._read]
-        if self.store.local or len(missing) < 2:
-            self._read.update(found for path in missing for found in self._load_one(path))
-        else:
-            with ThreadPoolExecutor(READERS) as readers:
-                self._read.update(found for each in readers.map(self._load_one, missing) for found in each)
-        return {path: self._read[path] for path in wanted if path in self._read}
-
-    def _load_one(self, path: str) -> list[tuple[str, dict[str, Any]]]:
-        try:
-            return [(path, dict(json.loads(self.store.read(path))))]
-        except FileNotFoundError:
-            return []
-        except (ValueError, TypeError):
-            raise self._damaged(path) from None
-
-    def _damaged(self, path: str) -> Unsound:
-        return Unsound(f"{self.uri}/{path} is damaged: bring it back from a copy, or retire the release.")
+            raise self._ledger.damaged(path) from None
 
     def _there(self, reference: str) -> str:
         """What there is instead, for messages."""
         if not parse_id(reference) and not parse_channel(reference):
             return "write name@version, name:channel, or name for its channel stable"
-        if parse_id(reference) and self.store.exists(f"{RETIRED}/{reference}"):
+        if parse_id(reference) and self._store.exists(f"{RETIRED}/{reference}"):
             return "it is retired"
         name, releases = re.split("[@:]", reference)[0], self.releases()
         mine = [release.id for release in releases if release.name == name]
         mine += [channel for channel in self.channels() if mine and channel.split(":")[0] == name]
         return f"there are {some(mine or {release.name for release in releases})}" if releases else "it has none"
-
-    def _refuse_other(self) -> None:
-        """Raise `UsageError` where there is something else than a registry."""
-        names = self.store.names("")
-        if names and MARKER not in names:
-            raise UsageError(f"{self.uri} is not empty and not a registry: choose another place.")
-
-    @contextlib.contextmanager
-    def _writing(self, create: bool = False) -> Iterator[None]:
-        """One writer at a time on local disk. `create`: a registry where there is nothing."""
-        with self._reaching():
-            self._refuse_other() if create else self.check()
-            with self.store.lock(wait=True):
-                if not self.store.exists(MARKER):
-                    self.store.write_json(MARKER, {"format": 1})
-                yield
-
-    @contextlib.contextmanager
-    def _reaching(self) -> Iterator[None]:
-        try:
-            yield
-        except (PermissionError, NotADirectoryError, FileExistsError) as error:
-            raise UsageError(f"The registry {self.uri} can not be used ({first_line(error)}): correct the path or its permissions.") from None
-        except OSError as error:
-            raise Unreachable(f"The registry {self.uri} can not be reached ({first_line(error)}): check the network, its address and the keys.") from None
 
 
 def _digest(folder: Path) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -91,7 +92,7 @@ def some(words: Iterable[str], most: int = 10) -> str:
 
 
 def of_run(run: str, reviewed: bool, scratch: Path) -> tuple[dict[str, Any], Path]:
-    """What a finished run's release says of it, and the run's adapter as a local directory (on object stores a copy in `scratch`).
+    """What a finished run's release says of it, and a copy of its adapter in `scratch`.
 
     Raises `UsageError` where the run is not finished or may not ship, or a person has to look at it first and `reviewed` does not say that one did.
     """
@@ -100,29 +101,30 @@ def of_run(run: str, reviewed: bool, scratch: Path) -> tuple[dict[str, Any], Pat
         raise UsageError(f"{run} is not a finished run: it has no {MANIFEST}; run `translora transfer` to its end.")
     manifest, result = store.read_json(MANIFEST), f"{EVALUATION}/result.json"
     evaluation = {key: value for key, value in store.read_json(result).items() if key != "verdicts"} if store.exists(result) else None
-    gate = manifest["gate"] or UNGATED
+    gate = manifest.get("gate") or UNGATED
     reasons = "; ".join([*gate["reasons"], *(evaluation or {}).get("gate", {}).get("reasons", [])])
     found = verdict(gate, evaluation)
     if found == REFUSE:
         raise UsageError(f"{run} may not ship, its verdict is refuse ({reasons}): transfer again with another recipe or kit.")
     if found == REVIEW and not reviewed:
         raise UsageError(f"{run} must be looked at, its verdict is review ({reasons}): add --reviewed when a person has let it pass.")
-    folder = store.fetch_folder(ADAPTER, scratch / ADAPTER)
+    folder = store.fetch_folder(ADAPTER, scratch / "run")
     info = adapters.inspect(folder)
-    if info.digest != manifest["adapter_digest"]:
-        raise UsageError(f"The adapter in {run} is not the one its manifest describes: remove the run, and transfer again.")
-    facts = {
+    copy = Path(shutil.copytree(folder, scratch / ADAPTER))  # what is published is what was checked, whatever happens to the run meanwhile
+    try:
+        if adapters.digest(copy) != manifest["adapter_digest"]:
+            raise UsageError(f"The adapter in {run} is not the one its manifest describes: remove the run, and transfer again.")
+        facts = {name: manifest[name] for name in ("target_base", "source_base", "kit", "lineage", "recipe_hash", "task")}
+        base = manifest["target"]
+    except KeyError as missing:
+        raise UsageError(f"{run}/{MANIFEST} has no {missing.args[0]}: it is damaged, or an older version wrote it; transfer again.") from None
+    modules = sorted({module.rpartition(".")[2] for module in info.shapes})
+    facts |= {
         "digest": info.digest,
-        "target_base": manifest["target_base"],
-        "base_fingerprint": manifest["target"],
-        "source_base": manifest["source_base"],
-        "kit": manifest["kit"],
-        "lineage": manifest["lineage"],
-        "recipe_hash": manifest["recipe_hash"],
+        "base_fingerprint": base,
         "gate": gate,
         "evaluation": evaluation,
-        "task": manifest["task"],
-        "adapter": {"type": info.type, "rank": info.rank, "modules": sorted({module.rpartition(".")[2] for module in info.shapes})},
+        "adapter": {"type": info.type, "rank": info.rank, "modules": modules},
         "reviewed": found == REVIEW,
     }
-    return facts, folder
+    return facts, copy

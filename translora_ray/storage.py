@@ -159,6 +159,7 @@ class RunStore:
         """The folder as a local directory: itself on local disk, else a copy in `target`."""
         if self.local:
             return Path(self.path(name))
+        target.mkdir(parents=True, exist_ok=True)
         pafs.copy_files(self.path(name), str(target), source_filesystem=self.fs, destination_filesystem=pafs.LocalFileSystem())
         return target
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from translora_ray.cli import main
 from translora_ray.records import Candidate
@@ -25,6 +26,13 @@ def arguments(kit: Path, target: str, run: Path, *more: str) -> list[str]:
 
 def rows(run: Path) -> list[Candidate]:
     return [candidate for _, candidates, _ in RunStore(str(run)).shards() for candidate in candidates]
+
+
+def same_weights(one: Path, other: Path) -> None:
+    """Equal to what the order of additions in bf16 leaves."""
+    weights = [load_file(place / "adapter" / "adapter_model.safetensors") for place in (one, other)]
+    for name, ours in weights[0].items():
+        torch.testing.assert_close(ours, weights[1][name], rtol=1e-2, atol=1e-3, msg=name)
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,7 @@ import pytest
 import ray
 import yaml
 
+from tests.ray.conftest import rows, same_weights
 from translora_ray.adapters import digest
 from translora_ray.cli import main
 from translora_ray.fleet.lease import holder
@@ -158,4 +159,7 @@ def test_killed_three_times_and_stopped_once_it_comes_to_the_same(
     assert main(fleet_command(path)) == 1
     assert states(tmp_path) == states(calm)
     releases = [Registry(str(folder / "registry")).releases() for folder in (tmp_path, calm)]
-    assert [(release.id, release.digest) for release in releases[0]] == [(release.id, release.digest) for release in releases[1]]
+    assert [release.id for release in releases[0]] == [release.id for release in releases[1]]
+    for name in ("one", "two"):
+        assert rows(tmp_path / "fleet" / "runs" / name) == rows(calm / "fleet" / "runs" / name)
+        same_weights(tmp_path / "fleet" / "runs" / name, calm / "fleet" / "runs" / name)

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.ray.conftest import arguments
 
@@ -25,10 +26,10 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-@pytest.fixture
-def cluster(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, dict[str, str]]]:
-    """(dashboard address, environment with the token) of a head node that ends with the test."""
-    token = tmp_path / "token"
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, dict[str, str]]]:
+    """(dashboard address, environment with the token) of a head node that ends with the tests."""
+    token = tmp_path_factory.mktemp("secret") / "token"
     token.write_text(secrets.token_hex(32))
     token.chmod(0o600)
     environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
@@ -84,3 +85,16 @@ def test_a_submitted_transfer_ends_succeeded_with_the_same_layout(cluster: tuple
     refused = subprocess.run([RAY, "job", "list", "--address", address], env=stranger, capture_output=True, text=True, check=False)
     assert refused.returncode != 0
     assert "token" in (refused.stdout + refused.stderr).lower()
+
+
+def test_a_submitted_fleet_tells_its_counts_where_it_failed(cluster: tuple[str, dict[str, str]], tmp_path: Path) -> None:
+    address, environment = cluster
+    fleet = {"out": str(tmp_path / "fleet"), "kits": [str(tmp_path / "absent")], "target": "base"}
+    (tmp_path / "fleet.yaml").write_text(yaml.safe_dump(fleet))
+    submit = [RAY, "job", "submit", "--address", address, "--submission-id", "fleet-test", "--working-dir", str(ROOT)]
+    entry = [sys.executable, "jobs/fleet.py", str(tmp_path / "fleet.yaml"), "--resume", "--engine", "transformers"]
+    done = subprocess.run([*submit, "--", *entry], env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 1, done.stdout + done.stderr
+    status = subprocess.run([RAY, "job", "status", "--address", address, "fleet-test"], env=environment, capture_output=True, text=True, check=True)
+    told = status.stdout + status.stderr
+    assert "FAILED" in told.upper() and "0 shipped, 0 review, 0 refused, 1 failed" in told, told

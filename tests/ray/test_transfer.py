@@ -15,22 +15,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from tests.conftest import processes, task_rows
-from tests.ray.conftest import answers, arguments, rows
+from tests.ray.conftest import answers, arguments, rows, same_weights
 from translora_ray.adapters import digest, inspect
 from translora_ray.cli import main
 from translora_ray.storage import RunStore
 
 pytestmark = pytest.mark.ray
-
-
-def same_weights(one: Path, other: Path) -> None:
-    """Equal to what the order of additions in bf16 leaves."""
-    weights = [load_file(place / "adapter" / "adapter_model.safetensors") for place in (one, other)]
-    for name, ours in weights[0].items():
-        torch.testing.assert_close(ours, weights[1][name], rtol=1e-2, atol=1e-3, msg=name)
 
 
 def kill_when(command: list[str], ready: Callable[[], bool], log: Path) -> None:

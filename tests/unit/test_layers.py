@@ -6,7 +6,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2] / "translora_ray"
 LAYERS = [
     {"errors"},
-    {"records", "options"},
+    {"records"},
     {"config"},
     {"reading", "evaluation.metrics"},
     {"prompts", "storage", "progress", "references"},
@@ -21,8 +21,9 @@ LAYERS = [
     {"kit", "evaluation.markup"},
     {"stream.plan"},
     {"stream.choose", "evaluation.gate"},
-    {"releases"},
+    {"ledger", "releases"},
     {"registry"},
+    {"releasing"},
     {"stream.requests", "stream.collect", "placement"},
     {"evaluation.arms", "evaluation.audit", "evaluation.distance"},
     {"evaluation.report"},
@@ -39,6 +40,7 @@ LAYERS = [
     {"serving.local", "serving.llm", "serving.gateway"},
     {"serving.app"},
     {"serving.run"},
+    {"options"},
     {"cli"},
 ]
 RAY = {"stream.pipeline", "stream.requests", "training.trainer", "placement", "workflow", "fleet.driver", "fleet.forecast"}

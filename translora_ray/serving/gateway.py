@@ -36,7 +36,7 @@ logger = logging.getLogger("ray.serve")
 app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
 REFRESH_SECONDS = 1.0
 ASKED_AGAIN_SECONDS = 0.2
-"""How soon after the last reading began an unknown name has the registry read again."""
+"""How soon after a reading of the registry an unknown name has it read again."""
 
 
 @dataclass(frozen=True)
@@ -200,8 +200,10 @@ class Gateway:
             raise protocol.unknown(model)
         self._require_index()
         release = self.index.find(model)
-        if release is None:
-            await self._read_again()
+        asked = self.index.clock()
+        while release is None and self.index.began < asked:  # it may have been published since that reading began
+            await asyncio.sleep(max(0.0, self.index.began + ASKED_AGAIN_SECONDS - self.index.clock()))
+            await self._refresh()
             release = self.index.find(model)
         if release is None:
             raise protocol.unknown(model)
@@ -231,13 +233,6 @@ class Gateway:
         if self._refreshing is None or self._refreshing.done():
             self._refreshing = asyncio.create_task(asyncio.to_thread(self.index.refresh))
         await asyncio.shield(self._refreshing)
-
-    async def _read_again(self) -> None:
-        """Wait for a reading that begins after now, so that whatever is published already is known. Unknown names cause few of them, however many come."""
-        now = self.index.clock()
-        while self.index.began < now:
-            await asyncio.sleep(self.index.began + ASKED_AGAIN_SECONDS - self.index.clock())
-            await self._refresh()
 
     async def _watch(self) -> None:
         said: str | None = None

@@ -1,0 +1,112 @@
+"""Files that are written once and never again: numbers that writers claim, reads that are kept, failures in one sentence. What they mean is not known here.
+
+A number belongs to the writer that claimed it (`RunStore.claim`), whatever others do and however slow they are. On local disk a lock lets one writer in after
+the other, too. On an object store, which knows no locks, two writers who meet may both go on to a later number.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import random
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from translora_ray.errors import RunFailed, UsageError, first_line
+from translora_ray.storage import RunStore
+
+MARKER = "registry.json"
+CLAIMS = "claims"
+READERS = 16
+"""Files that are read from an object store at the same time."""
+
+
+class Unreachable(RunFailed):
+    """The registry's storage does not answer; it may do so later."""
+
+
+class Unsound(UsageError):
+    """What lies in the registry is not what was published."""
+
+
+class Ledger:
+    """Write-once files at `uri`. Nothing is read or made before a method is called; safe in several threads."""
+
+    def __init__(self, uri: str) -> None:
+        self.store = RunStore(uri)
+        self.uri = self.store.uri if "://" in uri else self.store.root
+        self._read: dict[str, dict[str, Any]] = {}
+
+    def exists(self) -> bool:
+        """Whether anything was ever written."""
+        with self.reaching():
+            return self.store.exists(MARKER)
+
+    def check(self) -> None:
+        """Raise `UsageError` where nothing was."""
+        if not self.exists():
+            raise UsageError(f"There is no registry at {self.uri}: publish a run to it first, or correct the path.")
+
+    @contextlib.contextmanager
+    def writing(self, create: bool = False) -> Iterator[None]:
+        """One writer at a time on local disk; it waits for the others. `create`: begin where there is nothing yet."""
+        with self.reaching():
+            if create:
+                self._refuse_other()
+            else:
+                self.check()
+            with self.store.lock(wait=True):
+                if not self.store.exists(MARKER):
+                    self.store.write_json(MARKER, {"format": 1})
+                yield
+
+    @contextlib.contextmanager
+    def reaching(self) -> Iterator[None]:
+        """Storage's own errors in one sentence."""
+        try:
+            yield
+        except (PermissionError, NotADirectoryError, FileExistsError) as error:
+            raise UsageError(f"{self.uri} can not be used ({first_line(error)}): correct the path or its permissions.") from None
+        except OSError as error:
+            raise Unreachable(f"{self.uri} can not be reached ({first_line(error)}): check the network, its address and the keys.") from None
+
+    def claim(self, place: str, last: int, width: int = 0) -> int:
+        """A number above `last` that is this writer's alone. One that is claimed and not used stays unused."""
+        for number in itertools.count(last + 1):
+            if self.store.claim(f"{CLAIMS}/{place}{number:0{width}d}"):
+                return number
+            if not self.store.local:
+                time.sleep(random.uniform(0.05, 0.5))  # two who met must not meet again
+        raise AssertionError
+
+    def load(self, paths: Iterable[str]) -> dict[str, dict[str, Any]]:
+        """The JSON files that are there of those at `paths`. Each is read once, because it never changes. Raises `Unsound` where one is damaged."""
+        wanted = list(paths)
+        missing = [path for path in wanted if path not in self._read]
+        if self.store.local or len(missing) < 2:
+            found: Iterator[dict[str, Any] | None] = map(self._load, missing)
+        else:
+            with ThreadPoolExecutor(READERS) as readers:
+                found = readers.map(self._load, missing)
+        self._read.update((path, content) for path, content in zip(missing, found, strict=True) if content is not None)
+        return {path: self._read[path] for path in wanted if path in self._read}
+
+    def damaged(self, path: str) -> Unsound:
+        return Unsound(f"{self.uri}/{path} is damaged: bring it back from a copy, or retire its release.")
+
+    def _load(self, path: str) -> dict[str, Any] | None:
+        try:
+            return dict(json.loads(self.store.read(path)).items())
+        except FileNotFoundError:
+            return None
+        except (ValueError, AttributeError):
+            raise self.damaged(path) from None
+
+    def _refuse_other(self) -> None:
+        """Raise `UsageError` where there is something else."""
+        names = self.store.names("")
+        if names and MARKER not in names:
+            raise UsageError(f"{self.uri} is not empty and not a registry: choose another place.")

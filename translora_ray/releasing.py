@@ -1,0 +1,90 @@
+"""The registry's commands: publish, promote, roll back, retire, and the table that `translora inspect` shows. Heavy imports wait until a command runs."""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from translora_ray.errors import UsageError
+
+if TYPE_CHECKING:
+    from translora_ray.registry import Registry, Release
+
+COMMANDS = ("publish", "promote", "roll-back", "retire")
+
+
+def add_commands(commands: Any) -> None:
+    """Add the registry's commands to the parser's."""
+    publish = commands.add_parser("publish", help="make a finished run's adapter a release in a registry")
+    publish.add_argument("run", metavar="RUN")
+    promote = commands.add_parser("promote", help="let a channel name a release")
+    back = commands.add_parser("roll-back", help="let a channel name the release that it named before")
+    retire = commands.add_parser("retire", help="take a release that no channel names off the lists")
+    for command in (publish, promote, back, retire):
+        command.add_argument("registry", metavar="REGISTRY", help="a directory, s3://... or gs://...")
+    publish.add_argument("--name", help="of the release; default: the task's")
+    publish.add_argument("--reviewed", action="store_true", help="a person looked at a run whose verdict is review, and lets it pass")
+    publish.add_argument("--channel", metavar="C", help="also promote the release to this channel")
+    promote.add_argument("release", metavar="NAME@V")
+    back.add_argument("name", metavar="NAME")
+    for command in (promote, back):
+        command.add_argument("--channel", metavar="C", default="stable", help="default: stable")
+    retire.add_argument("release", metavar="NAME@V")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run one of `COMMANDS`; prints the release that it made, or that the channel names now."""
+    from translora_ray.registry import Registry
+    from translora_ray.releases import check_name
+
+    registry = Registry(options.registry)
+    if options.command == "publish":
+        channel = check_name(options.channel, "channel") if options.channel else None
+        release = registry.publish(options.run, options.name, options.reviewed)
+        if channel:
+            registry.promote(release.id, channel)
+        print(release.id)
+    elif options.command == "promote":
+        release = registry.promote(options.release, options.channel)
+        print(f"{release.name}:{options.channel} {release.id}")
+    elif options.command == "roll-back":
+        release = registry.roll_back(options.name, options.channel)
+        print(f"{release.name}:{options.channel} {release.id}")
+    else:
+        registry.retire(options.release)
+        print(f"{options.release} retired")
+    return 0
+
+
+def show(registry: Registry) -> None:
+    """A line for each release, with its digest checked again. Raises `UsageError` where one is not sound."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"registry {registry.uri}")
+    for column in ("release", "channels", "target base", "verdict", "created", "digest", "sound"):
+        table.add_column(column, overflow="fold")
+    named = registry.channels()
+    wrong = []
+    for release in registry.releases():
+        channels = ", ".join(channel.partition(":")[2] for channel, there in named.items() if there == release.id)
+        problem = _problem(registry, release)
+        wrong += [problem] if problem else []
+        verdict = release.verdict + (", reviewed" if release.reviewed else "")
+        table.add_row(release.id, channels, release.target_base, verdict, release.created, release.digest[:12], "no" if problem else "yes")
+    Console().print(table)
+    if wrong:
+        raise UsageError(f"{len(wrong)} of {table.row_count} releases are not sound; the first: {wrong[0]}")
+
+
+def _problem(registry: Registry, release: Release) -> str | None:
+    from translora_ray.registry import Unsound
+
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            registry.fetch(release, Path(scratch))
+        except Unsound as error:
+            return str(error)
+    return None
