@@ -35,7 +35,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, dic
     environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
     temp = tmp_path_factory.mktemp("r", numbered=True)
     dashboard = free_port()
-    command = [RAY, "start", "--head", "--num-cpus=4", f"--port={free_port()}", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
+    command = [RAY, "start", "--head", "--num-cpus=4", f"--port={free_port()}", f"--dashboard-agent-listen-port={free_port()}"]
+    command += ["--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
     head = subprocess.Popen([*command, f"--temp-dir={short(temp)}", "--block"], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         wait_for(dashboard, head)
