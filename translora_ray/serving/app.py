@@ -72,7 +72,7 @@ def application(service: Service) -> Application:
     registry.check()
     releases = registry.releases()
     bases = service.bases or only_base(releases, registry.uri)
-    kind = choose_engine(service.engine)
+    kind = choose_engine("transformers" if service.engine == "auto" else service.engine)
     serves, engines = [], []
     for number, base in enumerate(bases):
         fingerprint = models.fingerprint(base)
