@@ -77,7 +77,14 @@ def test_a_submitted_transfer_ends_succeeded_with_the_same_layout(cluster: tuple
     assert done.returncode == 0, done.stdout + done.stderr
     status = subprocess.run([RAY, "job", "status", "--address", address, "transfer-test"], env=environment, capture_output=True, text=True, check=True)
     assert "SUCCEEDED" in (status.stdout + status.stderr).upper()
-    assert sorted(path.name for path in run.iterdir() if path.name != ".lock") == ["adapter", "manifest.json", "run.json", "shards", "train.json"]
+    assert sorted(path.name for path in run.iterdir() if path.name != ".lock") == [
+        "adapter",
+        "manifest.json",
+        "report.html",
+        "run.json",
+        "shards",
+        "train.json",
+    ]
     assert sorted(path.name for path in (run / "adapter").iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
     wrong = tmp_path / "wrong"
     wrong.write_text(secrets.token_hex(32))
