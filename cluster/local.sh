@@ -36,11 +36,11 @@ start() {
   mkdir -p "$STATE"
   od -An -tx1 -N32 /dev/urandom | tr -d ' \n' >"$STATE/token"
   # shellcheck disable=SC2016
-  read -ra ports < <(python -c 'import socket; s = [socket.create_server(("", 0)) for _ in range(3)]; print(*(x.getsockname()[1] for x in s))')
+  read -ra ports < <(python -c 'import socket; s = [socket.create_server(("", 0)) for _ in range(4)]; print(*(x.getsockname()[1] for x in s))')
   ip=$(python -c 'import ray._private.services as s; print(s.get_node_ip_address())')
   echo "${ports[1]}" >"$STATE/dashboard"
   node head --head --num-cpus=0 --num-gpus=0 --port="${ports[0]}" --dashboard-host=127.0.0.1 --dashboard-port="${ports[1]}" \
-    --ray-client-server-port="${ports[2]}" --temp-dir="$STATE/ray"
+    --ray-client-server-port="${ports[2]}" --dashboard-agent-listen-port="${ports[3]}" --temp-dir="$STATE/ray"
   if ! wait_for 1; then stop; fail "the head did not start; its log is above."; fi
   for ((i = 1; i <= nodes; i++)); do
     node "node$i" --address="$ip:${ports[0]}" --num-cpus="$cpus" --num-gpus=0
