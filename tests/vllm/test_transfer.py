@@ -128,7 +128,7 @@ def test_the_real_models_from_rows_to_a_comparison(tmp_path: Path) -> None:
     lines = (EXAMPLE / "train.jsonl").read_text().splitlines()
     (tmp_path / "train.jsonl").write_text("\n".join(lines[:32]))
     (tmp_path / "test.jsonl").write_text("\n".join(lines[40:56]))
-    task = yaml.safe_load((EXAMPLE / "task.yaml").read_text()) | {"source_training": {"epochs": 2}, "discriminator_training": {"epochs": 1}}
+    task = yaml.safe_load((EXAMPLE / "task.yaml").read_text()) | {"source_training": {"epochs": 2}, "discriminator_training": {"epochs": 1}, "labels": "open"}
     (tmp_path / "task.yaml").write_text(yaml.safe_dump(task))
     kit, run = tmp_path / "kit", tmp_path / "run"
     engine = ("--engine", "vllm")
