@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 from translora_ray.adapters import ALL, CONFIG, PROMPT, WEIGHTS, require_applied, require_change
 from translora_ray.config import Adapter
 from translora_ray.errors import UsageError, first_line
+
+SETS = ("target_modules", "feedforward_modules", "exclude_modules")
+"""Keys of peft's configuration that it writes in another order in each process; sorted, so that the same adapter has the same digest."""
 
 
 def create(model: Any, adapter: Adapter, seed: int) -> Any:
@@ -103,3 +107,9 @@ def save(model: Any, path: str | Path, base_reference: str) -> None:
     model.peft_config["default"].base_model_name_or_path = base_reference
     model.save_pretrained(str(path), save_embedding_layers=False)
     (Path(path) / "README.md").unlink(missing_ok=True)
+    written = Path(path) / CONFIG
+    config = json.loads(written.read_text())
+    for key in SETS:
+        if isinstance(config.get(key), list):
+            config[key] = sorted(config[key])
+    written.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

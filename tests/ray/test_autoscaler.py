@@ -1,11 +1,9 @@
-"""Transfers on Ray's real autoscaler, with a head without CPUs: nodes come for the work and go after it, and one may be taken away in between."""
+"""Transfers on Ray's real autoscaler, with a head without CPUs: nodes come for the work and go after it."""
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -101,39 +99,19 @@ def test_a_pool_that_has_packs_waiting_brings_nodes_up_to_its_most_actors(growin
     wait(lambda: not growing.raylets(), 120, "back to no nodes")
 
 
-def test_nodes_come_for_the_stream_one_stays_for_the_training_and_all_go_after_it(growing: Growing, tiny_kit: Path, tiny_gemma: str, tmp_path: Path) -> None:
+def test_nodes_come_for_a_transfer_and_all_go_after_it(growing: Growing, tiny_kit: Path, tiny_gemma: str, tmp_path: Path) -> None:
     run = tmp_path / "run"
     wait(lambda: not growing.raylets(), 120, "no nodes")
-    # it trains for longer than a node may be idle
-    settings = ("synthesis.pack_size=4", "selection.quota=80", "training.epochs=60", "cluster.engines=[2, 2]", "cluster.checkpoint_seconds=5")
+    settings = ("synthesis.pack_size=4", "selection.quota=80", "training.epochs=2", "cluster.engines=[2, 2]")
     driver = transfer(growing, tiny_kit, tiny_gemma, run, *settings)
-    seen: dict[str, list[int]] = {"stream": [0], "training": []}
+    seen = [0]
 
     def look() -> bool:
-        seen["training" if (run / "train").exists() else "stream"].append(len(growing.raylets()))
+        seen.append(len(growing.raylets()))
         return driver.poll() is not None
 
     wait(look, SECONDS, "the transfer")
     assert driver.returncode == 0, run.with_suffix(".log").read_text()
     wait(lambda: not growing.raylets(), 120, "back to no nodes")
-    assert max(seen["stream"]) >= 2, seen
-    assert min(seen["training"][len(seen["training"]) // 2 :]) == 1, seen
+    assert 2 <= max(seen) <= 3, seen
     assert sum(row.accepted for row in rows(run)) == 80
-
-
-def test_a_node_that_is_taken_away_changes_no_row(growing: Growing, tiny_kit: Path, tiny_gemma: str, tmp_path: Path) -> None:
-    calm, run = tmp_path / "calm", tmp_path / "run"
-    settings = ("synthesis.pack_size=4", "selection.quota=80", "training.epochs=2", "cluster.engines=[2, 2]")
-    assert transfer(growing, tiny_kit, tiny_gemma, calm, *settings).wait(SECONDS) == 0, calm.with_suffix(".log").read_text()
-    driver = transfer(growing, tiny_kit, tiny_gemma, run, *settings)
-    wait(lambda: driver.poll() is not None or len(list(run.glob("shards/*.parquet"))) >= 3, SECONDS, "the first shards")
-    taken = growing.raylets()[0]
-    os.kill(taken, signal.SIGKILL)
-    assert driver.poll() is None, "the transfer was done too soon"
-    assert 0 < sum(row.accepted for row in rows(run)) < 80
-    assert driver.wait(SECONDS) == 0, run.with_suffix(".log").read_text()
-    assert rows(run) == rows(calm)
-    manifest = json.loads((run / "manifest.json").read_text())
-    assert manifest["counts"]["accepted"] == 80
-    assert sum(len(loads) for loads in manifest["counts"]["engine_loads"].values()) >= 3  # two engines, and one in place of that which went
-    wait(lambda: not growing.raylets(), 120, "back to no nodes")

@@ -122,7 +122,7 @@ class Drive:
             self.process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
 
     def until(self, ready: Callable[[], bool]) -> Drive:
-        deadline = time.monotonic() + 180
+        deadline = time.monotonic() + 400
         while not ready():
             assert self.process.poll() is None, self.log.read_text()
             assert time.monotonic() < deadline, self.log.read_text()
@@ -131,7 +131,7 @@ class Drive:
 
     def end(self, number: signal.Signals) -> int:
         os.kill(self.process.pid, number)
-        return self.process.wait(120)
+        return self.process.wait(300)
 
 
 def test_killed_three_times_and_stopped_once_it_comes_to_the_same(

@@ -35,7 +35,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, dic
     environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
     temp = tmp_path_factory.mktemp("r", numbered=True)
     dashboard = free_port()
-    command = [RAY, "start", "--head", "--num-cpus=4", f"--port={free_port()}", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
+    command = [RAY, "start", "--head", "--num-cpus=4", f"--port={free_port()}", f"--dashboard-agent-listen-port={free_port()}"]
+    command += ["--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
     head = subprocess.Popen([*command, f"--temp-dir={short(temp)}", "--block"], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         wait_for(dashboard, head)
@@ -76,7 +77,14 @@ def test_a_submitted_transfer_ends_succeeded_with_the_same_layout(cluster: tuple
     assert done.returncode == 0, done.stdout + done.stderr
     status = subprocess.run([RAY, "job", "status", "--address", address, "transfer-test"], env=environment, capture_output=True, text=True, check=True)
     assert "SUCCEEDED" in (status.stdout + status.stderr).upper()
-    assert sorted(path.name for path in run.iterdir() if path.name != ".lock") == ["adapter", "manifest.json", "run.json", "shards", "train.json"]
+    assert sorted(path.name for path in run.iterdir() if path.name != ".lock") == [
+        "adapter",
+        "manifest.json",
+        "report.html",
+        "run.json",
+        "shards",
+        "train.json",
+    ]
     assert sorted(path.name for path in (run / "adapter").iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
     wrong = tmp_path / "wrong"
     wrong.write_text(secrets.token_hex(32))

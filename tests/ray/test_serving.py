@@ -274,6 +274,6 @@ def test_the_example_for_serve_deploy_is_one() -> None:
     module, _, builder = application.import_path.partition(":")
     assert module == app.__name__ and callable(getattr(app, builder))
     found = app.service(application.args)
-    assert found.replicas == (1, 8) and found.engine == "vllm" and found.vllm.memory_share == 0.9
+    assert found.replicas == (1, 8) and found.engine == "transformers" and found.gpus == 1
     with pytest.raises(UsageError, match=r"args\.adaptors"):
         app.service(application.args | {"adaptors": 3})

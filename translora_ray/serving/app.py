@@ -67,7 +67,7 @@ def service(arguments: dict[str, Any]) -> Service:
 def application(service: Service) -> Application:
     """The ingress with an engine for each base."""
     releases, bases = plan(service)
-    kind = choose_engine(service.engine)
+    kind = choose_engine("transformers" if service.engine == "auto" else service.engine)
     serves, engines = [], []
     for number, base in enumerate(bases):
         fingerprint = models.fingerprint(base)
