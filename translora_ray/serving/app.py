@@ -66,12 +66,7 @@ def service(arguments: dict[str, Any]) -> Service:
 
 def application(service: Service) -> Application:
     """The ingress with an engine for each base."""
-    if service.keys:
-        read_keys(service.keys)
-    registry = Registry(service.registry)
-    registry.check()
-    releases = registry.releases()
-    bases = service.bases or only_base(releases, registry.uri)
+    releases, bases = plan(service)
     kind = choose_engine("transformers" if service.engine == "auto" else service.engine)
     serves, engines = [], []
     for number, base in enumerate(bases):
@@ -82,6 +77,16 @@ def application(service: Service) -> Application:
         engines.append(engine)
     options = _options(service, service.ingresses) | {"max_ongoing_requests": 1000, "ray_actor_options": {"num_cpus": 0}}
     return serve.deployment(Gateway, name="gateway", **options).bind(service.registry, service.keys, serves, *engines)
+
+
+def plan(service: Service) -> tuple[list[Release], tuple[str, ...]]:
+    """The releases that there are and the bases to load. Raises `UsageError` where something named is not there; starts nothing."""
+    if service.keys:
+        read_keys(service.keys)
+    registry = Registry(service.registry)
+    registry.check()
+    releases = registry.releases()
+    return releases, service.bases or only_base(releases, registry.uri)
 
 
 def count(service: Service) -> int:

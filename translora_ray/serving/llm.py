@@ -11,11 +11,11 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from ray.llm._internal.serve.core.configs.llm_config import DiskMultiplexConfig
 from ray.serve.llm import LLMConfig, build_llm_deployment
 from ray.serve.llm.deployment import LLMServer
 from ray.serve.llm.openai_api_models import ChatCompletionRequest, CompletionRequest, ErrorResponse
@@ -35,14 +35,24 @@ class Downloader:
     def __init__(self, loader: Loader, measures: EngineMeasures, **_: Any) -> None:
         self.loader, self.measures = loader, measures
 
-    async def load_model_from_config(self, lora_model_id: str, llm_config: LLMConfig) -> Any:
+    async def load_model_from_config(self, lora_model_id: str, llm_config: LLMConfig) -> _Held:
         with self.measures.load(lora_model_id):
             path = await asyncio.to_thread(self.loader.load, lora_model_id)
-        return _Held(self.measures, model_id=lora_model_id, max_total_tokens=None, local_path=str(path), lora_assigned_int_id=0)
+        return _Held(lora_model_id, str(path), lambda: self.measures.evicted(lora_model_id))
 
 
-class _Held(DiskMultiplexConfig):  # type: ignore[misc]
-    """An adapter that a replica holds. Serve calls `__del__` when another takes its place; vLLM, whose memory it is, forgets adapters by itself."""
+@dataclass
+class _Held:
+    """An adapter that a replica holds, as LLMServer reads it. Serve calls `__del__` when another takes its place; vLLM forgets adapters by itself."""
+
+    model_id: str
+    local_path: str
+    evict: Callable[[], None] | None
+
+    def __del__(self) -> None:
+        evict, self.evict = self.evict, None
+        if evict:
+            evict()
 
 
 class VllmBackend(LLMServer):  # type: ignore[misc]
@@ -101,7 +111,9 @@ def deployment(name: str, base: str, registry: str, vllm: Vllm, gpus: float, opt
         "experimental_configs": {"stream_batching_interval_ms": 0},
     }
     if not gpus:
-        config |= {"accelerator_config": {"kind": "cpu"}, "placement_group_config": {"bundles": [{"CPU": cpus}]}}
+        # vLLM's process works in the replica's place: the place's CPUs are the replica's, after which Ray sets the number of threads.
+        config |= {"accelerator_config": {"kind": "cpu"}, "placement_group_config": {"bundles": [{"CPU": 0}]}}
+        config["deployment_config"]["ray_actor_options"] = {"num_cpus": cpus}
         config["runtime_env"] = {"env_vars": {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1"}}
     elif gpus < 1:
         config["placement_group_config"] = {"bundles": [{"CPU": cpus, "GPU": gpus}]}

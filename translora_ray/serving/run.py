@@ -18,7 +18,7 @@ from translora_ray.config import Cluster
 from translora_ray.errors import RunFailed, UsageError
 from translora_ray.placement import cpus, ray_failures, ray_session
 from translora_ray.registry import Registry
-from translora_ray.serving.app import NAME, Service, application, count
+from translora_ray.serving.app import NAME, Service, application, count, plan
 
 START_SECONDS = 600
 
@@ -28,23 +28,27 @@ def run(service: Service, host: str | None, port: int, say: Callable[[str], None
     host = host or ("0.0.0.0" if service.keys else "127.0.0.1")
     _require_free(host, port)
     service = service.model_copy(update={"cpus": max(1.0, cpus() // count(service))})
-    bound = application(service)
-    with ray_failures(), ray_session(Cluster()) as own, _told_to_end() as ending:  # after Ray, which has handlers of its own
+    plan(service)
+    with ray_failures(), ray_session(Cluster()) as own:
         logging.getLogger("ray.serve").setLevel(logging.ERROR)  # replicas log to files of their own; here it would tell of its own start
         serve.start(http_options={"host": host, "port": port})
         try:
-            serve.run(bound, name=NAME, blocking=False)
-            url = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
-            _wait_ready(url, ending)
-            if not ending.is_set():
-                _greet(service, url, say)
-            while not ending.wait(1):
-                pass
-            say("ending: requests that run may finish")
+            # Built on this Ray: `ray.serve.llm` looks for one, and would start its own. Until the engines run, signals end the command as they are used to.
+            serve.run(application(service), name=NAME, blocking=False)
+            with _told_to_end() as ending:
+                url = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
+                _wait_ready(url, ending)
+                if not ending.is_set():
+                    _greet(service, url, say)
+                while not ending.wait(1):
+                    pass
+                say("ending: requests that run may finish")
+                serve.delete(NAME)
         finally:
-            serve.delete(NAME)
             if own:
                 serve.shutdown()
+            else:
+                serve.delete(NAME)
 
 
 @contextlib.contextmanager
