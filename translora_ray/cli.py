@@ -111,13 +111,14 @@ def _transfer(options: argparse.Namespace) -> int:
     from translora_ray import workflow
     from translora_ray.evaluation.report import show_facts
     from translora_ray.progress import Display
+    from translora_ray.storage import REPORT
 
     with Display() as display:
         manifest = workflow.transfer(kit, _reference(options.target), out, config, options.engine, display)
     counts = {f"rejected, {reason}": count for reason, count in manifest["counts"]["rejects"].items()}
     facts = {
         "adapter": f"{options.out}/adapter",
-        "report": f"{options.out}/report.html",
+        "report": f"{options.out}/{REPORT}",
         **{name: manifest["counts"][name] for name in ("trained", "held_out", "accepted", "candidates")},
         **counts,
     }

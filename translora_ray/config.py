@@ -14,6 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 EngineKind = Literal["auto", "transformers", "vllm"]
 AdapterType = Literal["lora", "rslora", "dora", "prompt_tuning", "ia3"]
 Method = Literal["auto", "discriminator", "importance", "excess", "both", "none"]
+NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
+"""What a task may be called, and whatever takes its name from one: names become parts of paths."""
 JUDGING: set[Method] = {"discriminator", "importance", "both"}
 """Methods that ask the discriminator."""
 CUTTING: set[Method] = {"discriminator", "both"}
@@ -86,7 +88,7 @@ class Adapter(Section):
 class Task(Section):
     """TASK.yaml: what the adapter is for, and where its rows lie while they are at hand."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(pattern=f"^{NAME}$")
     """Names the task in the discriminator's question and in tables."""
     prompt: str
     """Template with `{input}` in it."""

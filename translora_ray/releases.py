@@ -12,7 +12,7 @@ from typing import Any
 from translora_ray import adapters
 from translora_ray.errors import UsageError
 from translora_ray.evaluation.gate import REFUSE, REVIEW
-from translora_ray.storage import ADAPTER, EVALUATION, MANIFEST, RunStore
+from translora_ray.storage import ADAPTER, MANIFEST, RESULT, RunStore
 
 STABLE = "stable"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -99,8 +99,8 @@ def of_run(run: str, reviewed: bool, scratch: Path) -> tuple[dict[str, Any], Pat
     store = RunStore(run)
     if not store.exists(MANIFEST):
         raise UsageError(f"{run} is not a finished run: it has no {MANIFEST}; run `translora transfer` to its end.")
-    manifest, result = store.read_json(MANIFEST), f"{EVALUATION}/result.json"
-    evaluation = {key: value for key, value in store.read_json(result).items() if key != "verdicts"} if store.exists(result) else None
+    manifest = store.read_json(MANIFEST)
+    evaluation = {key: value for key, value in store.read_json(RESULT).items() if key != "verdicts"} if store.exists(RESULT) else None
     gate = manifest.get("gate") or UNGATED
     reasons = "; ".join([*gate["reasons"], *(evaluation or {}).get("gate", {}).get("reasons", [])])
     found = verdict(gate, evaluation)

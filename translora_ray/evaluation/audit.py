@@ -19,15 +19,13 @@ from translora_ray import kit
 from translora_ray.config import Recipe
 from translora_ray.engines.base import OpenEngine
 from translora_ray.errors import UsageError
-from translora_ray.evaluation.statistics import auc, binomial_tail, chance_interval
+from translora_ray.evaluation.statistics import FEW, auc, binomial_tail, chance_interval
 from translora_ray.progress import Display
 from translora_ray.records import TaskRow, read_rows
 from translora_ray.storage import IDENTITY, MANIFEST, RunStore
 from translora_ray.stream.dedup import Passages, grams, normal
 from translora_ray.stream.discriminate import verdicts
 
-FEW = 30
-"""Rows of a side below which the width of the interval is said."""
 MOST = 2000
 """Rows of each side, drawn where there are more."""
 WORDS = 3

@@ -16,7 +16,7 @@ from translora_ray.errors import UsageError
 from translora_ray.evaluation import arms, gate, page
 from translora_ray.evaluation.distance import distances
 from translora_ray.evaluation.metrics import METRICS
-from translora_ray.evaluation.statistics import flips, mcnemar, paired_interval, wilson
+from translora_ray.evaluation.statistics import FEW, flips, mcnemar, paired_interval, wilson
 from translora_ray.progress import Display
 from translora_ray.prompts import Prompt, clean_answer, few_shot_prompt, task_prompt
 from translora_ray.records import TaskRow, read_rows
@@ -25,8 +25,6 @@ from translora_ray.stream.dedup import normal
 from translora_ray.stream.discriminate import verdicts
 
 CHUNK = 128
-FEW = 30
-"""Rows below which the width of the interval is said."""
 
 
 @dataclass

@@ -10,6 +10,8 @@ import numpy
 Z95 = 1.959963984540054
 DRAWS = 10_000
 AUC_DRAWS = 2_000
+FEW = 30
+"""Rows below which the width of the interval is said."""
 
 
 def wilson(successes: float, n: int) -> tuple[float, float]:

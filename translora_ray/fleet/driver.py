@@ -22,6 +22,7 @@ from translora_ray.config import EngineKind
 from translora_ray.engines.select import engine_for, open_engine
 from translora_ray.errors import Stopped, TransLoraError, UsageError, first_line
 from translora_ray.evaluation.compare import evaluate
+from translora_ray.fleet import lease as leases
 from translora_ray.fleet import state as states
 from translora_ray.fleet.groups import Failures, Transfer, check_all, grouped
 from translora_ray.fleet.lease import lease
@@ -32,14 +33,13 @@ from translora_ray.placement import Resources, Run, fit_beside, place, place_for
 from translora_ray.progress import Display
 from translora_ray.registry import Registry
 from translora_ray.releases import UNGATED, verdict
-from translora_ray.storage import EVALUATION, RunStore
+from translora_ray.storage import RESULT, RunStore
 from translora_ray.stream.collect import Totals
 from translora_ray.stream.pipeline import run_stream
 from translora_ray.stream.plan import Plan
 from translora_ray.stream.requests import open_desk
 from translora_ray.workflow import Checked, begin, check_answers, finish, train
 
-RESULT = f"{EVALUATION}/result.json"
 STOPPED = "The fleet was stopped: what was under way is committed; the same command with --resume goes on."
 LOST = "Another driver has taken over this fleet."
 
@@ -54,7 +54,7 @@ def run_fleet(fleet: Fleet, wanted: Sequence[Wanted], resume: bool, engine: Engi
     new = not store.exists()
     if store.exists(states.FILE) and not resume:
         raise UsageError(f"{store.uri} holds a fleet already: give --resume to go on with it, or choose another out.")
-    if not store.exists(states.FILE) and set(store.names("")) - {"lease.json"}:
+    if not store.exists(states.FILE) and set(store.names("")) - {leases.FILE}:
         raise UsageError(f"{store.uri} is not empty and not a fleet: choose another out.")
     stop, lost = threading.Event(), threading.Event()
 

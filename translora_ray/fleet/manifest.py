@@ -8,15 +8,16 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import Field, field_validator
+from pydantic import BeforeValidator, Field, field_validator
 
-from translora_ray.config import Cluster, Config, Recipe, Section
+from translora_ray.config import NAME, Cluster, Config, Recipe, Section
 from translora_ray.errors import UsageError
 from translora_ray.reading import read_yaml, validate
 
-NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
+Targets = Annotated[list[str], BeforeValidator(lambda target: [target] if isinstance(target, str) else target)]
+"""One or several."""
 
 
 class Item(Section):
@@ -26,7 +27,7 @@ class Item(Section):
     """A transfer kit or a finished run, or a pattern (`kits/*`)."""
     name: str | None = Field(None, pattern=f"^{NAME}$")
     """Of the transfer's directory, and of its releases in the registry. None: the directory has the kit's name, releases the task's."""
-    target: list[str] = Field(default_factory=list)
+    target: Targets = Field(default_factory=list)
     """Target bases in place of the fleet's."""
     recipe: dict[str, Any] = Field(default_factory=dict)
     """Keys of a recipe that replace the fleet's."""
@@ -34,11 +35,6 @@ class Item(Section):
     """Share of the engines, against the other transfers that use them: with 2 it gets twice as many packs."""
     evaluate: str | None = None
     """JSONL of real rows on which the finished adapter is compared, as `translora evaluate` does; the machines that compute must see it."""
-
-    @field_validator("target", mode="before")
-    @classmethod
-    def _one_target(cls, target: Any) -> Any:
-        return [target] if isinstance(target, str) else target
 
 
 class Fleet(Section):
@@ -48,7 +44,7 @@ class Fleet(Section):
     """Directory or URI (s3://, gs://) of the fleet: runs/NAME is each transfer's run directory."""
     kits: list[Item] = Field(min_length=1)
     """Each a path, a pattern, or an item with keys of its own."""
-    target: list[str] = Field(default_factory=list)
+    target: Targets = Field(default_factory=list)
     """One target base or several: each kit moves to each of them."""
     recipe: dict[str, Any] = Field(default_factory=dict)
     """As in a recipe file, for all transfers."""
@@ -62,11 +58,6 @@ class Fleet(Section):
     @classmethod
     def _paths(cls, kits: Any) -> Any:
         return [{"kit": kit} if isinstance(kit, str) else kit for kit in kits] if isinstance(kits, list) else kits
-
-    @field_validator("target", mode="before")
-    @classmethod
-    def _one_target(cls, target: Any) -> Any:
-        return [target] if isinstance(target, str) else target
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from jinja2 import TemplateError
 from ray import serve
@@ -98,8 +97,3 @@ class _Loaded:
         evict, self.evict = self.evict, None
         if evict:
             evict()
-
-
-def deployment(name: str, options: dict[str, Any], **arguments: Any) -> Any:
-    """The deployment, bound to its arguments."""
-    return serve.deployment(TransformersBackend, name=name, **options).bind(**arguments)
