@@ -16,9 +16,7 @@ from translora_ray.errors import TransLoraError, UsageError, first_line
 from translora_ray.options import parser
 
 if TYPE_CHECKING:
-    from translora_ray.config import Cluster, EngineKind
-    from translora_ray.engines.base import OpenEngine
-    from translora_ray.progress import Display
+    from translora_ray.config import Cluster
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -71,20 +69,13 @@ def _placement(overrides: Sequence[str]) -> Cluster:
     return load_config(None, list(overrides)).cluster
 
 
-def _opener(kind: EngineKind, cluster: Cluster, display: Display) -> OpenEngine:
-    """Opens engines of the kind that was chosen, or of the one that can serve the adapters."""
-    from translora_ray.engines.select import engine_for, open_engine
-
-    return lambda base, used: open_engine(engine_for(kind, used, display.say), base, used, cluster.vllm, cluster.engine_gpus)
-
-
 def _prepare(options: argparse.Namespace) -> int:
     from translora_ray.reading import load_task
 
     task, cluster = load_task(options.task), _placement(options.set)
     out = _place(options.out, "--out")
     from translora_ray import kit
-    from translora_ray.engines.select import choose_engine
+    from translora_ray.engines.select import choose_engine, opener
     from translora_ray.evaluation.report import show_facts
     from translora_ray.progress import Display
 
@@ -96,7 +87,7 @@ def _prepare(options: argparse.Namespace) -> int:
             out,
             options.adapter,
             not options.no_discriminator,
-            _opener(engine, cluster, display),
+            opener(engine, cluster.vllm, cluster.engine_gpus, display.say),
             display,
         )
     show_facts(f"transfer kit {options.out}", {key: facts[key] for key in ("base", "rows", "discriminator", "seconds", "digest")})
@@ -149,7 +140,7 @@ def _status(options: argparse.Namespace) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    from translora_ray.engines.select import choose_engine
+    from translora_ray.engines.select import choose_engine, opener
     from translora_ray.evaluation.compare import evaluate
     from translora_ray.evaluation.report import show_evaluation
     from translora_ray.progress import Display
@@ -157,7 +148,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     _check_json(options.json)
     engine, cluster = choose_engine(options.engine), _placement(options.set)
     with Display() as display:
-        result = evaluate(options.run, options.data, options.oracle, options.arms, _opener(engine, cluster, display), display)
+        result = evaluate(options.run, options.data, options.oracle, options.arms, opener(engine, cluster.vllm, cluster.engine_gpus, display.say), display)
     _write_json(options.json, result)
     if options.json != "-":
         show_evaluation(result)
@@ -193,14 +184,14 @@ def _audit(options: argparse.Namespace) -> int:
     if len(options.path) > 1 or not (options.data and options.holdout):
         raise UsageError("inspect --audit takes one kit or run, --data with the rows that it was made from, and --holdout with others of the same task.")
     _check_json(options.json)
-    from translora_ray.engines.select import choose_engine
+    from translora_ray.engines.select import choose_engine, opener
     from translora_ray.evaluation.audit import audit
     from translora_ray.evaluation.report import show_audit
     from translora_ray.progress import Display
 
     engine, cluster = choose_engine(options.engine), _placement(options.set)
     with Display() as display:
-        result = audit(options.path[0], options.data, options.holdout, options.pairs, _opener(engine, cluster, display), display)
+        result = audit(options.path[0], options.data, options.holdout, options.pairs, opener(engine, cluster.vllm, cluster.engine_gpus, display.say), display)
     _write_json(options.json, result)
     if options.json != "-":
         show_audit(result)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from translora_ray.engines.base import AdapterRef, Generate, Sampling
-from translora_ray.engines.select import engine_for, open_engine
+from translora_ray.engines.select import opener
 from translora_ray.evaluation import gate
 from translora_ray.evaluation.metrics import METRICS
 from translora_ray.placement import Run
@@ -47,8 +47,7 @@ def _scores(plan: Plan, store: RunStore, rows: Sequence[TaskRow]) -> list[float]
     task = plan.kit.task
     with tempfile.TemporaryDirectory() as scratch:
         adapter = AdapterRef("transferred", str(store.fetch_folder(ADAPTER, Path(scratch) / ADAPTER)))
-        kind = engine_for(plan.engine, [adapter], lambda message: None)
-        engine = open_engine(kind, plan.target, [adapter], plan.cluster.vllm, plan.engine_gpus)
+        engine = opener(plan.engine, plan.cluster.vllm, plan.engine_gpus, lambda message: None)(plan.target, [adapter])
         sampling = Sampling(task.max_new_tokens)
         given = engine.generate([Generate(task_prompt(task.prompt, row.input, task.format), sampling, adapter) for row in rows])
         engine.close()

@@ -97,9 +97,15 @@ def given(wanted: float | None, default: float) -> float:
     return default if wanted is None else wanted
 
 
-def run_once(resources: Resources) -> Run:
-    """Runs each function as a task of its own."""
-    return lambda function, *arguments: ray.get(ray.remote(function).options(num_cpus=resources.cpus, num_gpus=resources.gpus).remote(*arguments))
+def of_engine(plan: Plan) -> Resources:
+    """What one engine of the plan takes."""
+    return Resources(plan.engine_cpus, plan.engine_gpus)
+
+
+def run_once(plan: Plan) -> Run:
+    """Runs each function as a task of its own, which takes what an engine does."""
+    engine = of_engine(plan)
+    return lambda function, *arguments: ray.get(ray.remote(function).options(num_cpus=engine.cpus, num_gpus=engine.gpus).remote(*arguments))
 
 
 @contextlib.contextmanager
@@ -125,9 +131,8 @@ def place_for_both(plan: Plan, worker: Resources) -> Resources | None:
 
 def fit_beside(plan: Plan, worker: Resources, trainings: int) -> bool:
     """Whether the nodes hold the most engines that the stream may have and the workers of so many trainings, or their gates, at once."""
-    engine = Resources(plan.engine_cpus, plan.engine_gpus)
     workers = trainings * plan.cluster.workers[0]
-    needs = [engine] * (plan.cluster.engines[1] * len(plan.pools())) + [_either(plan, worker)] * workers
+    needs = [of_engine(plan)] * (plan.cluster.engines[1] * len(plan.pools())) + [_either(plan, worker)] * workers
     rooms = [[node.get("CPU", 0.0), node.get("GPU", 0.0)] for node in nodes_of(plan.cluster)]
     rooms[0][0] -= 1  # Ray Data must have some CPU to read with
     for need in sorted(needs, key=lambda each: (each.gpus, each.cpus), reverse=True):
@@ -152,7 +157,7 @@ def nodes_of(cluster: Cluster) -> list[dict[str, float]]:
 def check_resources(plan: Plan, worker: Resources) -> None:
     """Raise `UsageError` when the least that the stream or the training, or both where they overlap, ask for is more than the cluster's nodes have."""
     needs = [
-        ("engines", plan.cluster.engines[0] * len(plan.pools()), Resources(plan.engine_cpus, plan.engine_gpus)),
+        ("engines", plan.cluster.engines[0] * len(plan.pools()), of_engine(plan)),
         ("training workers", plan.cluster.workers[0], worker),
     ]
     nodes = nodes_of(plan.cluster)

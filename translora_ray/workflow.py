@@ -273,7 +273,7 @@ def finish(
         folder = store.fetch_folder(ADAPTER, Path(scratch) / ADAPTER)
         info = _check_fits(folder, plan.target)
     trained, held_out = examples(plan, store)
-    verdict = pass_gate(plan, store, totals, run or run_once(Resources(plan.engine_cpus, plan.engine_gpus)), display)
+    verdict = pass_gate(plan, store, totals, run or run_once(plan), display)
     manifest = {
         **identity,
         "task": plan.kit.task.model_dump(),

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 
 from translora_ray import adapters
 from translora_ray.config import EngineKind, Vllm
-from translora_ray.engines.base import AdapterRef, Engine
+from translora_ray.engines.base import AdapterRef, Engine, OpenEngine
 from translora_ray.errors import UsageError
 
 
@@ -42,3 +42,8 @@ def open_engine(kind: EngineKind, base: str, used: Sequence[AdapterRef] = (), se
     from translora_ray.engines.transformers import TransformersEngine
 
     return TransformersEngine(base, device=None if gpus is None or gpus else "cpu")
+
+
+def opener(kind: EngineKind, settings: Vllm, gpus: float | None, say: Callable[[str], None]) -> OpenEngine:
+    """Opens engines of the kind that was chosen, or of the one that can serve the adapters (`engine_for`)."""
+    return lambda base, used: open_engine(engine_for(kind, used, say), base, used, settings, gpus)

@@ -19,7 +19,7 @@ from typing import Any
 import ray
 
 from translora_ray.config import EngineKind
-from translora_ray.engines.select import engine_for, open_engine
+from translora_ray.engines.select import opener
 from translora_ray.errors import Stopped, TransLoraError, UsageError, first_line
 from translora_ray.evaluation.compare import evaluate
 from translora_ray.fleet import lease as leases
@@ -29,7 +29,7 @@ from translora_ray.fleet.lease import lease
 from translora_ray.fleet.manifest import Fleet, Wanted
 from translora_ray.fleet.page import write_page
 from translora_ray.fleet.state import State
-from translora_ray.placement import Resources, Run, fit_beside, place, place_for_both, ray_failures, ray_session, run_once
+from translora_ray.placement import Run, fit_beside, place, place_for_both, ray_failures, ray_session, run_once
 from translora_ray.progress import Display
 from translora_ray.registry import Registry
 from translora_ray.releases import UNGATED, verdict
@@ -256,7 +256,7 @@ class Driver:
             times = {"stream": full.streamed, "began": full.began}
             finish(plan, checked.store, checked.identity, full.totals, training, times, display, slot.run)
         if transfer.wanted.data and not checked.store.exists(RESULT):
-            run = slot.run or run_once(Resources(plan.engine_cpus, plan.engine_gpus))
+            run = slot.run or run_once(plan)
             run(_evaluate, plan, checked.store.uri, transfer.wanted.data)
 
     def _conclude(self, wanted: Wanted, checked: Checked) -> None:
@@ -292,11 +292,4 @@ class Driver:
 def _evaluate(plan: Plan, run: str, data: str) -> None:
     """`translora evaluate` where an engine has room."""
     with Display() as display:
-        evaluate(
-            run,
-            data,
-            None,
-            [],
-            lambda base, used: open_engine(engine_for(plan.engine, used, display.say), base, used, plan.cluster.vllm, plan.engine_gpus),
-            display,
-        )
+        evaluate(run, data, None, [], opener(plan.engine, plan.cluster.vllm, plan.engine_gpus, display.say), display)
