@@ -48,9 +48,9 @@ def transfer(kit_path: str, target: str, out: str, config: Config, engine: Engin
     began = time.monotonic()
     checked = check(kit_path, target, out, config, engine, display)
     store = checked.store
-    if (manifest := checked.manifest()) is not None:
+    if checked.finished:
         display.say(f"{out} is finished already.")
-        return manifest
+        return checked.manifest()
     with ray_session(config.cluster) as local:
         plan, worker = planned(checked, local)
         check_resources(plan, worker)
@@ -71,10 +71,12 @@ class Checked:
     store: RunStore
     identity: dict[str, Any]
 
-    def manifest(self) -> dict[str, Any] | None:
-        """That of the finished run, None where something is left to do."""
-        if not (self.store.exists(MANIFEST) and self.store.exists(f"{ADAPTER}/{adapters.CONFIG}")):
-            return None
+    @property
+    def finished(self) -> bool:
+        return self.store.exists(MANIFEST) and self.store.exists(f"{ADAPTER}/{adapters.CONFIG}")
+
+    def manifest(self) -> dict[str, Any]:
+        """That of the finished run, whose last steps are made up for where they were cut off."""
         self.store.remove(TRAIN)
         manifest = self.store.read_json(MANIFEST)
         if not self.store.exists(REPORT):
@@ -90,7 +92,7 @@ def check(kit_path: str, target: str, out: str, config: Config, engine: EngineKi
     checked = Checked(loaded, target, config, engine, RunStore(out), _identity(loaded, target, config))
     checked.store.check_writable()
     _check_identity(checked.store, checked.identity)
-    if checked.manifest() is not None:
+    if checked.finished:
         return checked
     models.require_bits(config.recipe.training.base_bits)
     if config.recipe.training.base_bits and config.cluster.spread_base:

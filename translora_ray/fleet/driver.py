@@ -106,8 +106,10 @@ class Driver:
 
     def run(self) -> State:
         sound, failures = check_all(self.wanted, self.engine, self.display)
-        left = [(wanted, checked) for wanted, checked in sound if not self._settled(wanted, checked)]
-        settled = [(wanted, checked) for wanted, checked in sound if self._settled(wanted, checked)]
+        left: list[tuple[Wanted, Checked]] = []
+        settled: list[tuple[Wanted, Checked]] = []
+        for wanted, checked in sound:
+            (settled if self._settled(wanted, checked) else left).append((wanted, checked))
         if not left:
             self._begin(failures, settled)
             return self.state
@@ -120,7 +122,7 @@ class Driver:
         return self.state
 
     def _settled(self, wanted: Wanted, checked: Checked) -> bool:
-        return checked.manifest() is not None and (wanted.data is None or checked.store.exists(RESULT))
+        return checked.finished and (wanted.data is None or checked.store.exists(RESULT))
 
     def _begin(self, failures: Failures, settled: Sequence[tuple[Wanted, Checked]]) -> None:
         for name, reason in failures.items():
@@ -246,7 +248,7 @@ class Driver:
         transfer, checked, plan = full.transfer, full.transfer.checked, full.transfer.plan
         if self.stop.is_set():
             raise Stopped(STOPPED)
-        if checked.manifest() is None:
+        if not checked.finished:
             display = self.display.named(transfer.name)
             check_answers(plan, checked.store)
             self.state.change(transfer.name, states.TRAINING)
@@ -261,7 +263,7 @@ class Driver:
 
     def _conclude(self, wanted: Wanted, checked: Checked) -> None:
         """The verdict on a finished run, and its release where it ships."""
-        manifest = checked.manifest() or {}
+        manifest = checked.manifest()
         evaluation = checked.store.read_json(RESULT) if checked.store.exists(RESULT) else None
         gate = manifest["gate"] or UNGATED
         found = states.BY_VERDICT[verdict(gate, evaluation)]

@@ -22,7 +22,7 @@ HOW = "Tokens are estimates from below: each example as long as the mean seed, e
 def show_plan(fleet: Fleet, wanted: Sequence[Wanted], engine: EngineKind, display: Display) -> int:
     """Print the plan; returns 1 where a transfer could not begin. Raises `UsageError` where the cluster is too small."""
     sound, failures = check_all(wanted, engine, display)
-    done = {each.name for each, checked in sound if checked.manifest() is not None}
+    done = {each.name for each, checked in sound if checked.finished}
     with ray_session(fleet.cluster) as local:
         groups, unplanned = grouped([(each, checked) for each, checked in sound if each.name not in done], local)
         there = ray.cluster_resources()
