@@ -108,12 +108,18 @@ def load(path: str | Path) -> Kit:
     return kit
 
 
+def behind(manifest: dict[str, Any], run: str | Path) -> Kit:
+    """The kit that a finished run was made from. Raises `UsageError` where another one lies there now."""
+    found = load(manifest["kit_path"])
+    if found.digest != manifest["kit"]:
+        raise UsageError(f"The kit at {found.path} is not the one {run} was made from: bring back the original.")
+    return found
+
+
 def _hop(folder: Path) -> Kit:
     """The kit of a finished run, with the run's adapter as the teacher (Trans-LoRA, section 4.4: the discriminator serves every later transfer)."""
     manifest = RunStore(str(folder)).read_json(MANIFEST)
-    before = load(manifest["kit_path"])
-    if before.digest != manifest["kit"]:
-        raise UsageError(f"The kit at {before.path} is not the one {folder} was made from: bring back the original.")
+    before = behind(manifest, folder)
     adapter = AdapterRef("teacher", str(folder.resolve() / ADAPTER))
     if adapters.inspect(adapter.path).digest != manifest["adapter_digest"]:
         raise UsageError(f"The adapter in {folder} is not the one its manifest describes: remove the run, and transfer again.")

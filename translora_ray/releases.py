@@ -97,9 +97,7 @@ def of_run(run: str, reviewed: bool, scratch: Path) -> tuple[dict[str, Any], Pat
     Raises `UsageError` where the run is not finished or may not ship, or a person has to look at it first and `reviewed` does not say that one did.
     """
     store = RunStore(run)
-    if not store.exists(MANIFEST):
-        raise UsageError(f"{run} is not a finished run: it has no {MANIFEST}; run `translora transfer` to its end.")
-    manifest = store.read_json(MANIFEST)
+    manifest = store.manifest(run)
     evaluation = {key: value for key, value in store.read_json(RESULT).items() if key != "verdicts"} if store.exists(RESULT) else None
     gate = manifest.get("gate") or UNGATED
     reasons = "; ".join([*gate["reasons"], *(evaluation or {}).get("gate", {}).get("reasons", [])])

@@ -155,6 +155,12 @@ class RunStore:
         if self.exists(folder):
             self.fs.delete_dir(self.path(folder))
 
+    def manifest(self, run: str) -> dict[str, Any]:
+        """That of the finished run, which users call `run`. Raises `UsageError` where it is not finished."""
+        if not self.exists(MANIFEST):
+            raise UsageError(f"{run} is not a finished run: it has no {MANIFEST}; run `translora transfer` to its end.")
+        return self.read_json(MANIFEST)
+
     def fetch_folder(self, name: str, target: Path) -> Path:
         """The folder as a local directory: itself on local disk, else a copy in `target`."""
         if self.local:

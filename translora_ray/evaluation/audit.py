@@ -82,11 +82,7 @@ def _open(path: str) -> tuple[kit.Kit, RunStore | None]:
         if store.exists(IDENTITY):
             raise UsageError(f"{path} is not a finished run: it has no {MANIFEST}; run `translora transfer` to its end, or audit the kit.")
         return kit.load(path), None
-    manifest = store.read_json(MANIFEST)
-    loaded = kit.load(manifest["kit_path"])
-    if loaded.digest != manifest["kit"]:
-        raise UsageError(f"The kit at {loaded.path} is not the one {path} was made from: bring back the original.")
-    return loaded, store
+    return kit.behind(store.read_json(MANIFEST), path), store
 
 
 def split(loaded: kit.Kit, rows: Sequence[TaskRow], other_rows: Sequence[TaskRow], data: str, holdout: str) -> Sides:

@@ -20,7 +20,7 @@ from translora_ray.evaluation.statistics import FEW, flips, mcnemar, paired_inte
 from translora_ray.progress import Display
 from translora_ray.prompts import Prompt, clean_answer, few_shot_prompt, task_prompt
 from translora_ray.records import TaskRow, read_rows
-from translora_ray.storage import ADAPTER, ANSWERS, MANIFEST, MAP, REPORT, RESULT, RunStore
+from translora_ray.storage import ADAPTER, ANSWERS, MAP, REPORT, RESULT, RunStore
 from translora_ray.stream.dedup import normal
 from translora_ray.stream.discriminate import verdicts
 
@@ -41,12 +41,8 @@ def evaluate(run: str, data: str, oracle: str | None, extra: Sequence[str], open
     The oracle is an adapter on the target base, trained on the real rows exactly as the transferred one was on synthetic rows.
     """
     store = RunStore(run)
-    if not store.exists(MANIFEST):
-        raise UsageError(f"{run} is not a finished run: it has no {MANIFEST}; run `translora transfer` to its end.")
-    manifest = store.read_json(MANIFEST)
-    loaded = kit.load(manifest["kit_path"])
-    if loaded.digest != manifest["kit"]:
-        raise UsageError(f"The kit at {loaded.path} is not the one {run} was made from: bring back the original.")
+    manifest = store.manifest(run)
+    loaded = kit.behind(manifest, run)
     rows = read_rows(data)
     oracle_rows = read_rows(oracle) if oracle else []
     _check_rows(loaded, rows, data, oracle_rows, display)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -24,7 +24,7 @@ from translora_ray import adapters
 from translora_ray.config import Vllm
 from translora_ray.engines.vllm import OWNER, engine_arguments
 from translora_ray.errors import RunFailed
-from translora_ray.serving.loading import Loader, unusable
+from translora_ray.serving.loading import Held, Loader, unusable
 from translora_ray.serving.measures import EngineMeasures
 from translora_ray.serving.protocol import Asked, Piece, ServiceError
 
@@ -38,21 +38,15 @@ class Downloader:
     async def load_model_from_config(self, lora_model_id: str, llm_config: LLMConfig) -> _Held:
         with self.measures.load(lora_model_id):
             path = await asyncio.to_thread(self.loader.load, lora_model_id)
-        return _Held(lora_model_id, str(path), lambda: self.measures.evicted(lora_model_id))
+        return _Held(lambda: self.measures.evicted(lora_model_id), lora_model_id, str(path))
 
 
 @dataclass
-class _Held:
-    """An adapter that a replica holds, as LLMServer reads it. Serve calls `__del__` when another takes its place; vLLM forgets adapters by itself."""
+class _Held(Held):
+    """As LLMServer reads it; vLLM forgets adapters by itself."""
 
     model_id: str
     local_path: str
-    evict: Callable[[], None] | None
-
-    def __del__(self) -> None:
-        evict, self.evict = self.evict, None
-        if evict:
-            evict()
 
 
 class VllmBackend(LLMServer):  # type: ignore[misc]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from translora_ray import adapters, models
@@ -12,6 +14,18 @@ from translora_ray.registry import NotFound, Registry, Unreachable
 from translora_ray.serving.protocol import ServiceError, unknown
 
 logger = logging.getLogger("ray.serve")
+
+
+@dataclass
+class Held:
+    """An adapter that a replica holds. Serve calls `__del__` when another takes its place, and Python does once more."""
+
+    evict: Callable[[], None] | None
+
+    def __del__(self) -> None:
+        evict, self.evict = self.evict, None
+        if evict:
+            evict()
 
 
 class Loader:

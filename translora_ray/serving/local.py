@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from translora_ray.errors import RunFailed, UsageError
 from translora_ray.models import load_tokenizer
 from translora_ray.prompts import Prompt, prompt_ids
 from translora_ray.serving.batches import Batches
-from translora_ray.serving.loading import Loader, unusable
+from translora_ray.serving.loading import Held, Loader, unusable
 from translora_ray.serving.measures import EngineMeasures
 from translora_ray.serving.protocol import Asked, Piece, ServiceError
 
@@ -38,7 +38,7 @@ class TransformersBackend:
         async def load(release: str) -> _Loaded:
             with self.measures.load(release):
                 path = await asyncio.to_thread(self.loader.load, release)
-            return _Loaded(path, adapters.inspect(path).virtual_tokens, lambda: self._evict(release, path))
+            return _Loaded(lambda: self._evict(release, path), path, adapters.inspect(path).virtual_tokens)
 
         self._load = serve.multiplexed(max_num_models_per_replica=adapters_at_once)(load)
 
@@ -86,14 +86,8 @@ class TransformersBackend:
 
 
 @dataclass
-class _Loaded:
-    """An adapter that this replica holds. Serve calls `__del__` when another takes its place."""
+class _Loaded(Held):
+    """As the engine asks for it."""
 
     path: Path
     virtual_tokens: int
-    evict: Callable[[], None] | None
-
-    def __del__(self) -> None:
-        evict, self.evict = self.evict, None
-        if evict:
-            evict()
