@@ -17,6 +17,7 @@ from typing import Any
 import ray
 
 from translora_ray import __version__, adapters, adapting, kit, models
+from translora_ray.background import beside
 from translora_ray.config import Adapter, Config, EngineKind, Recipe
 from translora_ray.engines.select import choose_engine, engine_for
 from translora_ray.errors import RunFailed, UsageError, first_line
@@ -199,8 +200,8 @@ def _overlapped(plan: Plan, store: RunStore, worker: Resources, display: Display
     """Stream, while a thread trains on what is committed."""
     began = time.monotonic()
     steps = open_desk()
-    with ThreadPoolExecutor(1) as beside:
-        training = beside.submit(train, plan, store, worker, steps, display)
+    with ThreadPoolExecutor(1) as pool:
+        training = pool.submit(train, plan, store, worker, steps, display)
         try:
             (totals,) = run_stream([plan], [store], display)
             streamed = time.monotonic() - began
@@ -239,10 +240,9 @@ def check_answers(plan: Plan, store: RunStore) -> None:
 
 @contextlib.contextmanager
 def _watching(steps: Any, display: Display) -> Iterator[None]:
-    done = threading.Event()
     phase = display.phase("training")
 
-    def watch() -> None:
+    def watch(done: threading.Event) -> None:
         shown = None
         while not done.wait(1.0):
             step = ray.get(steps.latest_step.remote())
@@ -251,13 +251,8 @@ def _watching(steps: Any, display: Display) -> Iterator[None]:
                 shown = step
 
     phase.update(0, 1, "starting workers")
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
+    with beside(watch):
         yield
-    finally:
-        done.set()
-        thread.join()
 
 
 def finish(

@@ -5,7 +5,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2] / "translora_ray"
 LAYERS = [
-    {"errors"},
+    {"errors", "background"},
     {"records"},
     {"config"},
     {"reading", "evaluation.metrics"},

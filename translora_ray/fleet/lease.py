@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from translora_ray.background import beside
 from translora_ray.errors import UsageError
 from translora_ray.storage import RunStore
 
@@ -50,14 +51,10 @@ def lease(store: RunStore, lost: Callable[[], None], seconds: float = SECONDS) -
             time.sleep(SETTLE)
             if not _holds(store, mine):
                 raise UsageError(f"{store.uri} was taken by another driver at the same moment: wait for it, or stop it.")
-        done = threading.Event()
-        thread = threading.Thread(target=_keep, args=(store, mine, seconds, done, lost), daemon=True)
-        thread.start()
         try:
-            yield
+            with beside(lambda done: _keep(store, mine, seconds, done, lost)):
+                yield
         finally:
-            done.set()
-            thread.join()
             if _holds(store, mine):
                 store.fs.delete_file(store.path(FILE))
 
