@@ -35,7 +35,8 @@ p { margin: .5rem 0; max-width: 48rem; }
 table { width: 100%; margin: .8rem 0; border-collapse: collapse; font-size: .9375rem; }
 caption { padding-bottom: .3rem; text-align: left; font-size: .875rem; }
 th, td { padding: .38rem 1.4rem .38rem .3rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; overflow-wrap: anywhere; }
-thead th { border-bottom: 2px solid #aab0b8; font-size: .875rem; }
+thead th { border-bottom: 2px solid #aab0b8; font-size: .875rem; overflow-wrap: normal; }
+td span { white-space: nowrap; }
 th:last-child, td:last-child { padding-right: .3rem; }
 tbody th { font-weight: normal; }
 .number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
