@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import os
+import socket
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -61,6 +62,12 @@ def save_model(folder: Path, family: str, seed: int = 0) -> str:
 
 def lora(rank: int = 4, alpha: float = 8.0) -> Adapter:
     return Adapter(type="lora", rank=rank, alpha=alpha, dropout=0.0, modules="all-linear")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def processes(name: bytes) -> list[int]:

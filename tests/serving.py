@@ -106,14 +106,6 @@ def running(*arguments: str) -> Iterator[Running]:
         service.end()
 
 
-def free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def post(url: str, body: bytes | dict[str, object], key: str | None = None) -> tuple[int, dict[str, str], bytes]:
     """(status, headers, body) of a POST, whatever the status."""
     import urllib.error

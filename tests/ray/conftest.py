@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,14 @@ def same_weights(one: Path, other: Path) -> None:
     weights = [load_file(place / "adapter" / "adapter_model.safetensors") for place in (one, other)]
     for name, ours in weights[0].items():
         torch.testing.assert_close(ours, weights[1][name], rtol=1e-2, atol=1e-3, msg=name)
+
+
+def token_in(folder: Path) -> dict[str, str]:
+    """What a process needs in its environment to use a token of its own, which lies in the folder."""
+    token = folder / "token"
+    token.write_text(secrets.token_hex(32))
+    token.chmod(0o600)
+    return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
 
 
 @pytest.fixture(scope="session")

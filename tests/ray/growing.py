@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import secrets
 import signal
 import subprocess
 import sys
@@ -16,7 +15,8 @@ from typing import Any
 
 from ray._private.services import get_node_ip_address
 
-from tests.ray.test_job import free_port
+from tests.conftest import free_port
+from tests.ray.conftest import token_in
 
 RAY = str(Path(sys.executable).parent / "ray")
 HEAD = "f" * 51 + "00000"
@@ -60,14 +60,6 @@ def processes_in(folder: Path) -> list[tuple[int, list[str]]]:
             if any(str(folder) in part for part in command):
                 found.append((int(entry.name), command))
     return found
-
-
-def token_in(folder: Path) -> dict[str, str]:
-    """What a process needs in its environment to use a token of its own, which lies in the folder."""
-    token = folder / "token"
-    token.write_text(secrets.token_hex(32))
-    token.chmod(0o600)
-    return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
 
 
 def wait(ready: Callable[[], bool], seconds: float, what: str) -> None:

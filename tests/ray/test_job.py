@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 import socket
 import subprocess
 import sys
@@ -13,26 +12,18 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.ray.conftest import arguments
+from tests.conftest import free_port
+from tests.ray.conftest import arguments, token_in
 
 pytestmark = pytest.mark.ray
 ROOT = Path(__file__).parents[2]
 RAY = str(Path(sys.executable).parent / "ray")
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, dict[str, str]]]:
     """(dashboard address, environment with the token) of a head node that ends with the tests."""
-    token = tmp_path_factory.mktemp("secret") / "token"
-    token.write_text(secrets.token_hex(32))
-    token.chmod(0o600)
-    environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+    environment = {**os.environ, **token_in(tmp_path_factory.mktemp("secret"))}
     temp = tmp_path_factory.mktemp("r", numbered=True)
     dashboard = free_port()
     command = [RAY, "start", "--head", "--num-cpus=4", f"--port={free_port()}", f"--dashboard-agent-listen-port={free_port()}"]
@@ -86,10 +77,7 @@ def test_a_submitted_transfer_ends_succeeded_with_the_same_layout(cluster: tuple
         "train.json",
     ]
     assert sorted(path.name for path in (run / "adapter").iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
-    wrong = tmp_path / "wrong"
-    wrong.write_text(secrets.token_hex(32))
-    wrong.chmod(0o600)
-    stranger = {**environment, "RAY_AUTH_TOKEN_PATH": str(wrong), "HOME": str(tmp_path)}
+    stranger = {**environment, **token_in(tmp_path), "HOME": str(tmp_path)}
     refused = subprocess.run([RAY, "job", "list", "--address", address], env=stranger, capture_output=True, text=True, check=False)
     assert refused.returncode != 0
     assert "token" in (refused.stdout + refused.stderr).lower()

@@ -18,8 +18,8 @@ import pytest
 import yaml
 from ray.serve.schema import ServeDeploySchema
 
-from tests.conftest import processes
-from tests.serving import Running, chat_base, expected, finished_run, free_port, post, running
+from tests.conftest import free_port, processes
+from tests.serving import Running, chat_base, expected, finished_run, post, running
 from translora_ray.errors import UsageError
 from translora_ray.registry import Registry
 from translora_ray.serving.auth import add_key

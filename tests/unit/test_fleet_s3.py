@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,27 +14,6 @@ from translora_ray.errors import UsageError
 from translora_ray.fleet import lease as leases
 from translora_ray.fleet.lease import holder, lease
 from translora_ray.storage import RunStore
-
-
-@pytest.fixture(scope="module")
-def s3() -> Iterator[str]:
-    """The URI of an empty bucket."""
-    from moto.server import ThreadedMotoServer
-    from pyarrow.fs import FileSystem
-
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-            environment.setenv(name, "testing")
-        environment.setenv("AWS_REGION", "us-east-1")
-        environment.setenv("AWS_EC2_METADATA_DISABLED", "true")
-        bucket, path = FileSystem.from_uri("s3://fleets?allow_bucket_creation=true")
-        bucket.create_dir(path)
-        yield "s3://fleets"
-        server.stop()
 
 
 def test_a_lease_is_refused_while_it_lasts_even_on_the_same_machine(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
