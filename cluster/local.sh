@@ -42,10 +42,10 @@ start() {
   node head --head --num-cpus=0 --num-gpus=0 --port="${ports[0]}" --dashboard-host=127.0.0.1 --dashboard-port="${ports[1]}" \
     --ray-client-server-port="${ports[2]}" --dashboard-agent-listen-port="${ports[3]}" --temp-dir="$STATE/ray"
   if ! wait_for 1; then stop; fail "the head did not start; its log is above."; fi
-  for ((i = 1; i <= nodes; i++)); do
+  for ((i = 1; i <= nodes; i++)); do # one after another: two that start at once may take each other's ports
     node "node$i" --address="$ip:${ports[0]}" --num-cpus="$cpus" --num-gpus=0
+    if ! wait_for $((i + 1)); then stop; fail "a node did not start; the logs are above."; fi
   done
-  if ! wait_for $((nodes + 1)); then stop; fail "the nodes did not start; their logs are above."; fi
   echo "Ray runs: $nodes nodes with $cpus CPUs each, dashboard http://127.0.0.1:${ports[1]} (the token is in $STATE/token)"
   echo "submit:   cluster/local.sh submit python jobs/fleet.py jobs/fleet.example.yaml"
   echo "stop:     cluster/local.sh stop"

@@ -95,7 +95,7 @@ def test_a_pool_that_has_packs_waiting_brings_nodes_up_to_its_most_actors(growin
     code = f"from tests.ray.test_autoscaler import stream_slowly; stream_slowly({growing.address!r}, {str(tiny_kit)!r}, {tiny_gemma!r})"
     done = subprocess.run([sys.executable, "-c", code], env=growing.environment, cwd=ROOT, capture_output=True, text=True, timeout=SECONDS, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "actors: 3\n"
+    assert "actors: 3\n" in done.stdout, "among what Ray says of its nodes"
     wait(lambda: not growing.raylets(), 120, "back to no nodes")
 
 
