@@ -18,7 +18,8 @@ pytestmark = pytest.mark.ray
 def test_evaluate_measures_every_arm(calm: Path, tiny_kit: Path, tiny_llama: str, tiny_gemma: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name, part in (("test", task_rows(90)[60:]), ("train", task_rows(60))):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
-    command = ["evaluate", str(calm), "--data", str(tmp_path / "test.jsonl"), "--oracle", str(tmp_path / "train.jsonl"), "--json", str(tmp_path / "out.json")]
+    rows_of = ["--data", str(tmp_path / "test.jsonl"), "--oracle", str(tmp_path / "train.jsonl")]
+    command = ["evaluate", str(calm), *rows_of, "--engine", "transformers", "--json", str(tmp_path / "out.json")]
     assert main(command) == 0
     result = json.loads((tmp_path / "out.json").read_text())
     assert (result["n"], result["metric"]) == (30, "exact_match")

@@ -227,7 +227,7 @@ def test_a_finished_run_stands_for_a_kit_and_the_teacher_is_its_adapter(tiny_kit
     right = [row.target == answer for row, answer in zip(accepted, answers(tiny_gemma, out / "adapter", [row.input for row in accepted]), strict=True)]
     assert sum(right) >= 7  # of 8; in bf16 a batch may break a tie
     (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in task_rows(64)[60:]))
-    assert main(["evaluate", str(back), "--data", str(tmp_path / "test.jsonl")]) == 0
+    assert main(["evaluate", str(back), "--data", str(tmp_path / "test.jsonl"), "--engine", "transformers"]) == 0
 
 
 @pytest.mark.parametrize(
