@@ -106,12 +106,11 @@ def eight_transfers(rounds: int, requests: int, base: str) -> list[str]:
     with tempfile.TemporaryDirectory() as scratch:
         made = made_adapters(base, Path(scratch), 2 * count)
         engine = VllmEngine(base, made, SETTINGS.model_copy(update={"adapters": 2 * count}))
-        for size in (requests // count // 2, requests // count):
-            chains = []
-            for judge, teacher in zip(made[::2], made[1::2], strict=True):
-                writer = Synthesizer(engine, Synthesis(pack_size=size), kit.seed_inputs)
-                chains.append([writer, Discriminator(engine, kit.task.name, judge, float("-inf")), Teacher(engine, kit.task, teacher)])
-            lines += [f"Packs of {size}:", "", *interleaved(engine, chains, size, rounds), ""]
+        size, chains = requests // count // 2, []
+        for judge, teacher in zip(made[::2], made[1::2], strict=True):
+            writer = Synthesizer(engine, Synthesis(pack_size=size), kit.seed_inputs)
+            chains.append([writer, Discriminator(engine, kit.task.name, judge, float("-inf")), Teacher(engine, kit.task, teacher)])
+        lines += [f"Packs of {size}:", "", *interleaved(engine, chains, size, rounds), ""]
         engine.close()
     return lines
 
