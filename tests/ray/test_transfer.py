@@ -103,10 +103,14 @@ def test_killed_in_the_stream_and_in_training_the_rows_and_the_adapter_are_the_s
 
 
 def test_a_worker_killed_inside_an_epoch_goes_on_from_there(calm: Path, tiny_kit: Path, tiny_gemma: str, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    run.mkdir()
-    shutil.copytree(calm / "shards", run / "shards")  # the same rows as the calm run, trained again
-    shutil.copy(calm / "run.json", run)
+    undisturbed, run, short = tmp_path / "undisturbed", tmp_path / "run", "training.epochs=2"
+    identity = json.loads((calm / "run.json").read_text())
+    identity["recipe"]["training"]["epochs"] = 2  # a checkpoint after each step takes time
+    for place in (undisturbed, run):
+        place.mkdir()
+        shutil.copytree(calm / "shards", place / "shards")  # the same rows, trained again
+        (place / "run.json").write_text(json.dumps(identity))
+    assert main(arguments(tiny_kit, tiny_gemma, undisturbed, short)) == 0
     killed: list[int] = []
 
     def kill_a_worker_once() -> None:
@@ -117,15 +121,15 @@ def test_a_worker_killed_inside_an_epoch_goes_on_from_there(calm: Path, tiny_kit
 
     thread = threading.Thread(target=kill_a_worker_once, daemon=True)
     thread.start()
-    assert main(arguments(tiny_kit, tiny_gemma, run, "cluster.workers=2", "cluster.checkpoint_seconds=0", "cluster.worker_cpus=0.5")) == 0
+    assert main(arguments(tiny_kit, tiny_gemma, run, short, "cluster.workers=2", "cluster.checkpoint_seconds=0", "cluster.worker_cpus=0.5")) == 0
     thread.join(5)
     assert len(killed) == 2
-    manifests = [json.loads((place / "manifest.json").read_text()) for place in (run, calm)]
+    manifests = [json.loads((place / "manifest.json").read_text()) for place in (run, undisturbed)]
     (first, again) = manifests[0]["training"]["started_at_steps"]
     assert (first, again % 10 > 0) == (0, True)  # 10 steps an epoch
     assert manifests[0]["training"]["tokens"] == manifests[1]["training"]["tokens"]  # no row twice, none left out
     assert manifests[0]["training"]["epoch_losses"] == pytest.approx(manifests[1]["training"]["epoch_losses"], rel=1e-3)
-    same_weights(run, calm)
+    same_weights(run, undisturbed)
 
 
 def test_a_loss_that_is_not_a_number_stops_the_run_and_names_the_step(
