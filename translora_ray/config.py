@@ -131,6 +131,9 @@ class Synthesis(Section):
     """Which base continues the seeds: the source base shares its engine with discriminator and teacher; `target` is the paper's."""
     shots: int = Field(5, ge=1)
     """Seeds shown in one request, drawn anew for each pack (paper: 5)."""
+    by_label: bool = False
+    """Whether each request asks for an input of one of the task's labels, all of them in turn: seeds stand after the name of their label, and the name alone
+    is to be continued. Seeds can not cover many classes; their names do."""
     temperature: float = Field(0.7, gt=0)
     """Of the generator. Small bases drift off the task above it."""
     min_p: float = Field(0.05, ge=0, lt=1)
@@ -163,6 +166,8 @@ class Selection(Section):
     """At which the votes are drawn."""
     margin: float = Field(0.4, ge=0, le=1)
     """Least share of the votes by which the most frequent answer leads the next; else the candidate is a reject."""
+    as_asked: bool = False
+    """With `synthesis.by_label`: whether the teacher's answer must be the label that the candidate was written for."""
     near_duplicate: float = Field(0.95, gt=0, le=1)
     """Similarity (1 - normalised edit distance) from which a candidate repeats a seed or an accepted prompt."""
     seed_overlap: float = Field(0.8, gt=0, le=1)
@@ -208,6 +213,8 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _knows_its_rows(self) -> Recipe:
+        if self.selection.as_asked and not self.synthesis.by_label:
+            raise ValueError("selection.as_asked compares with the label that was asked for: set synthesis.by_label")
         if self.overlap and self.training.held_out:
             raise ValueError("rows held out are drawn from all of them, before training begins: leave overlap or training.held_out out")
         if self.overlap and self.selection.method in CHOOSING:

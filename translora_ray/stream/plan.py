@@ -90,6 +90,8 @@ class Plan:
             raise UsageError(f"The kit {kit.path} was made before discriminators were calibrated, which importance needs: prepare it again.")
         if self.recipe.selection.balance and not kit.task.classes:
             raise UsageError("selection.balance needs a task with labels, and this one's answers are open: leave it out, or prepare the kit with labels.")
+        if self.recipe.synthesis.by_label and not kit.task.classes:
+            raise UsageError("synthesis.by_label needs a task with labels, and this one's answers are open: leave it out, or prepare the kit with labels.")
         if self.recipe.overlap and self.chooses:
             raise UsageError(f"{method} chooses among all examples, before training begins: leave overlap out, or set selection.method to none.")
 
