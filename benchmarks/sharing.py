@@ -109,7 +109,7 @@ def eight_transfers(rounds: int, requests: int, base: str) -> list[str]:
         for size in (requests // count // 2, requests // count):
             chains = []
             for judge, teacher in zip(made[::2], made[1::2], strict=True):
-                writer = Synthesizer(engine, Synthesis(pack_size=size), kit.seeds)
+                writer = Synthesizer(engine, Synthesis(pack_size=size).settled(()), kit.seeds)
                 chains.append([writer, Discriminator(engine, kit.task.name, judge, float("-inf")), Teacher(engine, kit.task, teacher)])
             lines += [f"Packs of {size}:", "", *interleaved(engine, chains, size, rounds), ""]
         engine.close()

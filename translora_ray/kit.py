@@ -296,8 +296,8 @@ def _discriminator(
 
 
 def _negatives(task: Task, engine: Engine, seeds: list[TaskRow], wanted: int, phase: Phase) -> list[str]:
-    """`wanted` distinct prompts that the source base wrote from the seeds, in the same way as a transfer writes candidates."""
-    settings = Synthesis()
+    """`wanted` distinct prompts that the source base wrote from the seeds, as a list that goes on (Trans-LoRA, section 3.2)."""
+    settings = Synthesis().settled(())
     copies, seen = SeedFilter([seed.input for seed in seeds], near=1.0), Seen(near=1.0)
     writer = Synthesizer(engine, settings, seeds)
     found: list[str] = []

@@ -36,7 +36,7 @@ def prompts(count: int) -> Pack:
 
 
 def test_the_synthesizer_fills_every_candidate_or_says_why_not(engine: TransformersEngine, loaded: kit.Kit) -> None:
-    settings = Synthesis(temperature=1.0, min_p=0.0, max_tokens=40)
+    settings = Synthesis(temperature=1.0, min_p=0.0, max_tokens=40).settled(())
     found = Synthesizer(engine, settings, loaded.seeds).process(request_pack(1, 0, 16))
     assert {candidate.reason for candidate in found.candidates} <= {None, TOO_LONG, "empty prompt"}
     assert all(candidate.input and "\n" not in candidate.input for candidate in found.open())

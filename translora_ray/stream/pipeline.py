@@ -100,7 +100,7 @@ def _through(stages: list[Stage] | TransLoraError, pack: Pack) -> Pack:
 
 def _writing(plan: Plan, engine: Engine) -> list[Stage]:
     kit, selection = plan.kit, plan.recipe.selection
-    writer = synthesize.Synthesizer(engine, plan.recipe.synthesis, kit.seeds, kit.task.classes)
+    writer = synthesize.Synthesizer(engine, plan.synthesis, kit.seeds, kit.task.classes)
     return [writer, SeedFilter(kit.seed_inputs, selection.near_duplicate, selection.seed_overlap)]
 
 

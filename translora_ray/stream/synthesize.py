@@ -25,7 +25,7 @@ class Synthesizer:
     """
 
     def __init__(self, engine: Engine, settings: Synthesis, seeds: Sequence[TaskRow], classes: Sequence[str] = ()) -> None:
-        """`classes` are the task's labels, which `settings.by_label` asks for."""
+        """`settings` are settled ones; `classes` are the task's labels, which `by_label` asks for."""
         self.engine, self.settings, self.seeds, self.classes = engine, settings, seeds, classes
         self.inputs = [seed.input for seed in seeds]
         self.max_tokens = settings.max_tokens or 2 * max(map(engine.count_tokens, self.inputs)) + 8
@@ -39,7 +39,7 @@ class Synthesizer:
     def process(self, pack: Pack) -> Pack:
         began = time.perf_counter()
         settings = self.settings
-        sampling = Sampling(self.max_tokens, settings.temperature, settings.min_p, synthesis_stops(self.inputs))
+        sampling = Sampling(self.max_tokens, settings.temperature or 0.0, settings.min_p, synthesis_stops(self.inputs))
         asked = [Generate(prompt, sampling, seed=candidate.seed) for prompt, candidate in zip(self._prompts(pack), pack.candidates, strict=True)]
         written = self.engine.generate(asked)
         for candidate, generation in zip(pack.candidates, written, strict=True):
