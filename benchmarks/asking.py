@@ -15,11 +15,12 @@ from translora_ray.stream.dedup import SeedFilter
 from translora_ray.stream.plan import Plan, Pool
 from translora_ray.stream.synthesize import ROLE
 
+LIST = Synthesis().settled(())
 VARIANTS: dict[str, tuple[bool, dict[str, float]]] = {
-    "as the stream does it": (True, {"temperature": Synthesis().temperature, "min_p": Synthesis().min_p}),
-    "seeds shuffled for every request": (False, {"temperature": Synthesis().temperature, "min_p": Synthesis().min_p}),
-    "temperature alone": (True, {"temperature": Synthesis().temperature}),
-    "top_p 0.95": (True, {"temperature": Synthesis().temperature, "top_p": 0.95}),
+    "as the stream does it": (True, {"temperature": LIST.temperature, "min_p": LIST.min_p}),
+    "seeds shuffled for every request": (False, {"temperature": LIST.temperature, "min_p": LIST.min_p}),
+    "temperature alone": (True, {"temperature": LIST.temperature}),
+    "top_p 0.95": (True, {"temperature": LIST.temperature, "top_p": 0.95}),
 }
 """How seeds are shown and tokens drawn: (one order of seeds for a pack, sampling)."""
 
@@ -36,7 +37,7 @@ def asked(base: str) -> Requests:
     def requests(pack: Pack, alike: bool, drawn: dict[str, float]) -> list[tuple[list[int], dict[str, Any]]]:
         found = []
         for candidate in pack.candidates:
-            shown = synthesis_prompt(kit.seed_inputs, Synthesis().shots, (pack.candidates[0] if alike else candidate).seed)
+            shown = synthesis_prompt(kit.seed_inputs, LIST.shots, (pack.candidates[0] if alike else candidate).seed)
             found.append((prompt_ids(tokenizer, shown), {"max_tokens": longest, "stop": stops, "seed": candidate.seed, **drawn}))
         return found
 

@@ -18,7 +18,7 @@ TASK = "bbh/boolean_expressions"
 
 
 def main() -> None:
-    chosen, threads = transfer.options(__doc__, tasks=False)
+    chosen, threads = transfer.options(__doc__)
     lines = [f"Commit {results.commit()}; n = 100 test rows. Wanted: the second adapter within the source adapter's interval.", ""]
     lines += ["| seed | source adapter (95 % interval) | on Gemma | back on SmolLM2 | within |", "|---|---|---|---|---|"]
     with ThreadPoolExecutor(chosen.jobs) as pool:

@@ -108,7 +108,7 @@ def eight_transfers(rounds: int, requests: int, base: str) -> list[str]:
         engine = VllmEngine(base, made, SETTINGS.model_copy(update={"adapters": 2 * count}))
         size, chains = requests // count // 2, []
         for judge, teacher in zip(made[::2], made[1::2], strict=True):
-            writer = Synthesizer(engine, Synthesis(pack_size=size), kit.seed_inputs)
+            writer = Synthesizer(engine, Synthesis(pack_size=size).settled(()), kit.seeds)
             chains.append([writer, Discriminator(engine, kit.task.name, judge, float("-inf")), Teacher(engine, kit.task, teacher)])
         lines += [f"Packs of {size}:", "", *interleaved(engine, chains, size, rounds), ""]
         engine.close()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -131,14 +132,22 @@ class Synthesis(Section):
     """Which base continues the seeds: the source base shares its engine with discriminator and teacher; `target` is the paper's."""
     shots: int = Field(5, ge=1)
     """Seeds shown in one request, drawn anew for each pack (paper: 5)."""
-    temperature: float = Field(0.7, gt=0)
-    """Of the generator. Small bases drift off the task above it."""
+    by_label: bool | None = None
+    """Whether each request asks for an input of one of the task's labels, all of them in turn: seeds stand after the name of their label, and the name alone
+    is to be continued. Few seeds can not cover many classes; their names can. None: where the task has labels."""
+    temperature: float | None = Field(None, gt=0)
+    """Of the generator. None: 1 by label, where half of the candidates at 0.7 repeat others; else 0.7, above which small bases drift off the task."""
     min_p: float = Field(0.05, ge=0, lt=1)
     """Drops tokens less likely than this share of the likeliest. Needs no sorting of the vocabulary, unlike top-p."""
     max_tokens: int | None = Field(None, ge=1)
     """Longest candidate in tokens; a longer one is a reject. None: 8 more than twice the longest seed."""
     pack_size: int = Field(64, ge=1)
     """Requests that travel, and are computed, together."""
+
+    def settled(self, classes: Sequence[str]) -> Synthesis:
+        """These settings with `by_label` and `temperature` decided, for a task with such labels."""
+        by_label = bool(classes) if self.by_label is None else self.by_label
+        return self.model_copy(update={"by_label": by_label, "temperature": self.temperature or (1.0 if by_label else 0.7)})
 
 
 class Selection(Section):
@@ -163,6 +172,8 @@ class Selection(Section):
     """At which the votes are drawn."""
     margin: float = Field(0.4, ge=0, le=1)
     """Least share of the votes by which the most frequent answer leads the next; else the candidate is a reject."""
+    as_asked: bool = False
+    """With `synthesis.by_label`: whether the teacher's answer must be the label that the candidate was written for."""
     near_duplicate: float = Field(0.95, gt=0, le=1)
     """Similarity (1 - normalised edit distance) from which a candidate repeats a seed or an accepted prompt."""
     seed_overlap: float = Field(0.8, gt=0, le=1)
@@ -208,6 +219,8 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _knows_its_rows(self) -> Recipe:
+        if self.selection.as_asked and self.synthesis.by_label is False:
+            raise ValueError("selection.as_asked compares with the label that was asked for: leave synthesis.by_label out, or selection.as_asked")
         if self.overlap and self.training.held_out:
             raise ValueError("rows held out are drawn from all of them, before training begins: leave overlap or training.held_out out")
         if self.overlap and self.selection.method in CHOOSING:

@@ -296,10 +296,10 @@ def _discriminator(
 
 
 def _negatives(task: Task, engine: Engine, seeds: list[TaskRow], wanted: int, phase: Phase) -> list[str]:
-    """`wanted` distinct prompts that the source base wrote from the seeds, in the same way as a transfer writes candidates."""
-    settings = Synthesis()
-    inputs = [seed.input for seed in seeds]
-    writer, copies, seen = Synthesizer(engine, settings, inputs), SeedFilter(inputs, near=1.0), Seen(near=1.0)
+    """`wanted` distinct prompts that the source base wrote from the seeds, as a list that goes on (Trans-LoRA, section 3.2)."""
+    settings = Synthesis().settled(())
+    copies, seen = SeedFilter([seed.input for seed in seeds], near=1.0), Seen(near=1.0)
+    writer = Synthesizer(engine, settings, seeds)
     found: list[str] = []
     for number in range(NEGATIVE_TRIES * -(-wanted // settings.pack_size)):
         pack = copies.process(writer.process(request_pack(derive_seed(task.seed, "negatives"), number, settings.pack_size)))

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from translora_ray.errors import UsageError
+from translora_ray.records import TaskRow
 
 Format = Literal["text", "chat"]
 YES, NO = "Yes", "No"
@@ -43,6 +44,16 @@ def synthesis_prompt(seeds: Sequence[str], shots: int, seed: int) -> Prompt:
     lines = [f"Here are {2 * len(chosen)} examples:"]
     lines += [f"{number}. {text}" for number, text in enumerate(chosen, 1)]
     return Prompt("\n".join(lines) + f"\n{len(chosen) + 1}.")
+
+
+def labelled_prompt(seeds: Sequence[TaskRow], shots: int, seed: int, label: str) -> Prompt:
+    """Seed inputs after the names of their labels, and a last label to write an input for: seeds of other labels first, then those that have it.
+
+    `shots` of them are drawn by `seed`, those of the label before others.
+    """
+    order = random.Random(f"{seed}/{label}").sample(list(seeds), len(seeds))
+    shown = sorted(order, key=lambda row: row.target != label)[:shots][::-1]
+    return Prompt("\n".join([*(f"{row.target}: {row.input}" for row in shown), f"{label}:"]))
 
 
 def synthesis_stops(seeds: Sequence[str]) -> tuple[str, ...]:

@@ -99,6 +99,7 @@ def test_prepare_calibrates_the_discriminator(loaded: kit.Kit) -> None:
         ({"method": "importance"}, {"discriminator": None}, "has no discriminator, which selection.method importance asks"),
         ({"method": "importance"}, {"discriminator": {}}, "made before discriminators were calibrated"),
         ({"balance": 2.0}, {"open": True}, "selection.balance needs a task with labels"),
+        ({"as_asked": True}, {"open": True}, "selection.as_asked needs a task with labels"),
     ],
 )
 def test_a_kit_that_lacks_what_the_recipe_asks_is_refused(loaded: kit.Kit, selection: dict[str, Any], without: dict[str, Any], message: str) -> None:
@@ -115,6 +116,13 @@ def test_a_kit_without_a_discriminator_selects_by_excess(loaded: kit.Kit) -> Non
     assert [pool.roles for pool in alone.pools()] == [("generator", "teacher")]
     unjudged = planned(loaded, method="none")
     assert [pool.roles for pool in unjudged.pools()] == [("generator", "teacher")]
+
+
+def test_labels_are_asked_for_where_there_are_some(loaded: kit.Kit) -> None:
+    open_kit = replace(loaded, task=loaded.task.model_copy(update={"labels": "open"}))
+    found = [planned(one).synthesis for one in (loaded, open_kit)]
+    assert [(settings.by_label, settings.temperature) for settings in found] == [(True, 1.0), (False, 0.7)]
+    assert Synthesis(by_label=False, temperature=0.9).settled(["a"]) == Synthesis(by_label=False, temperature=0.9)
 
 
 def test_no_label_gets_more_than_its_share(loaded: kit.Kit, tmp_path: Path) -> None:

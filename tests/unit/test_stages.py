@@ -9,14 +9,14 @@ import pytest
 
 from tests.conftest import task_rows
 from translora_ray import kit
-from translora_ray.config import Synthesis
+from translora_ray.config import Selection, Synthesis
 from translora_ray.engines.base import Generate, Sampling
 from translora_ray.engines.transformers import TransformersEngine
 from translora_ray.prompts import discriminator_prompt, task_prompt
 from translora_ray.records import TOO_LONG, Candidate, Pack, request_pack
 from translora_ray.stream.discriminate import OFF_TASK, Discriminator, verdicts
 from translora_ray.stream.synthesize import Synthesizer
-from translora_ray.stream.teach import Teacher
+from translora_ray.stream.teach import OTHER_LABEL, Teacher
 
 
 @pytest.fixture(scope="module")
@@ -36,14 +36,28 @@ def prompts(count: int) -> Pack:
 
 
 def test_the_synthesizer_fills_every_candidate_or_says_why_not(engine: TransformersEngine, loaded: kit.Kit) -> None:
-    settings = Synthesis(temperature=1.0, min_p=0.0, max_tokens=40)
-    found = Synthesizer(engine, settings, loaded.seed_inputs).process(request_pack(1, 0, 16))
+    settings = Synthesis(temperature=1.0, min_p=0.0, max_tokens=40).settled(())
+    found = Synthesizer(engine, settings, loaded.seeds).process(request_pack(1, 0, 16))
     assert {candidate.reason for candidate in found.candidates} <= {None, TOO_LONG, "empty prompt"}
     assert all(candidate.input and "\n" not in candidate.input for candidate in found.open())
     assert len({candidate.input for candidate in found.candidates}) > 8
-    again = Synthesizer(engine, settings, loaded.seed_inputs).process(request_pack(1, 0, 16))
+    again = Synthesizer(engine, settings, loaded.seeds).process(request_pack(1, 0, 16))
     assert again.candidates == found.candidates
     assert 16 <= found.tokens["generator"] <= 16 * 40
+
+
+def test_labels_are_asked_for_in_turn_and_must_come_back(engine: TransformersEngine, loaded: kit.Kit) -> None:
+    settings, classes = Synthesis(by_label=True, temperature=1.0, min_p=0.0, max_tokens=40), loaded.task.classes
+    writer = Synthesizer(engine, settings, loaded.seeds, classes)
+    pack = request_pack(1, 0, 16)
+    assert [prompt.text.rpartition("\n")[2] for prompt in writer._prompts(pack)] == [f"{classes[number % len(classes)]}:" for number in range(16)]
+    assert len(writer.process(pack).open()) > 8
+    selection = Selection(as_asked=True)
+    found = Teacher(engine, loaded.task, loaded.adapter, selection=selection).process(prompts(12)).candidates
+    plain = Teacher(engine, loaded.task, loaded.adapter).process(prompts(12)).candidates
+    expected = [None if candidate.target == classes[candidate.index % len(classes)] else OTHER_LABEL for candidate in plain]
+    assert [candidate.reason for candidate in found] == expected
+    assert set(expected) == {None, OTHER_LABEL}
 
 
 def test_the_discriminator_cuts_at_its_threshold(engine: TransformersEngine, loaded: kit.Kit) -> None:

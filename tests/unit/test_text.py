@@ -12,7 +12,17 @@ from translora_ray.evaluation.metrics import choice, code, exact_match, number, 
 from translora_ray.evaluation.statistics import flips, mcnemar, paired_interval, wilson
 from translora_ray.kit import choose_seeds
 from translora_ray.models import load_tokenizer
-from translora_ray.prompts import Prompt, answer_ids, few_shot_prompt, parse_synthesis, prompt_ids, synthesis_prompt, synthesis_stops, task_prompt
+from translora_ray.prompts import (
+    Prompt,
+    answer_ids,
+    few_shot_prompt,
+    labelled_prompt,
+    parse_synthesis,
+    prompt_ids,
+    synthesis_prompt,
+    synthesis_stops,
+    task_prompt,
+)
 from translora_ray.records import Candidate, Pack, TaskRow, derive_seed, pack_to_table, packs_from_table, read_rows, request_pack
 from translora_ray.stream.dedup import DUPLICATE, NEAR_DUPLICATE, SEED_COPY, SEED_PASSAGE, Passages, SeedFilter, Seen
 
@@ -29,6 +39,15 @@ def test_synthesis_prompt_is_a_list_to_continue() -> None:
     assert {line[3:] for line in lines[1:3]} < {"one", "two", "three"}
     assert prompt == synthesis_prompt(["one", "two", "three"], shots=2, seed=4)
     assert len({synthesis_prompt(["one", "two", "three"], shots=2, seed=seed).text for seed in range(20)}) == 6
+
+
+def test_labelled_prompt_shows_the_label_last_and_asks_for_it() -> None:
+    seeds = [TaskRow("one", "a"), TaskRow("two", "b"), TaskRow("three", "b"), TaskRow("four", "c")]
+    lines = labelled_prompt(seeds, shots=3, seed=4, label="b").text.split("\n")
+    assert lines[0] in {"a: one", "c: four"} and set(lines[1:3]) == {"b: two", "b: three"} and lines[3] == "b:"
+    assert labelled_prompt(seeds, shots=3, seed=4, label="b").text.split("\n") == lines
+    unseen = labelled_prompt(seeds, shots=9, seed=4, label="d").text.split("\n")
+    assert len(unseen) == 5 and unseen[-1] == "d:", "a label without seeds has its name"
 
 
 def test_items_end_at_the_line_or_at_an_empty_line() -> None:

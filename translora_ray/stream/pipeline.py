@@ -99,8 +99,9 @@ def _through(stages: list[Stage] | TransLoraError, pack: Pack) -> Pack:
 
 
 def _writing(plan: Plan, engine: Engine) -> list[Stage]:
-    seeds, selection = plan.kit.seed_inputs, plan.recipe.selection
-    return [synthesize.Synthesizer(engine, plan.recipe.synthesis, seeds), SeedFilter(seeds, selection.near_duplicate, selection.seed_overlap)]
+    kit, selection = plan.kit, plan.recipe.selection
+    writer = synthesize.Synthesizer(engine, plan.synthesis, kit.seeds, kit.task.classes)
+    return [writer, SeedFilter(kit.seed_inputs, selection.near_duplicate, selection.seed_overlap)]
 
 
 def _judging(plan: Plan, engine: Engine) -> list[Stage]:

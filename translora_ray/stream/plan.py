@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from translora_ray import adapters
-from translora_ray.config import BY_EXCESS, CHOOSING, CUTTING, JUDGING, Cluster, EngineKind, Method, Recipe
+from translora_ray.config import BY_EXCESS, CHOOSING, CUTTING, JUDGING, Cluster, EngineKind, Method, Recipe, Synthesis
 from translora_ray.engines.base import AdapterRef
 from translora_ray.engines.select import engine_for
 from translora_ray.errors import UsageError
@@ -40,6 +40,11 @@ class Plan:
     def wanted(self) -> int:
         """Candidates to answer: the stream's quota."""
         return math.ceil((self.quota + self.held_out) * (self.recipe.selection.surplus if self.chooses else 1))
+
+    @property
+    def synthesis(self) -> Synthesis:
+        """How candidates are written, everything decided."""
+        return self.recipe.synthesis.settled(self.kit.task.classes)
 
     @property
     def method(self) -> Method:
@@ -90,6 +95,9 @@ class Plan:
             raise UsageError(f"The kit {kit.path} was made before discriminators were calibrated, which importance needs: prepare it again.")
         if self.recipe.selection.balance and not kit.task.classes:
             raise UsageError("selection.balance needs a task with labels, and this one's answers are open: leave it out, or prepare the kit with labels.")
+        for key, asked in (("synthesis.by_label", self.recipe.synthesis.by_label), ("selection.as_asked", self.recipe.selection.as_asked)):
+            if asked and not kit.task.classes:
+                raise UsageError(f"{key} needs a task with labels, and this one's answers are open: leave it out, or prepare the kit with labels.")
         if self.recipe.overlap and self.chooses:
             raise UsageError(f"{method} chooses among all examples, before training begins: leave overlap out, or set selection.method to none.")
 

@@ -3,31 +3,45 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 from translora_ray.config import Synthesis
 from translora_ray.engines.base import Engine, Generate, Sampling
-from translora_ray.prompts import parse_synthesis, synthesis_prompt, synthesis_stops
-from translora_ray.records import TOO_LONG, Pack
+from translora_ray.prompts import Prompt, labelled_prompt, parse_synthesis, synthesis_prompt, synthesis_stops
+from translora_ray.records import TOO_LONG, Candidate, Pack, TaskRow
 
 ROLE = "generator"
 
 
-class Synthesizer:
-    """Lets a base continue a numbered list of seed inputs, one item per request (Trans-LoRA, section 3.2).
+def label_of(classes: Sequence[str], candidate: Candidate) -> str:
+    """The label that a candidate is written for, where labels are asked for: all take turns."""
+    return classes[candidate.index % len(classes)]
 
-    The seeds are drawn and shuffled anew for each pack, and are the same within one: the engine reads them once per pack.
+
+class Synthesizer:
+    """Lets a base continue a numbered list of seed inputs, one item per request (Trans-LoRA, section 3.2), or a list of inputs after their labels.
+
+    The seeds are drawn and shuffled anew for each pack, and are the same within one: the engine reads them once per pack (and label).
     """
 
-    def __init__(self, engine: Engine, settings: Synthesis, seeds: list[str]) -> None:
-        self.engine, self.settings, self.seeds = engine, settings, seeds
-        self.max_tokens = settings.max_tokens or 2 * max(map(engine.count_tokens, seeds)) + 8
+    def __init__(self, engine: Engine, settings: Synthesis, seeds: Sequence[TaskRow], classes: Sequence[str] = ()) -> None:
+        """`settings` are settled ones; `classes` are the task's labels, which `by_label` asks for."""
+        self.engine, self.settings, self.seeds, self.classes = engine, settings, seeds, classes
+        self.inputs = [seed.input for seed in seeds]
+        self.max_tokens = settings.max_tokens or 2 * max(map(engine.count_tokens, self.inputs)) + 8
+
+    def _prompts(self, pack: Pack) -> list[Prompt]:
+        shots, seed = self.settings.shots, pack.candidates[0].seed
+        if not self.settings.by_label:
+            return [synthesis_prompt(self.inputs, shots, seed)] * len(pack.candidates)
+        return [labelled_prompt(self.seeds, shots, seed, label_of(self.classes, candidate)) for candidate in pack.candidates]
 
     def process(self, pack: Pack) -> Pack:
         began = time.perf_counter()
         settings = self.settings
-        prompt = synthesis_prompt(self.seeds, settings.shots, pack.candidates[0].seed)
-        sampling = Sampling(self.max_tokens, settings.temperature, settings.min_p, synthesis_stops(self.seeds))
-        written = self.engine.generate([Generate(prompt, sampling, seed=candidate.seed) for candidate in pack.candidates])
+        sampling = Sampling(self.max_tokens, settings.temperature or 0.0, settings.min_p, synthesis_stops(self.inputs))
+        asked = [Generate(prompt, sampling, seed=candidate.seed) for prompt, candidate in zip(self._prompts(pack), pack.candidates, strict=True)]
+        written = self.engine.generate(asked)
         for candidate, generation in zip(pack.candidates, written, strict=True):
             candidate.input = parse_synthesis(generation.text)
             if not generation.finished:

@@ -1,0 +1,188 @@
+"""How much of what real rows teach does a transfer keep? The default, the paper's way and the other arms, on public tasks, SmolLM2 to Gemma.
+
+    make bench-quality         (or: python benchmarks/quality.py --data ../shared/data --seeds 3 [--quick])
+
+Each (task, seed) is a whole chain: a kit, a transfer by default, a transfer in the paper's way (a list of seeds to continue, the discriminator's cut), the
+arms made from the candidates of each, and an oracle on the real rows. --quick takes three tasks and fewer arms. --jobs chains run at a time, on an even
+share of the cores each. Results and logs lie in runs/quality/; what is there is not computed again. The table goes to benchmarks/RESULTS.md, the plot
+beside it.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+import results
+import transfer
+import yaml
+
+from translora_ray.records import read_rows
+from translora_ray.stream.dedup import normal
+
+INTENT = {"prompt": "Message: {input}\nIntent:", "max_new_tokens": 10, "source_training": {"epochs": 5}}
+TASKS: dict[str, dict[str, Any]] = {
+    "intents/clinc_utility": {"task": {**INTENT, "seeds": 15}, "recipe": {"training": {"epochs": 4}}},
+    "intents/banking_cards": {"task": {**INTENT, "seeds": 16}, "recipe": {"training": {"epochs": 4}}},
+    "intents/snips_intents": {"task": {**INTENT, "seeds": 7}, "recipe": {"training": {"epochs": 4}}},
+    "slots/snips_GetWeather": {
+        "task": {"prompt": "Message: {input}\nSlots:", "max_new_tokens": 48, "seeds": 15, "source_training": {"epochs": 4}},
+        "recipe": {"training": {"epochs": 4}},
+    },
+    "bbh/boolean_expressions": transfer.TASKS["bbh/boolean_expressions"],
+}
+QUICK = list(TASKS)[:3]
+PAPER: dict[str, dict[str, Any]] = {"synthesis": {"by_label": False}, "selection": {"method": "discriminator"}}
+"""A recipe's sections that turn the default into the paper's way."""
+ARMS = {"default": ["excess"], "paper": ["unfiltered", "seeds_only", "importance", "excess", "both"]}
+"""Arms that are made from the candidates of each transfer."""
+QUICK_ARMS = {"default": [], "paper": ["unfiltered"]}
+SHOWN: dict[str, tuple[str, str]] = {
+    "bare target": ("paper", "target_base"),
+    "few-shot target": ("paper", "target_few_shot"),
+    "seeds alone": ("paper", "seeds_only"),
+    "list, unfiltered": ("paper", "unfiltered"),
+    "list, discriminator (paper)": ("paper", "transferred"),
+    "list, importance": ("paper", "importance"),
+    "list, excess (no discriminator)": ("paper", "excess"),
+    "list, both": ("paper", "both"),
+    "default": ("default", "transferred"),
+    "default's candidates, excess (no discriminator)": ("default", "excess"),
+    "source adapter": ("paper", "source_adapter"),
+    "oracle": ("paper", "oracle"),
+}
+"""Rows of the table: (transfer, arm of its evaluation)."""
+Chain = dict[str, dict[str, Any]]
+"""{transfer: {"evaluation", "manifest"}} of a chain."""
+
+
+def run(name: str, seed: int, data: Path, work: Path, threads: int, arms: dict[str, list[str]]) -> Chain:
+    """One chain, on `threads` cores."""
+    short = name.split("/")[1]
+    here, rows = work / f"{short}-{seed}", data / name
+    here.mkdir(parents=True, exist_ok=True)
+    learnt = {normal(row.input) for row in read_rows(rows / "train.jsonl")}
+    tested = [row for row in read_rows(rows / "test.jsonl") if normal(row.input) not in learnt]  # of banking_cards one is among the training rows
+    (here / "test.jsonl").write_text("".join(json.dumps({"input": row.input, "target": row.target}) + "\n" for row in tested))
+    task = {"name": short, "train": str(rows / "train.jsonl"), "seed": seed, **TASKS[name]["task"]}
+    (here / "task.yaml").write_text(yaml.safe_dump(task))
+    if not (here / "kit").exists():
+        transfer.translora(here, threads, "prepare", str(here / "task.yaml"), "--base", transfer.SOURCE, "--out", str(here / "kit"))
+    found: Chain = {}
+    for way, extra in arms.items():
+        recipe = {"seed": seed, "cluster": {"engine_cpus": threads, "worker_cpus": threads}, **TASKS[name]["recipe"]}
+        for section, keys in (PAPER if way == "paper" else {}).items():
+            recipe[section] = {**recipe.get(section, {}), **keys}
+        (here / f"{way}.yaml").write_text(yaml.safe_dump(recipe))
+        made = ("--target", transfer.TARGET, "--out", str(here / way), "--recipe", str(here / f"{way}.yaml"))
+        transfer.translora(here, threads, "transfer", str(here / "kit"), *made, allowed=(0, 1))  # what the gate refuses is evaluated, too
+        result = here / f"{way}-{'-'.join(extra)}.json"
+        if not result.exists():
+            asked = ["--data", str(here / "test.jsonl"), "--json", str(result), *(["--oracle", str(rows / "train.jsonl")] if way == "paper" else [])]
+            transfer.translora(here, threads, "evaluate", str(here / way), *asked, *(["--arms", *extra] if extra else []))
+        found[way] = {"evaluation": json.loads(result.read_text()), "manifest": json.loads((here / way / "manifest.json").read_text())}
+    return found
+
+
+def accuracy(chain: Chain, arm: str) -> float | None:
+    way, name = SHOWN[arm]
+    found = chain[way]["evaluation"]["arms"].get(name)
+    return None if found is None else float(found["accuracy"])
+
+
+def recovery(chain: Chain, arm: str) -> float | None:
+    """(arm - bare target) / (oracle - bare target)."""
+    value, bare, oracle = (accuracy(chain, one) for one in (arm, "bare target", "oracle"))
+    return None if value is None or bare is None or oracle is None or oracle <= bare else (value - bare) / (oracle - bare)
+
+
+def interval(values: Sequence[float]) -> str:
+    """Mean of chains with a bootstrap 95 % interval."""
+    draw = random.Random(0)
+    means = sorted(statistics.mean(draw.choices(values, k=len(values))) for _ in range(2000))
+    return f"{statistics.mean(values):.3f} ({means[50]:.3f} to {means[1949]:.3f})"
+
+
+def table(finished: dict[str, dict[int, Chain]]) -> str:
+    """Markdown for what is finished: {task: {seed: chain}}."""
+    tasks = {name: list(by_seed.values()) for name, by_seed in finished.items() if by_seed}
+    chains = [chain for found in tasks.values() for chain in found]
+    lines = [f"Commit {results.commit()}. Accuracy on the test rows, mean of the seeds; recovery over all chains with a 95 % interval.", ""]
+    heads = [f"{name.split('/')[1]} ({len(found)} seeds)" for name, found in tasks.items()]
+    lines += [f"| | {' | '.join(heads)} | recovery |", "|---" * (len(tasks) + 2) + "|"]
+    for arm in SHOWN:
+        cells = [_mean([accuracy(chain, arm) for chain in found]) for found in tasks.values()]
+        recovered = [value for value in (recovery(chain, arm) for chain in chains) if value is not None]
+        if any(cell != "-" for cell in cells):
+            lines.append(f"| {arm} | {' | '.join(cells)} | {interval(recovered) if recovered else '-'} |")
+    for other in ("list, unfiltered", "list, discriminator (paper)"):
+        pairs = [(recovery(chain, "default"), recovery(chain, other)) for chain in chains]
+        lines += ["", f"Default less {other}, chain by chain: {interval([a - b for a, b in pairs if a is not None and b is not None])} of recovery."]
+    return "\n".join([*lines, "", *verdicts(chains)])
+
+
+def verdicts(chains: Sequence[Chain]) -> list[str]:
+    """The gate's verdict without real rows beside the one on the test rows."""
+    pairs = [(found["manifest"]["gate"]["verdict"], found["evaluation"]["gate"]["verdict"]) for chain in chains for found in chain.values()]
+    counted = {pair: pairs.count(pair) for pair in sorted(set(pairs))}
+    lines = ["| gate without real rows | on the test rows | transfers |", "|---|---|---|"]
+    return lines + [f"| {before} | {after} | {count} |" for (before, after), count in counted.items()]
+
+
+def _mean(values: Sequence[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    return f"{statistics.mean(known):.3f}" if known else "-"
+
+
+def plot(finished: dict[str, dict[int, Chain]], place: Path) -> None:
+    """Recovery of each arm in each chain."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    chains = {name: list(by_seed.values()) for name, by_seed in finished.items() if by_seed}
+    arms = [arm for arm in SHOWN if arm not in {"bare target", "oracle"} and any(recovery(c, arm) is not None for found in chains.values() for c in found)]
+    figure, axes = pyplot.subplots(figsize=(8, 0.4 * len(arms) + 1.2), layout="constrained")
+    for number, (name, found) in enumerate(chains.items()):
+        points = [(recovery(chain, arm), line) for line, arm in enumerate(arms) for chain in found]
+        known = [(value, line + 0.12 * (number - len(chains) / 2)) for value, line in points if value is not None]
+        axes.plot(*zip(*known, strict=True), "o", markersize=4, label=name.split("/")[1])
+    axes.set_yticks(range(len(arms)), arms)
+    axes.invert_yaxis()
+    axes.axvline(0.9, color="0.7", linewidth=1)
+    axes.set_xlabel("recovery: (arm - bare target) / (oracle - bare target)")
+    axes.legend(fontsize="small")
+    figure.savefig(place, metadata={"Date": None})
+    pyplot.close(figure)
+
+
+def main() -> None:
+    chosen, threads = transfer.options(__doc__, list(TASKS), "quality", quick=True)
+    names = chosen.task or (QUICK if chosen.quick else list(TASKS))
+    arms = QUICK_ARMS if chosen.quick else ARMS
+    finished: dict[str, dict[int, Chain]] = {name: {} for name in names}
+    work: Callable[[str, int], Chain] = lambda name, seed: run(name, seed, chosen.data.resolve(), chosen.work.resolve(), threads, arms)  # noqa: E731
+    with ThreadPoolExecutor(chosen.jobs) as pool:
+        chains = {pool.submit(work, name, seed): (name, seed) for seed in range(chosen.seeds) for name in names}
+        for chain in as_completed(chains):
+            name, seed = chains[chain]
+            try:
+                finished[name][seed] = chain.result()
+            except RuntimeError as failure:
+                print(f"{name}, seed {seed}: {failure}", file=sys.stderr, flush=True)
+                continue
+            results.replace("quality", table(finished))
+            plot(finished, results.ROOT / "benchmarks" / "quality.svg")
+    if any(len(found) < chosen.seeds for found in finished.values()):
+        sys.exit("not all chains came to their end")
+
+
+if __name__ == "__main__":
+    main()
