@@ -134,13 +134,13 @@ def test_state_page_and_status_tell_the_same(tmp_path: Path, capsys: pytest.Capt
     fleet, wanted = load_fleet(write(tmp_path, kits=["one", "two", "three"]))
     store = RunStore(fleet.out)
     state = states.State(store, wanted, write_page)
+    store.write("runs/one/report.html", b"")
     state.change("one", states.SHIPPED, release="task@1", seconds=12.0)
     state.change("two", states.FAILED, "<no kit>")
     state.loaded("1", ["base"])
     assert state.counts == {"waiting": 1, "shipped": 1, "failed": 1}
     assert [record.state for record in states.read(store)] == ["shipped", "failed", "waiting"]
     assert states.State(store, wanted).loads == {"1": ["base"]}
-    store.write("runs/one/report.html", b"")
     state.change("three", states.TRAINING)
     page = (tmp_path / "fleet" / "index.html").read_text()
     assert '<a href="runs/one/report.html">one</a>' in page and "&lt;no kit&gt;" in page and "runs/two/report.html" not in page

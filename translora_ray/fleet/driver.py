@@ -29,6 +29,7 @@ from translora_ray.fleet.lease import lease
 from translora_ray.fleet.manifest import Fleet, Wanted
 from translora_ray.fleet.page import write_page
 from translora_ray.fleet.state import State
+from translora_ray.measures import EVALUATION, FleetMeasures, PhaseMeasures
 from translora_ray.placement import Run, fit_beside, place, place_for_both, ray_failures, ray_session, run_once
 from translora_ray.progress import Display
 from translora_ray.registry import Registry
@@ -100,7 +101,9 @@ class Driver:
     def __init__(self, fleet: Fleet, wanted: Sequence[Wanted], store: RunStore, engine: EngineKind, display: Display, stop: threading.Event) -> None:
         self.fleet, self.wanted, self.store, self.engine, self.display, self.stop = fleet, wanted, store, engine, display, stop
         self.registry = Registry(fleet.registry) if fleet.registry else None
-        self.state = State(store, wanted, write_page)
+        self.state = State(store, wanted, self._show)
+        self.measures: FleetMeasures | None = None
+        """There when Ray runs."""
         self.steps: list[Any] = []
         """Desks that trainings report to."""
 
@@ -114,12 +117,18 @@ class Driver:
             self._begin(failures, settled)
             return self.state
         with ray_session(self.fleet.cluster) as local:
+            self.measures = FleetMeasures(states.STATES)
             groups, unplanned = grouped(left, local)
             self._begin({**failures, **unplanned}, settled)
             with self._stopping(), ray_failures():
                 for group in groups:
                     self._move(group)
         return self.state
+
+    def _show(self, state: State) -> None:
+        write_page(state)
+        if self.measures:
+            self.measures.transfers(state.counts)
 
     def _settled(self, wanted: Wanted, checked: Checked) -> bool:
         return checked.finished and (wanted.data is None or checked.store.exists(RESULT))
@@ -259,7 +268,8 @@ class Driver:
             finish(plan, checked.store, checked.identity, full.totals, training, times, display, slot.run)
         if transfer.wanted.data and not checked.store.exists(RESULT):
             run = slot.run or run_once(plan)
-            run(_evaluate, plan, checked.store.uri, transfer.wanted.data)
+            with PhaseMeasures().timed(EVALUATION):
+                run(_evaluate, plan, checked.store.uri, transfer.wanted.data)
 
     def _conclude(self, wanted: Wanted, checked: Checked) -> None:
         """The verdict on a finished run, and its release where it ships."""

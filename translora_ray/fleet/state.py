@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from translora_ray.fleet.manifest import Wanted
-from translora_ray.storage import RunStore
+from translora_ray.storage import REPORT, RunStore
 
 FILE = "fleet.json"
 WAITING, STREAMING, TRAINING, GATE = "waiting", "streaming", "training", "gate"
@@ -33,6 +33,8 @@ class Record:
     seconds: float | None = None
     changed: float = 0.0
     """When, in seconds since 1970."""
+    report: bool = False
+    """Whether the run has a report; asked of the storage once, when the transfer ends."""
 
 
 class State:
@@ -53,6 +55,7 @@ class State:
             record.state, record.reason, record.changed = state, reason, time.time()
             for key, value in facts.items():
                 setattr(record, key, value)
+            record.report = record.report or (state in ENDS and self.store.exists(f"runs/{name}/{REPORT}"))
             self._write()
 
     def loaded(self, stream: str, loads: list[str]) -> None:
