@@ -74,6 +74,7 @@ def test_a_change_takes_as_many_requests_in_a_large_fleet_as_in_a_small_one(s3: 
             store.write(f"runs/{each.name}/report.html", b"")
             before = door.asked.total()
             state.change(each.name, states.SHIPPED)
+            state.catch_up()
             asked.append(door.asked.total() - before)
         page = store.read("index.html").decode()
     assert len(set(asked)) == 1

@@ -18,6 +18,7 @@ from typing import Any
 
 import ray
 
+from translora_ray.background import beside
 from translora_ray.config import EngineKind
 from translora_ray.engines.select import opener
 from translora_ray.errors import Stopped, TransLoraError, UsageError, first_line
@@ -103,11 +104,18 @@ class Driver:
         self.registry = Registry(fleet.registry) if fleet.registry else None
         self.state = State(store, wanted, self._show)
         self.measures: FleetMeasures | None = None
-        """There when Ray runs."""
         self.steps: list[Any] = []
         """Desks that trainings report to."""
 
     def run(self) -> State:
+        with beside(self.state.keep):
+            try:
+                self._run()
+            finally:
+                self.state.catch_up()
+        return self.state
+
+    def _run(self) -> None:
         sound, failures = check_all(self.wanted, self.engine, self.display)
         left: list[tuple[Wanted, Checked]] = []
         settled: list[tuple[Wanted, Checked]] = []
@@ -115,7 +123,7 @@ class Driver:
             (settled if self._settled(wanted, checked) else left).append((wanted, checked))
         if not left:
             self._begin(failures, settled)
-            return self.state
+            return
         with ray_session(self.fleet.cluster) as local:
             self.measures = FleetMeasures(states.STATES)
             groups, unplanned = grouped(left, local)
@@ -123,11 +131,10 @@ class Driver:
             with self._stopping(), ray_failures():
                 for group in groups:
                     self._move(group)
-        return self.state
 
     def _show(self, state: State) -> None:
         write_page(state)
-        if self.measures:
+        if self.measures and ray.is_initialized():
             self.measures.transfers(state.counts)
 
     def _settled(self, wanted: Wanted, checked: Checked) -> bool:
