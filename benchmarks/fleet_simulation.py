@@ -26,8 +26,8 @@ import yaml
 from fleet import tiny
 
 RECIPE = {
-    "selection": {"quota": 4, "threshold": -100, "near_duplicate": 1.0, "max_candidates": 200},
-    "synthesis": {"pack_size": 5},
+    "selection": {"quota": 8, "threshold": -100, "near_duplicate": 1.0, "max_candidates": 200},
+    "synthesis": {"pack_size": 10},
     "training": {"epochs": 1},
     "gate": {"held_out": 0.25, "acceptance": 0},
 }
@@ -69,7 +69,7 @@ def drive(path: Path, adapter: str) -> None:
     from translora_ray.training.trainer import FACTS, Result
 
     ray.init(address=os.environ["RAY_ADDRESS"], runtime_env={"worker_process_setup_hook": "scripted.install"}, log_to_driver=False, logging_level="error")
-    facts = {**dict.fromkeys(FACTS, 0), "loss": 0.1, "epoch_losses": [0.1], "held_out_losses": [], "loss_curve": [], "started_at_steps": [0]}
+    facts = {**dict.fromkeys(FACTS, 0), "rows": 8, "loss": 0.1, "epoch_losses": [0.1], "held_out_losses": [], "loss_curve": [], "started_at_steps": [0]}
 
     def fit(_job: Any, _name: str, _store: Any, run: Any) -> Result:
         run(scripted.train)
