@@ -146,7 +146,7 @@ def at_large(found: list[dict[str, Any]], count: int = 100_000) -> list[str]:
     return [
         f"By the slopes between {small['count']:,} and {large['count']:,}, {count:,} transfers in one fleet come to",
         f"* {line(lambda fleet: fleet['checks']) / 3600:.1f} h of checks before the stream begins;",
-        f"* {each * count / 3600:.0f} h of the driver for the rest where a transfer takes what it takes now, and {late:+.1f} s more for the last than for the first;",
+        f"* {each * count / 3600:.0f} h of the driver for the rest at today's time per transfer, and {late:+.1f} s for the last ones against the first;",
         f"* {line(lambda fleet: fleet['peak']) / 1024:.1f} GiB of memory in the driver;",
         f"* {line(lambda fleet: fleet['fleet.json'] + fleet['index.html']) / 2**20:.0f} MiB of `fleet.json` and `index.html`, "
         f"{line(lambda fleet: fleet['writing'] / fleet['writes']):.1f} s to write them;",
