@@ -53,11 +53,11 @@ def ray_session(cluster: Cluster) -> Iterator[bool]:
 
 @contextlib.contextmanager
 def ray_failures() -> Iterator[None]:
-    """Errors of actors and workers as one sentence. Ray wraps them in its own, which keep the original as text."""
+    """Errors of actors and workers as one sentence. Ray wraps them in its own, which keep the original, or its text."""
     try:
         yield
-    except TransLoraError:
-        raise
+    except TransLoraError as error:
+        raise getattr(error, "cause", error) from None  # what a task or an actor raised is of both classes, and says where
     except (RayError, TrainingFailedError, RuntimeError) as error:
         ours = re.findall(r"translora_ray\.errors\.\w+: (.+)", str(error))
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]

@@ -7,12 +7,14 @@ directory's marker file is put last.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
 import re
 import shutil
 import tempfile
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,6 +37,10 @@ ANSWERS = f"{EVALUATION}/answers.jsonl"
 MAP = f"{EVALUATION}/map.json"
 RESULT = f"{EVALUATION}/result.json"
 REPORT = "report.html"
+OVERRUN = "Failed to flush response stream"
+"""pyarrow tries again what a store refuses, for six seconds, but for reads of a file that is shorter than the refusal: its buffer does not hold that."""
+TRIES, PAUSE = 30, 0.2
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 _SHARD_NAME = re.compile(r"(\d{6})-(\d{6})\.parquet$")
 
 
@@ -56,6 +62,10 @@ class RunStore:
         self.uri = uri.rstrip("/")
         self.fs, self.root = filesystem(self.uri)
         self.local = isinstance(self.fs, pafs.LocalFileSystem)
+
+    def __reduce__(self) -> tuple[type[RunStore], tuple[str]]:
+        """Opened anew where it is sent to: pyarrow's own way there tries a request three times, where one that is opened tries for six seconds."""
+        return RunStore, (self.uri,)
 
     def path(self, name: str) -> str:
         return f"{self.root}/{name}"
@@ -81,8 +91,11 @@ class RunStore:
         if not self.local:
             yield
             return
-        Path(self.root).mkdir(parents=True, exist_ok=True)
-        with Path(self.path(".lock")).open("w") as file:
+        lock = Path(self.path(".lock"))
+        with _room(lock):
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            lock.touch()
+        with lock.open("w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             except BlockingIOError:
@@ -98,10 +111,11 @@ class RunStore:
         """
         if self.local:
             final = Path(self.path(name))
-            final.parent.mkdir(parents=True, exist_ok=True)
-            with contextlib.suppress(FileExistsError):
-                final.touch(exist_ok=False)
-                return True
+            with _room(final):
+                final.parent.mkdir(parents=True, exist_ok=True)
+                with contextlib.suppress(FileExistsError):
+                    final.touch(exist_ok=False)
+                    return True
             return False
         mine = uuid.uuid4().hex
         self.write(f"{name}/{mine}", b"")
@@ -113,8 +127,15 @@ class RunStore:
         return sorted(info.base_name for info in found if not info.base_name.startswith("."))
 
     def read(self, name: str) -> bytes:
-        with self.fs.open_input_stream(self.path(name)) as stream:
-            return bytes(stream.read())
+        for tries_left in reversed(range(TRIES)):
+            try:
+                with self.fs.open_input_stream(self.path(name)) as stream:
+                    return bytes(stream.read())
+            except OSError as error:
+                if OVERRUN not in str(error) or not tries_left:
+                    raise
+                time.sleep(PAUSE)
+        raise AssertionError
 
     def read_json(self, name: str) -> dict[str, Any]:
         try:
@@ -130,14 +151,18 @@ class RunStore:
                 stream.write(content)
             return
         final = Path(self.path(name))
-        final.parent.mkdir(parents=True, exist_ok=True)
         scratch = final.with_name(f".{final.name}.{os.getpid()}")
-        with scratch.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(scratch, final)
-        _sync_folder(final.parent)
+        with _room(final):
+            final.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                with scratch.open("wb") as file:
+                    file.write(content)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(scratch, final)
+            finally:
+                scratch.unlink(missing_ok=True)
+            _sync_folder(final.parent)
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         self.write(name, (json.dumps(content, indent=2, sort_keys=True) + "\n").encode())
@@ -166,7 +191,11 @@ class RunStore:
         if self.local:
             return Path(self.path(name))
         target.mkdir(parents=True, exist_ok=True)
-        pafs.copy_files(self.path(name), str(target), source_filesystem=self.fs, destination_filesystem=pafs.LocalFileSystem())
+        for info in self.fs.get_file_info(pafs.FileSelector(self.path(name), recursive=True)):
+            if info.is_file:
+                file = info.path.removeprefix(f"{self.path(name)}/")
+                (target / file).parent.mkdir(parents=True, exist_ok=True)
+                (target / file).write_bytes(self.read(f"{name}/{file}"))
         return target
 
     def write_shard(self, first: int, last: int, candidates: list[Candidate], facts: dict[str, Any]) -> None:
@@ -194,9 +223,7 @@ class RunStore:
 
 def commit_folder(source: Path, final: Path, replace: bool = True) -> None:
     """Make `source` appear as `final` at once, replacing what an earlier attempt left there or, without `replace`, refusing to."""
-    final.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=final.parent, prefix=f".{final.name}-"))
-    try:
+    with _room(final), _scratch_beside(final) as scratch:
         shutil.copytree(source, scratch / "new")
         for file in (scratch / "new").rglob("*"):
             if file.is_file():
@@ -209,8 +236,29 @@ def commit_folder(source: Path, final: Path, replace: bool = True) -> None:
         _open_to_readers(scratch / "new")
         os.replace(scratch / "new", final)
         _sync_folder(final.parent)
+
+
+@contextlib.contextmanager
+def _scratch_beside(final: Path) -> Iterator[Path]:
+    """A directory on the same disk, for as long as the block runs."""
+    final.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(dir=final.parent, prefix=f".{final.name}-"))
+    try:
+        yield scratch
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _room(final: Path) -> Iterator[None]:
+    """Raise `UsageError` where the disk that `final` is written to is full; what is half-written is removed by whoever wrote it."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in NO_ROOM or (isinstance(error, shutil.Error) and any(os.strerror(number) in str(error) for number in NO_ROOM))
+        if not full:
+            raise
+        raise UsageError(f"There is no room for {final}: make some, and give the same command again; it goes on from what is committed.") from None
 
 
 def _open_to_readers(folder: Path) -> None:

@@ -23,6 +23,7 @@ from translora_ray.engines.select import choose_engine, engine_for
 from translora_ray.errors import RunFailed, UsageError, first_line
 from translora_ray.evaluation import page
 from translora_ray.gating import examples, pass_gate
+from translora_ray.measures import GATE, TRAINING, PhaseMeasures
 from translora_ray.placement import Resources, Run, check_resources, given, ray_failures, ray_session, run_once, share
 from translora_ray.progress import Display
 from translora_ray.reading import differing_field
@@ -226,6 +227,7 @@ def train(plan: Plan, store: RunStore, worker: Resources, steps: Any, display: D
         facts = train_target(
             job, store, lambda trial, name: fit_alone(trial, name, store, run) if run else fit_on_ray_train(trial, name, store, worker.cpus, worker.gpus)
         )
+    PhaseMeasures().spent(TRAINING, facts["seconds"], facts["tokens"])
     facts["adapter"] = adapter.model_dump()
     store.write_json(f"{TRAIN}.json", facts)
     return facts
@@ -270,7 +272,8 @@ def finish(
         folder = store.fetch_folder(ADAPTER, Path(scratch) / ADAPTER)
         info = _check_fits(folder, plan.target)
     trained, held_out = examples(plan, store)
-    verdict = pass_gate(plan, store, totals, run or run_once(plan), display)
+    with PhaseMeasures().timed(GATE):
+        verdict = pass_gate(plan, store, totals, run or run_once(plan), display)
     manifest = {
         **identity,
         "task": plan.kit.task.model_dump(),

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from tests.ray.conftest import rows, same_weights
 from translora_ray.adapters import digest
 from translora_ray.cli import main
 from translora_ray.fleet.lease import holder
+from translora_ray.fleet.state import STATES
 from translora_ray.registry import Registry
 from translora_ray.storage import RunStore
 
@@ -80,6 +82,34 @@ def test_what_fails_fails_alone_and_the_others_share_one_engine(calm: Path) -> N
     assert [release.digest for release in releases] == [digest(calm / "fleet" / "runs" / name / "adapter") for name in ("one", "two")]
     assert (calm / "fleet" / "index.html").exists()
     assert holder(RunStore(str(calm / "fleet"))) is None
+
+
+def test_ray_exports_what_drivers_count_under_the_names_that_the_dashboard_asks_for(calm: Path) -> None:
+    runs = [RunStore(str(calm / "fleet" / "runs" / name)) for name in ("one", "two", "starved")]
+    candidates = sum(len(candidates) for run in runs for _, candidates, _ in run.shards())
+    seconds = sum(run.read_json("manifest.json")["seconds"]["training"] for run in runs[:2])
+    wanted = {"ray_translora_candidates_total": candidates, "ray_translora_accepted_total": 88}
+    wanted |= {f'ray_translora_transfers{{state="{state}"}}': {"shipped": 2, "failed": 2}.get(state, 0) for state in STATES}
+    wanted |= {'ray_translora_phase_seconds_total{phase="training"}': pytest.approx(seconds, abs=0.2)}
+    address = f"http://127.0.0.1:{ray.nodes()[0]['MetricsExportPort']}/metrics"
+    found: dict[str, float] = {}
+    for _ in range(60):  # Ray exports every few seconds
+        lines = urllib.request.urlopen(address, timeout=10).read().decode().splitlines()
+        found = {_without_places(name): float(value) for name, _, value in (line.rpartition(" ") for line in lines if line.startswith("ray_translora_"))}
+        if {name: found.get(name) for name in wanted} == wanted:
+            break
+        time.sleep(1)
+    assert {name: found.get(name) for name in wanted} == wanted
+    phases = {name.split('"')[1] for name in found if name.startswith("ray_translora_phase_tokens_total")}
+    assert phases == {"generator", "discriminator", "teacher", "training"}
+    assert 'ray_translora_phase_seconds_total{phase="gate"}' in found
+
+
+def _without_places(metric: str) -> str:
+    """Without the labels that Ray adds: node, session, process."""
+    name, _, labels = metric.rstrip("}").partition("{")
+    mine = [label for label in labels.split(",") if label.startswith(("phase=", "state="))]
+    return name + (f"{{{','.join(mine)}}}" if mine else "")
 
 
 def test_a_finished_fleet_is_left_alone_and_its_failures_are_tried_again(calm: Path, tiny_kit: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from translora_ray.background import beside
 from translora_ray.cli import main
 from translora_ray.errors import UsageError
 from translora_ray.fleet import lease as leases
@@ -134,14 +135,16 @@ def test_state_page_and_status_tell_the_same(tmp_path: Path, capsys: pytest.Capt
     fleet, wanted = load_fleet(write(tmp_path, kits=["one", "two", "three"]))
     store = RunStore(fleet.out)
     state = states.State(store, wanted, write_page)
+    store.write("runs/one/report.html", b"")
     state.change("one", states.SHIPPED, release="task@1", seconds=12.0)
     state.change("two", states.FAILED, "<no kit>")
     state.loaded("1", ["base"])
+    state.catch_up()
     assert state.counts == {"waiting": 1, "shipped": 1, "failed": 1}
     assert [record.state for record in states.read(store)] == ["shipped", "failed", "waiting"]
     assert states.State(store, wanted).loads == {"1": ["base"]}
-    store.write("runs/one/report.html", b"")
     state.change("three", states.TRAINING)
+    state.catch_up()
     page = (tmp_path / "fleet" / "index.html").read_text()
     assert '<a href="runs/one/report.html">one</a>' in page and "&lt;no kit&gt;" in page and "runs/two/report.html" not in page
     assert main(["status", fleet.out]) == 0
@@ -150,6 +153,33 @@ def test_state_page_and_status_tell_the_same(tmp_path: Path, capsys: pytest.Capt
     assert "1 shipped, 0 review, 0 refused, 1 failed, 1 not finished; no driver" in shown
     assert main(["status", fleet.out, "--watch"]) == 0  # ends: nobody drives it
     assert main(["status", str(tmp_path)]) == 2
+
+
+def test_a_state_that_takes_long_to_write_is_written_less_often(tmp_path: Path) -> None:
+    kits = [f"kit{number}" for number in range(200)]
+    for name in kits:
+        (tmp_path / name).mkdir()
+    fleet, wanted = load_fleet(write(tmp_path, kits=kits))
+    store = RunStore(fleet.out)
+    written: list[int] = []
+
+    def show(state: states.State) -> None:
+        time.sleep(0.05)
+        written.append(state.counts["shipped"])
+
+    state = states.State(store, wanted, show)
+    with beside(state.keep):
+        for name in kits:
+            state.change(name, states.SHIPPED)
+        assert written == [1]
+        deadline = time.monotonic() + 10
+        while written[-1] < 200 and time.monotonic() < deadline:
+            time.sleep(0.05)
+    assert states.read(store)[-1].state == states.SHIPPED and written == [1, 200]
+    state.change(kits[0], states.REVIEW)
+    state.catch_up()
+    state.catch_up()
+    assert states.read(store)[0].state == states.REVIEW and written == [1, 200, 199]
 
 
 def test_fleets_that_can_not_begin_leave_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,10 +9,14 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.unreliable import unreliable
 from translora_ray.cli import main
 from translora_ray.errors import UsageError
 from translora_ray.fleet import lease as leases
+from translora_ray.fleet import state as states
 from translora_ray.fleet.lease import holder, lease
+from translora_ray.fleet.manifest import load_fleet
+from translora_ray.fleet.page import write_page
 from translora_ray.storage import RunStore
 
 
@@ -54,3 +58,24 @@ def test_a_fleet_keeps_its_state_and_page_there(s3: str, tmp_path: Path, monkeyp
     assert f"{out} holds a fleet already: give --resume" in capsys.readouterr().err
     assert main(["status", out]) == 0
     assert "0 shipped, 0 review, 0 refused, 1 failed; no driver" in capsys.readouterr().out
+
+
+def test_a_change_takes_as_many_requests_in_a_large_fleet_as_in_a_small_one(s3: str, tmp_path: Path) -> None:
+    for number in range(30):
+        (tmp_path / "kits" / f"kit{number}").mkdir(parents=True)
+    path = tmp_path / "fleet.yaml"
+    path.write_text(yaml.safe_dump({"out": f"{s3}/large", "kits": ["kits/*"], "target": "base"}))
+    with unreliable(every=1 << 60) as door:
+        fleet, wanted = load_fleet(str(path))
+        store = RunStore(fleet.out)
+        state = states.State(store, wanted, write_page)
+        asked = []
+        for each in wanted:
+            store.write(f"runs/{each.name}/report.html", b"")
+            before = door.asked.total()
+            state.change(each.name, states.SHIPPED)
+            state.catch_up()
+            asked.append(door.asked.total() - before)
+        page = store.read("index.html").decode()
+    assert len(set(asked)) == 1
+    assert all(f'href="runs/{each.name}/report.html"' in page for each in wanted)

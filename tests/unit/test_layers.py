@@ -25,6 +25,7 @@ LAYERS = [
     {"registry"},
     {"releasing"},
     {"stream.requests", "stream.collect", "placement"},
+    {"measures"},
     {"evaluation.arms", "evaluation.audit", "evaluation.distance"},
     {"evaluation.report"},
     {"evaluation.page"},
@@ -43,7 +44,7 @@ LAYERS = [
     {"options"},
     {"cli"},
 ]
-RAY = {"stream.pipeline", "stream.requests", "training.trainer", "placement", "workflow", "fleet.driver", "fleet.forecast"}
+RAY = {"measures", "stream.pipeline", "stream.requests", "training.trainer", "placement", "workflow", "fleet.driver", "fleet.forecast"}
 RAY |= {f"serving.{name}" for name in ("measures", "reading", "local", "llm", "gateway", "app", "run")}
 VLLM = {"engines.vllm", "engines.vllm_worker"}
 

@@ -11,7 +11,7 @@ import pytest
 from translora_ray import kit
 from translora_ray.config import Cluster, Recipe
 from translora_ray.errors import UsageError
-from translora_ray.placement import Resources, check_resources, nodes_of
+from translora_ray.placement import Resources, check_resources, nodes_of, ray_failures
 from translora_ray.reading import load_config
 from translora_ray.stream.plan import Plan
 
@@ -52,3 +52,12 @@ def test_what_overlaps_needs_its_sum(tiny_kit: Path, tiny_gemma: str) -> None:
     check_resources(plan, Resources(1, 0))
     with pytest.raises(UsageError, match="together more than the 1 that the cluster can grow to"):
         check_resources(replace(plan, cluster=expecting("{CPU: 1}")), Resources(1, 0))
+
+
+def test_what_a_task_raised_is_said_without_where() -> None:
+    from ray.exceptions import RayTaskError
+
+    raised = RayTaskError("call", "Traceback: many lines\nof it", UsageError("There is no room.")).as_instanceof_cause()
+    assert "\n" in str(raised)
+    with pytest.raises(UsageError, match=r"^There is no room\.$"), ray_failures():
+        raise raised

@@ -18,6 +18,7 @@ from typing import Any
 
 import ray
 
+from translora_ray.background import beside
 from translora_ray.config import EngineKind
 from translora_ray.engines.select import opener
 from translora_ray.errors import Stopped, TransLoraError, UsageError, first_line
@@ -29,6 +30,7 @@ from translora_ray.fleet.lease import lease
 from translora_ray.fleet.manifest import Fleet, Wanted
 from translora_ray.fleet.page import write_page
 from translora_ray.fleet.state import State
+from translora_ray.measures import EVALUATION, FleetMeasures, PhaseMeasures
 from translora_ray.placement import Run, fit_beside, place, place_for_both, ray_failures, ray_session, run_once
 from translora_ray.progress import Display
 from translora_ray.registry import Registry
@@ -100,11 +102,20 @@ class Driver:
     def __init__(self, fleet: Fleet, wanted: Sequence[Wanted], store: RunStore, engine: EngineKind, display: Display, stop: threading.Event) -> None:
         self.fleet, self.wanted, self.store, self.engine, self.display, self.stop = fleet, wanted, store, engine, display, stop
         self.registry = Registry(fleet.registry) if fleet.registry else None
-        self.state = State(store, wanted, write_page)
+        self.state = State(store, wanted, self._show)
+        self.measures: FleetMeasures | None = None
         self.steps: list[Any] = []
         """Desks that trainings report to."""
 
     def run(self) -> State:
+        with beside(self.state.keep):
+            try:
+                self._run()
+            finally:
+                self.state.catch_up()
+        return self.state
+
+    def _run(self) -> None:
         sound, failures = check_all(self.wanted, self.engine, self.display)
         left: list[tuple[Wanted, Checked]] = []
         settled: list[tuple[Wanted, Checked]] = []
@@ -112,14 +123,19 @@ class Driver:
             (settled if self._settled(wanted, checked) else left).append((wanted, checked))
         if not left:
             self._begin(failures, settled)
-            return self.state
+            return
         with ray_session(self.fleet.cluster) as local:
+            self.measures = FleetMeasures(states.STATES)
             groups, unplanned = grouped(left, local)
             self._begin({**failures, **unplanned}, settled)
             with self._stopping(), ray_failures():
                 for group in groups:
                     self._move(group)
-        return self.state
+
+    def _show(self, state: State) -> None:
+        write_page(state)
+        if self.measures and ray.is_initialized():
+            self.measures.transfers(state.counts)
 
     def _settled(self, wanted: Wanted, checked: Checked) -> bool:
         return checked.finished and (wanted.data is None or checked.store.exists(RESULT))
@@ -259,7 +275,8 @@ class Driver:
             finish(plan, checked.store, checked.identity, full.totals, training, times, display, slot.run)
         if transfer.wanted.data and not checked.store.exists(RESULT):
             run = slot.run or run_once(plan)
-            run(_evaluate, plan, checked.store.uri, transfer.wanted.data)
+            with PhaseMeasures().timed(EVALUATION):
+                run(_evaluate, plan, checked.store.uri, transfer.wanted.data)
 
     def _conclude(self, wanted: Wanted, checked: Checked) -> None:
         """The verdict on a finished run, and its release where it ships."""

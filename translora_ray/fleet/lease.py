@@ -60,10 +60,10 @@ def lease(store: RunStore, lost: Callable[[], None], seconds: float = SECONDS) -
 
 
 def _keep(store: RunStore, mine: dict[str, Any], seconds: float, done: threading.Event, lost: Callable[[], None]) -> None:
-    """Renew the lease until `done`. A storage that does not answer now may do so in time."""
+    """Renew the lease until `done`. A storage that does not answer now, or is full, may be better in time."""
     expires = time.monotonic() + seconds
     while not done.wait(seconds / 4):
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, UsageError):
             if not _holds(store, mine):
                 break
             _renew(store, mine, seconds)

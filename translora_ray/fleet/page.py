@@ -18,15 +18,15 @@ def write_page(state: State) -> None:
     """Write the page of a fleet beside its `fleet.json`."""
     uri = state.store.uri
     counts = [Html(f"{count} {_coloured(name)}") for name, count in state.counts.items()]
-    rows = [_row(record, state.store.exists(f"runs/{record.name}/{REPORT}")) for record in state.records.values()]
+    rows = [_row(record) for record in state.records.values()]
     loads = sum(map(len, state.loads.values()))
     caption = f"{loads} engine loads. As of {datetime.now(UTC):%Y-%m-%d %H:%M} UTC."
     head = tag("header", tag("h1", uri), tag("p", Html(", ".join(counts))))
     state.store.write(FILE, document(f"Fleet: {uri}", head, tag("main", table(caption, HEADS, rows, numbers=(4,)))).encode())
 
 
-def _row(record: Record, reported: bool) -> list[object]:
-    name = tag("a", record.name, href=f"runs/{record.name}/{REPORT}") if reported else record.name
+def _row(record: Record) -> list[object]:
+    name = tag("a", record.name, href=f"runs/{record.name}/{REPORT}") if record.report else record.name
     seconds = "" if record.seconds is None else f"{record.seconds:,.0f}"
     return [name, _coloured(record.state), tag("span", record.release or ""), record.target, seconds, record.reason]
 

@@ -1,7 +1,11 @@
-"""What is known of a fleet's transfers: `fleet.json`, written anew with each change. It shows; what decides is in the run directories."""
+"""What is known of a fleet's transfers: `fleet.json`, written anew with each change, or, in a large fleet, some changes later.
+
+It shows; what decides is in the run directories.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections import Counter
@@ -9,10 +13,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from translora_ray.errors import UsageError
 from translora_ray.fleet.manifest import Wanted
-from translora_ray.storage import RunStore
+from translora_ray.storage import REPORT, RunStore
 
 FILE = "fleet.json"
+SHARE = 0.1
+"""Most of the time that may go into writing: the file grows with the fleet, and so does the number of changes."""
 WAITING, STREAMING, TRAINING, GATE = "waiting", "streaming", "training", "gate"
 SHIPPED, REVIEW, REFUSED, FAILED = "shipped", "review", "refused", "failed"
 ENDS = (SHIPPED, REVIEW, REFUSED, FAILED)
@@ -33,10 +40,15 @@ class Record:
     seconds: float | None = None
     changed: float = 0.0
     """When, in seconds since 1970."""
+    report: bool = False
+    """Whether the run has a report; asked of the storage once, when the transfer ends."""
 
 
 class State:
-    """The records in the order of FLEET.yaml; may be changed from several threads. `show` is called with each change that is written."""
+    """The records in the order of FLEET.yaml; may be changed from several threads. `show` is called whenever they are written.
+
+    A change that comes soon after a writing waits for the next one; `keep` sees to it that this comes, `catch_up` makes it come now.
+    """
 
     def __init__(self, store: RunStore, wanted: Sequence[Wanted], show: Callable[[State], None] = lambda state: None) -> None:
         self.store, self.show = store, show
@@ -44,6 +56,8 @@ class State:
         self.loads: dict[str, list[str]] = {}
         """Bases that each finished stream loaded into engines, by when it ended; of all attempts."""
         self._lock = threading.Lock()
+        self._late = False
+        self._next = 0.0
         if store.exists(FILE):
             self.loads = store.read_json(FILE)["engine_loads"]
 
@@ -53,6 +67,7 @@ class State:
             record.state, record.reason, record.changed = state, reason, time.time()
             for key, value in facts.items():
                 setattr(record, key, value)
+            record.report = record.report or (state in ENDS and self.store.exists(f"runs/{name}/{REPORT}"))
             self._write()
 
     def loaded(self, stream: str, loads: list[str]) -> None:
@@ -66,10 +81,29 @@ class State:
         found = Counter(record.state for record in self.records.values())
         return {state: found[state] for state in STATES if found[state]}
 
+    def keep(self, done: threading.Event) -> None:
+        """Write changes that wait as soon as they may be, until `done`. A storage that fails now fails the next change, too."""
+        while not done.wait(1.0):
+            with self._lock, contextlib.suppress(OSError, UsageError):
+                if self._late:
+                    self._write()
+
+    def catch_up(self) -> None:
+        """Write the changes that wait."""
+        with self._lock:
+            if self._late:
+                self._next = 0.0
+                self._write()
+
     def _write(self) -> None:
+        self._late = True
+        if (began := time.monotonic()) < self._next:
+            return
         transfers = [asdict(record) for record in self.records.values()]
         self.store.write_json(FILE, {"transfers": transfers, "counts": self.counts, "engine_loads": self.loads})
         self.show(self)
+        self._late, ended = False, time.monotonic()
+        self._next = ended + (ended - began) * (1 / SHARE - 1)
 
 
 def read(store: RunStore) -> list[Record]:

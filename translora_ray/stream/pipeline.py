@@ -16,6 +16,7 @@ from translora_ray import adapters
 from translora_ray.engines.base import Engine
 from translora_ray.engines.select import open_engine
 from translora_ray.errors import EngineDied, RunFailed, Stopped, TransLoraError
+from translora_ray.measures import StreamMeasures
 from translora_ray.models import context_of, linear_shapes, load_tokenizer, skeleton
 from translora_ray.progress import Display, Phase
 from translora_ray.prompts import Prompt, answer_ids, prompt_ids
@@ -154,6 +155,7 @@ def run_stream(
     cap = sum((plans[0].packs_at_once(pool) + 1) * plans[0].cluster.engines[1] for pool in plans[0].pools())
     desk = open_desk([collector.next for collector in collectors], cap, shares)
     ray.get(desk.full.remote(*{*range(len(plans))} - running))
+    measures = StreamMeasures([collector.totals for collector in collectors])
     began = time.monotonic()
     tokens = 0
     packs = open_stream(plans, desk)
@@ -163,6 +165,7 @@ def run_stream(
             transfer, collector = pack.transfer, collectors[pack.transfer]
             if transfer in running:  # else it was under way when the transfer ended
                 outcome = _take(collector, pack, ray.get(desk.all_loads.remote()))
+                measures.committed(transfer, collector.totals)
                 _show(phases[transfer], collector, tokens / (time.monotonic() - began))
                 if outcome:
                     running.remove(transfer)
@@ -175,6 +178,7 @@ def run_stream(
             ray.get(desk.arrived.remote())
         for transfer in running:  # there are some after a stop alone
             collectors[transfer].commit(ray.get(desk.all_loads.remote()))
+            measures.committed(transfer, collectors[transfer].totals)
     finally:
         packs.close()
         ray.kill(desk)
