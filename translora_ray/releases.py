@@ -123,7 +123,7 @@ def of_kit(kit: str, reviewed: bool, scratch: Path) -> tuple[dict[str, Any], Pat
     if not reviewed:
         raise UsageError(f"{kit} is a kit, whose source adapter passed no gate: add --reviewed when a person has let it pass.")
     copy = Path(shutil.copytree(found.adapter.path, scratch / ADAPTER))
-    facts = {
+    facts: dict[str, Any] = {
         "target_base": found.base,
         "base_fingerprint": found.base_fingerprint,
         "source_base": found.base,

@@ -51,7 +51,8 @@ class Index:
         except (TransLoraError, OSError) as error:
             self.error, self.began = str(error), began
             return
-        names, trials = dict(releases), {}
+        names = dict(releases)
+        trials: dict[str, Tried] = {}
         for channel, change in channels.items():
             if release := releases.get(change["release"]):
                 mine = [channel, release.name] if channel == f"{release.name}:{STABLE}" else [channel]

@@ -18,7 +18,7 @@ from typing import Any
 
 from ray.serve.llm import LLMConfig, build_llm_deployment
 from ray.serve.llm.deployment import LLMServer
-from ray.serve.llm.openai_api_models import ChatCompletionRequest, CompletionRequest, ErrorResponse
+from ray.serve.llm.openai_api_models import ChatCompletionRequest, CompletionRequest
 
 from translora_ray import adapters
 from translora_ray.config import Vllm
@@ -147,7 +147,7 @@ async def _read(answers: Any) -> AsyncIterator[Piece]:
     finish, text = None, ""
     async for answer in answers:
         for event in answer if isinstance(answer, list) else [answer]:
-            if isinstance(event, ErrorResponse):
+            if not isinstance(event, str):  # an error's answer, of a class that ray.serve.llm does not export
                 raise _error(event.error.message, int(event.error.code or 500))
             for line in event.split("\n"):
                 if not line.startswith("data: ") or line == "data: [DONE]":
