@@ -112,10 +112,10 @@ class Running:
         return [line for page in pages for line in page.splitlines()]
 
     def counted(self, metric: str, **labels: str) -> float:
-        """The sum of a counter over its series with these labels."""
+        """The sum of a counter over its series with these labels. Ray exports a counter under one name or two."""
         wanted = [f'{name}="{value}"' for name, value in labels.items()]
-        found = [line for line in self.metrics() if line.startswith((f"ray_{metric}{{", f"ray_{metric}_total{{"))]
-        return sum(float(line.rpartition(" ")[2]) for line in found if all(label in line for label in wanted))
+        lines = [line for line in self.metrics() if all(label in line for label in wanted)]
+        return max(sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(f"ray_{metric}{end}{{")) for end in ("", "_total"))
 
 
 @contextlib.contextmanager
