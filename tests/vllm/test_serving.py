@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -115,6 +119,32 @@ def test_what_can_not_be_answered_is_the_clients_error(world: World) -> None:
     for route, body in (("completions", long), ("chat/completions", chat), ("completions", b"{"), ("completions", long | {"logit_bias": {}})):
         status, _, answer = post(f"{url}{route}", body)  # type: ignore[arg-type]
         assert status == 400 and "error" in json.loads(answer), (route, answer)
+
+
+def test_an_engine_that_dies_under_load_loses_no_request_and_is_replaced(world: World) -> None:
+    (core,) = processes(b"VLLM::EngineCore")
+    body = {"model": "colours@1", "prompt": PROMPT, "max_tokens": 100, "temperature": 1}
+    failed = threading.Event()
+
+    def ask(_: int) -> set[int]:
+        found = set()
+        while not failed.is_set():
+            status, headers, content = post(f"{world.client.base_url}completions", body)
+            assert status == 200 or (status == 503 and "retry-after" in headers and "error" in json.loads(content)), (status, content)
+            found.add(status)
+            if status != 200:
+                failed.set()
+        return found
+
+    with ThreadPoolExecutor(16) as clients:
+        asked = [clients.submit(ask, number) for number in range(16)]
+        time.sleep(0.5)
+        os.kill(core, signal.SIGKILL)
+        found = set().union(*[each.result() for each in asked])
+    assert 503 in found
+    patient = world.client.with_options(max_retries=60)
+    answer = patient.completions.create(model="colours@1", prompt=PROMPT, max_tokens=8, temperature=0)
+    assert answer.choices[0].text == world.says("colours@1") and core not in processes(b"VLLM::EngineCore")
 
 
 def test_told_to_end_it_leaves_nothing_behind(world: World) -> None:

@@ -62,8 +62,8 @@ class VllmBackend(LLMServer):  # type: ignore[misc]
         """Always streamed inside: the counts of tokens come at the end, and one kind of answer is read."""
         await self._hold(asked.release)
         answers = await (self.chat(_chat(asked)) if asked.chat else self.completions(_completion(asked)))
-        pieces, said = _read(answers), []
-        async for piece in pieces:
+        said: list[str] = []
+        async for piece in self._while_it_lives(_read(answers)):
             if asked.stream:
                 yield piece
             else:
@@ -74,6 +74,20 @@ class VllmBackend(LLMServer):  # type: ignore[misc]
     async def ready(self) -> bool:
         await self.check_health()
         return True
+
+    async def _while_it_lives(self, pieces: AsyncIterator[Piece]) -> AsyncIterator[Piece]:
+        """The pieces, or an error: a request that arrives while vLLM's process is dying would never be answered."""
+        while True:
+            step = asyncio.ensure_future(_next(pieces))
+            try:
+                while not (await asyncio.wait([step], timeout=1.0))[0]:
+                    if self.engine._engine_client.errored:
+                        raise _error("vLLM's process ended", 500)
+            finally:
+                step.cancel()  # nothing, where it is done
+            if (piece := step.result()) is None:
+                return
+            yield piece
 
     async def _hold(self, release: str) -> None:
         """Have vLLM load the adapter, and prove once that it applied every module: it drops what it does not know in silence."""
@@ -164,6 +178,10 @@ async def _read(answers: Any) -> AsyncIterator[Piece]:
                 if text and not finish:
                     yield Piece(text)
                     text = ""
+
+
+async def _next(pieces: AsyncIterator[Piece]) -> Piece | None:
+    return await anext(pieces, None)
 
 
 def _error(message: str, status: int) -> ServiceError:
