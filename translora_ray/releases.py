@@ -28,9 +28,9 @@ class NotFound(UsageError):
 class Release:
     """An immutable adapter in a registry. `digest` is `adapters.digest` of the folder at `uri`.
 
-    `kit` and `recipe_hash` are the run's, `lineage` digests of the adapters before this one, `gate` the verdict without real rows, `evaluation` the result of
-    `translora evaluate` without single rows, None where there was none; `adapter` has `type`, `rank` and `modules`, the endings of the modules' names;
-    `reviewed` says that a person let a verdict of review pass; `created` is a time in UTC, in ISO format.
+    `kit` and `recipe_hash` are the run's, `lineage` digests of the adapters before this one (the source adapter of a kit has neither hash nor lineage), `gate`
+    the verdict without real rows, `evaluation` the result of `translora evaluate` without single rows, None where there was none; `adapter` has `type`, `rank`
+    and `modules`, the endings of the modules' names; `reviewed` says that a person let a verdict of review pass; `created` is a time in UTC, in ISO format.
     """
 
     name: str
@@ -57,6 +57,30 @@ class Release:
     @property
     def verdict(self) -> str:
         return verdict(self.gate, self.evaluation)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A release that is tried on a channel, beside the one that the channel names.
+
+    A canary answers a `share` of the channel's requests. A shadow is asked that share too, and nobody gets its answers.
+    """
+
+    release: str
+    share: float
+    shadow: bool
+
+    def __str__(self) -> str:
+        return f"{'shadow' if self.shadow else 'canary'} {self.release} {self.share:g}"
+
+
+def trial(release: str, share: float | None, shadow: bool) -> Trial:
+    """What is asked for, where it makes sense. A shadow is asked everything unless a share is given."""
+    if shadow and share is None:
+        share = 1.0
+    if share is None or not (0 < share < 1 or (shadow and share == 1)):
+        raise UsageError(f"--share {share}: take a number over 0 and below 1 (with --shadow up to 1); to let the channel name the release, leave it out.")
+    return Trial(release, share, shadow)
 
 
 def verdict(gate: dict[str, Any], evaluation: dict[str, Any] | None) -> str:
@@ -91,6 +115,34 @@ def some(words: Iterable[str], most: int = 10) -> str:
     return ", ".join(found[:most]) + (f" and {len(found) - most} more" if len(found) > most else "")
 
 
+def of_kit(kit: str, reviewed: bool, scratch: Path) -> tuple[dict[str, Any], Path]:
+    """What the release of a kit's source adapter says, and a copy of the adapter in `scratch`: what a migration moves away from, to serve both side by side."""
+    from translora_ray.kit import load  # reads task rows elsewhere, and imports torch for that
+
+    found = load(kit)
+    if not reviewed:
+        raise UsageError(f"{kit} is a kit, whose source adapter passed no gate: add --reviewed when a person has let it pass.")
+    copy = Path(shutil.copytree(found.adapter.path, scratch / ADAPTER))
+    facts: dict[str, Any] = {
+        "target_base": found.base,
+        "base_fingerprint": found.base_fingerprint,
+        "source_base": found.base,
+        "kit": found.digest,
+        "lineage": [],
+        "recipe_hash": "",
+        "task": found.task.model_dump(mode="json"),
+        "evaluation": None,
+        "gate": {"verdict": REVIEW, "reasons": ["the source adapter of a kit passes no gate"], "checks": []},
+        "reviewed": True,
+    }
+    return facts | _about(adapters.inspect(copy)), copy
+
+
+def _about(info: adapters.AdapterInfo) -> dict[str, Any]:
+    modules = sorted({module.rpartition(".")[2] for module in info.shapes})
+    return {"digest": info.digest, "adapter": {"type": info.type, "rank": info.rank, "modules": modules}}
+
+
 def of_run(run: str, reviewed: bool, scratch: Path) -> tuple[dict[str, Any], Path]:
     """What a finished run's release says of it, and a copy of its adapter in `scratch`.
 
@@ -116,13 +168,5 @@ def of_run(run: str, reviewed: bool, scratch: Path) -> tuple[dict[str, Any], Pat
         base = manifest["target"]
     except KeyError as missing:
         raise UsageError(f"{run}/{MANIFEST} has no {missing.args[0]}: it is damaged, or an older version wrote it; transfer again.") from None
-    modules = sorted({module.rpartition(".")[2] for module in info.shapes})
-    facts |= {
-        "digest": info.digest,
-        "base_fingerprint": base,
-        "gate": gate,
-        "evaluation": evaluation,
-        "adapter": {"type": info.type, "rank": info.rank, "modules": modules},
-        "reviewed": found == REVIEW,
-    }
-    return facts, copy
+    facts |= {"base_fingerprint": base, "gate": gate, "evaluation": evaluation, "reviewed": found == REVIEW}
+    return facts | _about(info), copy

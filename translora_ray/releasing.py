@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,10 +18,10 @@ COMMANDS = ("publish", "promote", "roll-back", "retire")
 
 def add_commands(commands: Any) -> None:
     """Add the registry's commands to the parser's."""
-    publish = commands.add_parser("publish", help="make a finished run's adapter a release in a registry")
-    publish.add_argument("run", metavar="RUN")
-    promote = commands.add_parser("promote", help="let a channel name a release")
-    back = commands.add_parser("roll-back", help="let a channel name the release that it named before")
+    publish = commands.add_parser("publish", help="make a finished run's adapter, or a kit's source adapter, a release in a registry")
+    publish.add_argument("run", metavar="RUN", help="a finished run; or a kit, to serve its source adapter on the old base")
+    promote = commands.add_parser("promote", help="let a channel name a release, or try the release there first")
+    back = commands.add_parser("roll-back", help="end a channel's trial; without one, let it name the release that it named before")
     retire = commands.add_parser("retire", help="take a release that no channel names off the lists")
     for command in (publish, promote, back, retire):
         command.add_argument("registry", metavar="REGISTRY", help="a directory, s3://... or gs://...")
@@ -28,6 +29,10 @@ def add_commands(commands: Any) -> None:
     publish.add_argument("--reviewed", action="store_true", help="a person looked at a run whose verdict is review, and lets it pass")
     publish.add_argument("--channel", metavar="C", help="also promote the release to this channel")
     promote.add_argument("release", metavar="NAME@V")
+    promote.add_argument("--share", type=float, metavar="S", help="canary: the release answers this share of the channel's requests, e.g. 0.1")
+    promote.add_argument(
+        "--shadow", action="store_true", help="the release is asked too (--share of the requests), its agreement is counted, clients see nothing"
+    )
     back.add_argument("name", metavar="NAME")
     for command in (promote, back):
         command.add_argument("--channel", metavar="C", default="stable", help="default: stable")
@@ -37,7 +42,7 @@ def add_commands(commands: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     """Run one of `COMMANDS`; prints the release that it made, or that the channel names now."""
     from translora_ray.registry import Registry
-    from translora_ray.releases import check_name
+    from translora_ray.releases import check_name, trial
 
     registry = Registry(options.registry)
     if options.command == "publish":
@@ -47,8 +52,13 @@ def run(options: argparse.Namespace) -> int:
             registry.promote(release.id, channel)
         print(release.id)
     elif options.command == "promote":
-        release = registry.promote(options.release, options.channel)
-        print(f"{release.name}:{options.channel} {release.id}")
+        if options.shadow or options.share is not None:
+            wanted = trial(options.release, options.share, options.shadow)
+            release = registry.try_out(wanted, options.channel)
+            print(f"{release.name}:{options.channel} {registry.release(f'{release.name}:{options.channel}').id}, {replace(wanted, release=release.id)}")
+        else:
+            release = registry.promote(options.release, options.channel)
+            print(f"{release.name}:{options.channel} {release.id}")
     elif options.command == "roll-back":
         release = registry.roll_back(options.name, options.channel)
         print(f"{release.name}:{options.channel} {release.id}")
@@ -66,10 +76,10 @@ def show(registry: Registry) -> None:
     table = Table(title=f"registry {registry.uri}")
     for column in ("release", "channels", "target base", "verdict", "created", "digest", "sound"):
         table.add_column(column, overflow="fold")
-    named = registry.channels()
+    changes = registry.changes()
     wrong = []
     for release in registry.releases():
-        channels = ", ".join(channel.partition(":")[2] for channel, there in named.items() if there == release.id)
+        channels = ", ".join(_roles(release, changes))
         problem = _problem(registry, release)
         wrong += [problem] if problem else []
         verdict = release.verdict + (", reviewed" if release.reviewed else "")
@@ -77,6 +87,18 @@ def show(registry: Registry) -> None:
     Console().print(table)
     if wrong:
         raise UsageError(f"{len(wrong)} of {table.row_count} releases are not sound; the first: {wrong[0]}")
+
+
+def _roles(release: Release, changes: dict[str, Any]) -> list[str]:
+    """The channels that name the release, and those on which it is tried, with how."""
+    from translora_ray.registry import trial_in
+
+    found = []
+    for name, change in changes.items():
+        channel, trial = name.partition(":")[2], trial_in(change)
+        found += [channel] if change["release"] == release.id else []
+        found += [f"{channel} ({'shadow' if trial.shadow else 'canary'} {trial.share:g})"] if trial and trial.release == release.id else []
+    return found
 
 
 def _problem(registry: Registry, release: Release) -> str | None:

@@ -18,7 +18,8 @@ from translora_ray.engines.select import choose_engine
 from translora_ray.errors import UsageError, first_line
 from translora_ray.registry import Registry, Release
 from translora_ray.serving.auth import read_keys
-from translora_ray.serving.gateway import Gateway, Serves
+from translora_ray.serving.gateway import Gateway
+from translora_ray.serving.routing import Serves
 
 NAME = "translora"
 

@@ -12,9 +12,10 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -22,39 +23,20 @@ from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
+from starlette.background import BackgroundTask
 from starlette.exceptions import HTTPException
 
 from translora_ray.registry import Registry, Release
 from translora_ray.serving import protocol
 from translora_ray.serving.auth import Key, Keyring, Limiter
-from translora_ray.serving.index import Index, card
 from translora_ray.serving.measures import RequestMeasures
-from translora_ray.serving.protocol import ChatRequest, CompletionRequest, Piece, ServiceError
+from translora_ray.serving.protocol import Asked, ChatRequest, CompletionRequest, Piece, ServiceError
 from translora_ray.serving.reading import read_body, read_pieces
+from translora_ray.serving.routing import Router, Serves
+from translora_ray.serving.trials import DRAWN, Shadows
 
 logger = logging.getLogger("ray.serve")
 app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-REFRESH_SECONDS = 1.0
-ASKED_AGAIN_SECONDS = 0.2
-"""How soon after a reading of the registry an unknown name has it read again."""
-
-
-@dataclass(frozen=True)
-class Serves:
-    """What an engine serves: a base by its fingerprint, and the kinds and ranks of adapters that it takes."""
-
-    base: str
-    fingerprint: str
-    types: tuple[str, ...]
-    rank: int | None = None
-
-    def obstacle(self, release: Release) -> str | None:
-        """Why the engine can not serve a release of its base, in a few words."""
-        if release.adapter["type"] not in self.types:
-            return f"vLLM does not take {release.adapter['type']} adapters: serve it with --engine transformers"
-        if self.rank and release.adapter["rank"] > self.rank:
-            return f"it has rank {release.adapter['rank']} and the engine was started for {self.rank} at most: start the service again"
-        return None
 
 
 @dataclass
@@ -68,6 +50,15 @@ class _Seen:
     first: float | None = None
     prompt_tokens: int = 0
     tokens: int = 0
+
+
+class _Frame(NamedTuple):
+    """What every part of an answer says of it."""
+
+    identity: str
+    created: int
+    release: str
+    chat: bool
 
 
 @app.exception_handler(ServiceError)
@@ -94,12 +85,12 @@ class Gateway:
 
     def __init__(self, registry: str, keys: str | None, serves: list[Serves], *engines: DeploymentHandle) -> None:
         self.keyring, self.limiter = Keyring(keys, logger.error), Limiter()
-        self.index = Index(Registry(registry))
-        self.engines = {each.fingerprint: (each, engine.options(stream=True)) for each, engine in zip(serves, engines, strict=True)}
+        self.router = Router(Registry(registry), serves)
+        self.engines = {each.fingerprint: engine.options(stream=True) for each, engine in zip(serves, engines, strict=True)}
         self.measures = RequestMeasures()
+        self.shadows = Shadows(self.measures.shadow)
         self._handles: dict[str, Any] = {}
-        self._refreshing: asyncio.Task[None] | None = None
-        self._watching = asyncio.get_running_loop().create_task(self._watch())
+        self._watching = asyncio.get_running_loop().create_task(self.router.watch())
 
     @app.get("/health")
     async def health(self) -> Response:
@@ -108,25 +99,27 @@ class Gateway:
     @app.get("/ready")
     async def ready(self) -> Response:
         """Whether requests would be answered: the registry was read and every engine answers."""
-        if not self.index.loaded:
+        if not self.router.index.loaded:
             raise ServiceError(503, "registry_unreachable", "The registry has not been read yet: try again.", 1)
         try:
             async with asyncio.timeout(5):
-                for _, engine in self.engines.values():
+                for engine in self.engines.values():
                     await engine.options(stream=False).ready.remote()
         except (TimeoutError, RayError, RayServeException):
             raise ServiceError(503, "engine_unavailable", "An engine does not answer yet: try again.", 5) from None
-        return JSONResponse({"status": "ready"}, headers=self._staleness())
+        return JSONResponse({"status": "ready"}, headers=self.router.staleness())
 
     @app.get("/v1/models")
     async def models(self, request: Request) -> Response:
         key = self._admit(request)
-        self._require_index()
-        return JSONResponse({"object": "list", "data": self.index.models(lambda release: self._listed(release, key))}, headers=self._staleness())
+        self.router.require_index()
+        found = self.router.index.models(lambda release: self.router.listed(release, key))
+        return JSONResponse({"object": "list", "data": found}, headers=self.router.staleness())
 
     @app.get("/v1/models/{model:path}")
     async def model(self, model: str, request: Request) -> Response:
-        return JSONResponse(card(model, await self._resolve(model, self._admit(request))), headers=self._staleness())
+        release = await self.router.resolve(model, self._admit(request))
+        return JSONResponse(self.router.index.card(model, release), headers=self.router.staleness())
 
     @app.post("/v1/chat/completions")
     async def chat(self, request: Request) -> Response:
@@ -141,11 +134,16 @@ class Gateway:
         try:
             key = self._admit(request)
             seen.key = key.name
-            asked = protocol.parse(kind, await read_body(request, key.max_body_bytes), key.max_tokens)
-            release = await self._resolve(asked.model, key)
-            seen.release = release.id
-            pieces = read_pieces(self._engine(release).answer.remote(protocol.asked(asked, release.id, key.max_tokens)))
-            first = await anext(pieces)
+            body = await read_body(request, key.max_body_bytes)
+            wanted = protocol.parse(kind, body, key.max_tokens)
+            release = await self.router.resolve(wanted.model, key)
+            asked = protocol.asked(wanted, release.id, key.max_tokens)
+            trial = self.router.trial(wanted.model, wanted.user.encode() if wanted.user else body)
+            begun = await self._canary(asked, trial.release, seen) if trial and not trial.shadow else None
+            if begun is None:
+                seen.release = release.id
+                begun = await self._begin(asked, release)
+            first, pieces = begun
         except ServiceError as error:
             seen.status = error.status
             self._say(seen)
@@ -154,27 +152,65 @@ class Gateway:
             self._say(seen)
             raise
         seen.status, seen.first = 200, time.monotonic() - seen.began
-        chat, headers = kind is ChatRequest, {"x-translora-release": release.id, **self._staleness()}
-        identity, created = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}", int(time.time())
+        compare = partial(self._shadow, asked, trial.release) if trial and trial.shadow else None
+        headers = {"x-translora-release": seen.release, **self.router.staleness()}
+        frame = _Frame(f"{'chatcmpl' if asked.chat else 'cmpl'}-{uuid.uuid4().hex}", int(time.time()), seen.release, asked.chat)
         if not asked.stream:
             seen.prompt_tokens, seen.tokens = first.prompt_tokens, first.tokens
             self._say(seen)
-            return JSONResponse(protocol.answer(identity, created, release.id, chat, first), headers=headers)
-        with_usage = bool(asked.stream_options and asked.stream_options.include_usage)
-        events = self._events(seen, (identity, created, release.id, chat), first, pieces, with_usage)
+            after = BackgroundTask(compare, first.text) if compare else None
+            return JSONResponse(protocol.answer(*frame, first), headers=headers, background=after)
+        with_usage = bool(wanted.stream_options and wanted.stream_options.include_usage)
+        events = self._events(seen, frame, first, pieces, with_usage, compare)
         return StreamingResponse(events, media_type="text/event-stream", headers=headers | {"cache-control": "no-cache"})
 
-    async def _events(self, seen: _Seen, frame: tuple[str, int, str, bool], piece: Piece, pieces: AsyncIterator[Piece], with_usage: bool) -> AsyncIterator[str]:
+    async def _begin(self, asked: Asked, release: Release) -> tuple[Piece, AsyncIterator[Piece]]:
+        """The first piece of a release's answer, and the others."""
+        pieces = read_pieces(self._engine(release).answer.remote(replace(asked, release=release.id)))
+        return await anext(pieces), pieces
+
+    async def _canary(self, asked: Asked, release: Release, seen: _Seen) -> tuple[Piece, AsyncIterator[Piece]] | None:
+        """The answer of a release on trial. None where it can not give one, which counts against it: the release that the channel names answers then."""
+        seen.release = release.id
+        try:
+            return await self._begin(asked, release)
+        except ServiceError as error:
+            logger.warning(f"the canary {release.id} could not answer: {error}")
+            self._say(replace(seen, status=error.status))
+            return None
+
+    async def _shadow(self, asked: Asked, release: Release, answer: str) -> None:
+        """Have the shadow asked what the client has the answer to."""
+        if asked.temperature:
+            self.measures.shadow(asked.release, release.id, DRAWN)
+        else:
+            self.shadows.begin(asked.release, release.id, answer, partial(self._whole, asked, release))
+
+    async def _whole(self, asked: Asked, release: Release) -> str:
+        try:
+            first, _ = await self._begin(replace(asked, stream=False), release)
+        except ServiceError as error:
+            logger.warning(f"the shadow {release.id} could not answer: {error}")
+            raise
+        return first.text
+
+    async def _events(
+        self, seen: _Seen, frame: _Frame, piece: Piece, pieces: AsyncIterator[Piece], with_usage: bool, compare: Callable[[str], Awaitable[None]] | None
+    ) -> AsyncIterator[str]:
         """The answer as server-sent events. An engine that fails on the way ends it with an error's event: nothing else can be said by then."""
+        said = [piece.text]
         try:
             yield protocol.event(*frame, piece, True)
             while not piece.finish:
                 piece = await anext(pieces)
+                said.append(piece.text)
                 yield protocol.event(*frame, piece, False)
             seen.prompt_tokens, seen.tokens = piece.prompt_tokens, piece.tokens
             if with_usage:
                 yield protocol.usage_event(*frame, piece)
             yield protocol.DONE
+            if compare:
+                await compare("".join(said))
         except ServiceError as error:
             seen.status = error.status
             yield protocol.sent(error.body())
@@ -194,58 +230,11 @@ class Gateway:
             raise ServiceError(429, "rate_limit_exceeded", f"This key may ask {key.requests_per_minute} times a minute: try again later.", wait)
         return key
 
-    async def _resolve(self, model: str, key: Key) -> Release:
-        """The release that a name stands for now. What the key may not use is answered before the registry is looked at: not even time may tell."""
-        if not key.may_use(model.partition("@")[0].partition(":")[0]):
-            raise protocol.unknown(model)
-        self._require_index()
-        release = self.index.find(model)
-        asked = self.index.clock()
-        while release is None and self.index.began < asked:  # it may have been published since that reading began
-            await asyncio.sleep(max(0.0, self.index.began + ASKED_AGAIN_SECONDS - self.index.clock()))
-            await self._refresh()
-            release = self.index.find(model)
-        if release is None:
-            raise protocol.unknown(model)
-        if release.base_fingerprint not in self.engines:
-            bases = ", ".join(each.base for each, _ in self.engines.values())
-            raise ServiceError(404, "other_base", f"{release.id} is an adapter of {release.target_base}, this service has {bases}.")
-        if obstacle := self.engines[release.base_fingerprint][0].obstacle(release):
-            raise ServiceError(404, "not_served", f"{release.id} can not be served here: {obstacle}.")
-        return release
-
-    def _listed(self, release: Release, key: Key) -> bool:
-        engine = self.engines.get(release.base_fingerprint)
-        return key.may_use(release.name) and engine is not None and engine[0].obstacle(release) is None
-
     def _engine(self, release: Release) -> Any:
         """A handle that prefers replicas with the release. Kept, because each handle costs Serve's controller something."""
         if release.id not in self._handles:
-            self._handles[release.id] = self.engines[release.base_fingerprint][1].options(multiplexed_model_id=release.id)
+            self._handles[release.id] = self.engines[release.base_fingerprint].options(multiplexed_model_id=release.id)
         return self._handles[release.id]
-
-    def _require_index(self) -> None:
-        if not self.index.loaded:
-            raise ServiceError(503, "registry_unreachable", "The registry can not be read at the moment: try again.", 5)
-
-    async def _refresh(self) -> None:
-        """Read the registry, once for all who want it at the same time."""
-        if self._refreshing is None or self._refreshing.done():
-            self._refreshing = asyncio.create_task(asyncio.to_thread(self.index.refresh))
-        await asyncio.shield(self._refreshing)
-
-    async def _watch(self) -> None:
-        said: str | None = None
-        while True:
-            await self._refresh()
-            if self.index.error != said:
-                said = self.index.error
-                logger.warning(f"the registry does not answer, what is known is served: {said}" if said else "the registry answers")
-            await asyncio.sleep(REFRESH_SECONDS)
-
-    def _staleness(self) -> dict[str, str]:
-        age = self.index.age()
-        return {} if age is None else {"x-translora-registry": f"unreachable; read {age:.0f} s ago"}
 
     def _say(self, seen: _Seen) -> None:
         seconds = time.monotonic() - seen.began

@@ -4,12 +4,25 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
 from translora_ray.errors import TransLoraError
-from translora_ray.registry import Registry, Release
+from translora_ray.registry import Registry, Release, trial_in
 from translora_ray.releases import STABLE
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A release that is tried on a channel: as a canary, or as a shadow, for a share of its requests."""
+
+    release: Release
+    share: float
+    shadow: bool
+
+    def card(self) -> dict[str, Any]:
+        return {"release": self.release.id, "share": self.share, "shadow": self.shadow}
 
 
 class Index:
@@ -26,6 +39,7 @@ class Index:
         """When the last refresh began: what was published before is known."""
         self._read = clock()
         self._names: dict[str, Release] = {}
+        self._trials: dict[str, Tried] = {}
 
     def refresh(self) -> None:
         """Read the registry."""
@@ -33,21 +47,27 @@ class Index:
         try:
             self.registry.check()
             releases = {release.id: release for release in self.registry.releases()}
-            channels = self.registry.channels()
+            channels = self.registry.changes()
         except (TransLoraError, OSError) as error:
             self.error, self.began = str(error), began
             return
         names = dict(releases)
-        for channel, identity in channels.items():
-            if release := releases.get(identity):
-                names[channel] = release
-                if channel == f"{release.name}:{STABLE}":
-                    names[release.name] = release
-        self._names, self._read, self.error, self.loaded, self.began = names, self.clock(), None, True, began
+        trials: dict[str, Tried] = {}
+        for channel, change in channels.items():
+            if release := releases.get(change["release"]):
+                mine = [channel, release.name] if channel == f"{release.name}:{STABLE}" else [channel]
+                names |= dict.fromkeys(mine, release)
+                if (trial := trial_in(change)) and (tried := releases.get(trial.release)):
+                    trials |= dict.fromkeys(mine, Tried(tried, trial.share, trial.shadow))
+        self._names, self._trials, self._read, self.error, self.loaded, self.began = names, trials, self.clock(), None, True, began
 
     def find(self, model: str) -> Release | None:
         """The release that `name@version`, `name:channel` or `name` (its stable channel) stands for now."""
         return self._names.get(model)
+
+    def trial(self, model: str) -> Tried | None:
+        """What is tried on the channel that the name stands for."""
+        return self._trials.get(model)
 
     def age(self) -> float | None:
         """Seconds since the registry was last read, None where it answered the last time."""
@@ -55,11 +75,12 @@ class Index:
 
     def models(self, visible: Callable[[Release], bool]) -> list[dict[str, Any]]:
         """Models as OpenAI lists them; `release` is what a channel stands for."""
-        return [card(name, release) for name, release in self._names.items() if visible(release)]
+        return [self.card(name, release) for name, release in self._names.items() if visible(release)]
 
-
-def card(name: str, release: Release) -> dict[str, Any]:
-    return {"id": name, "object": "model", "created": created(release), "owned_by": "translora", "release": release.id, "base": release.target_base}
+    def card(self, name: str, release: Release) -> dict[str, Any]:
+        found = {"id": name, "object": "model", "created": created(release), "owned_by": "translora", "release": release.id, "base": release.target_base}
+        trial = self.trial(name)
+        return found | {"trial": trial.card()} if trial else found
 
 
 def created(release: Release) -> int:

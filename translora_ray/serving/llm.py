@@ -18,7 +18,7 @@ from typing import Any
 
 from ray.serve.llm import LLMConfig, build_llm_deployment
 from ray.serve.llm.deployment import LLMServer
-from ray.serve.llm.openai_api_models import ChatCompletionRequest, CompletionRequest, ErrorResponse
+from ray.serve.llm.openai_api_models import ChatCompletionRequest, CompletionRequest
 
 from translora_ray import adapters
 from translora_ray.config import Vllm
@@ -62,8 +62,8 @@ class VllmBackend(LLMServer):  # type: ignore[misc]
         """Always streamed inside: the counts of tokens come at the end, and one kind of answer is read."""
         await self._hold(asked.release)
         answers = await (self.chat(_chat(asked)) if asked.chat else self.completions(_completion(asked)))
-        pieces, said = _read(answers), []
-        async for piece in pieces:
+        said: list[str] = []
+        async for piece in self._while_it_lives(_read(answers)):
             if asked.stream:
                 yield piece
             else:
@@ -74,6 +74,20 @@ class VllmBackend(LLMServer):  # type: ignore[misc]
     async def ready(self) -> bool:
         await self.check_health()
         return True
+
+    async def _while_it_lives(self, pieces: AsyncIterator[Piece]) -> AsyncIterator[Piece]:
+        """The pieces, or an error: a request that arrives while vLLM's process is dying would never be answered."""
+        while True:
+            step = asyncio.ensure_future(_next(pieces))
+            try:
+                while not (await asyncio.wait([step], timeout=1.0))[0]:
+                    if self.engine._engine_client.errored:
+                        raise _error("vLLM's process ended", 500)
+            finally:
+                step.cancel()  # nothing, where it is done
+            if (piece := step.result()) is None:
+                return
+            yield piece
 
     async def _hold(self, release: str) -> None:
         """Have vLLM load the adapter, and prove once that it applied every module: it drops what it does not know in silence."""
@@ -147,7 +161,7 @@ async def _read(answers: Any) -> AsyncIterator[Piece]:
     finish, text = None, ""
     async for answer in answers:
         for event in answer if isinstance(answer, list) else [answer]:
-            if isinstance(event, ErrorResponse):
+            if not isinstance(event, str):  # an error's answer, of a class that ray.serve.llm does not export
                 raise _error(event.error.message, int(event.error.code or 500))
             for line in event.split("\n"):
                 if not line.startswith("data: ") or line == "data: [DONE]":
@@ -164,6 +178,10 @@ async def _read(answers: Any) -> AsyncIterator[Piece]:
                 if text and not finish:
                     yield Piece(text)
                     text = ""
+
+
+async def _next(pieces: AsyncIterator[Piece]) -> Piece | None:
+    return await anext(pieces, None)
 
 
 def _error(message: str, status: int) -> ServiceError:

@@ -38,6 +38,7 @@ class RequestMeasures:
         self._requests = Counter("translora_requests", "Requests by HTTP status", ("release", "status"))
         self._tokens = Counter("translora_tokens", "Tokens read and written", ("release", "kind"))
         self._seconds = Histogram("translora_request_seconds", "From the request to the end of its answer", SECONDS, RELEASE)
+        self._shadows = Counter("translora_shadow_requests", "Requests on a channel with a shadow, by whether it agreed", ("release", "shadow", "outcome"))
         self._first = Histogram("translora_first_piece_seconds", "From the request to the first piece of its answer", SECONDS, RELEASE)
 
     def request(self, release: str, status: int, seconds: float, first: float | None, prompt_tokens: int, tokens: int) -> None:
@@ -48,3 +49,7 @@ class RequestMeasures:
         for kind, count in (("prompt", prompt_tokens), ("answer", tokens)):
             if count:
                 self._tokens.inc(count, {"release": release, "kind": kind})
+
+    def shadow(self, release: str, shadow: str, outcome: str) -> None:
+        """`outcome` is one of `trials.py`."""
+        self._shadows.inc(1, {"release": release, "shadow": shadow, "outcome": outcome})

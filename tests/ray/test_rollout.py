@@ -1,0 +1,197 @@
+"""A migration as it is rolled out: the registry on an object store, old and new base side by side, canary, shadow, and engines that are killed."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from tests.conftest import free_port, processes
+from tests.serving import Running, chat_base, expected, finished_run, post, running
+from translora_ray import adapters
+from translora_ray.registry import Registry, Trial
+from translora_ray.serving.trials import takes_part
+from translora_ray.storage import RunStore
+
+pytestmark = pytest.mark.ray
+PROMPT = "question 1"
+ENGINE = b"ray::ServeReplica:translora:engine-"
+
+
+@dataclass
+class World:
+    folder: Path
+    bases: dict[str, str]
+    registry: Registry
+    runs: dict[str, tuple[str, str]] = field(default_factory=dict)
+    service: Running = None  # type: ignore[assignment]
+    url: str = ""
+
+    def publish(self, name: str, seed: int, base: str = "new", **facts: object) -> str:
+        """A release of a random adapter; the same seed is the same adapter."""
+        run = finished_run(self.folder / uuid.uuid4().hex, self.bases[base], name, seed)
+        manifest = RunStore(run).read_json("manifest.json")
+        RunStore(run).write_json("manifest.json", manifest | facts)
+        release = self.registry.publish(run).id
+        self.runs[release] = (self.bases[base], run)
+        return release
+
+    def rollout(self, share: float, shadow: bool = False, stable: tuple[int, str] = (1, "old"), tried: tuple[int, str] = (2, "new")) -> tuple[str, str]:
+        """Two releases of a name of their own, the first one stable, the second one on trial; (seed, base) each."""
+        name = f"r{uuid.uuid4().hex[:8]}"
+        first, second = self.publish(name, *stable), self.publish(name, *tried, recipe_hash="another")
+        self.registry.promote(first)
+        self.registry.try_out(Trial(second, share, shadow))
+        return first, second
+
+    def says(self, release: str, prompt: str = PROMPT, tokens: int = 6) -> str:
+        return expected(*self.runs[release], prompt, tokens)
+
+    def damage(self, release: str) -> None:
+        store = RunStore(self.registry.uri)
+        weights = f"releases/{release}/{adapters.WEIGHTS}"
+        store.write(weights, store.read(weights)[:-10])
+
+    def client(self, retries: int = 0) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=retries, timeout=120)
+
+    def asks(self, model: str, **more: Any) -> tuple[str, str]:
+        """(release, text)."""
+        more = {"prompt": PROMPT, "max_tokens": 6, "temperature": 0} | more
+        answer = self.client().completions.create(model=model, **more)
+        return answer.model, answer.choices[0].text
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory, s3: str) -> Iterator[World]:
+    folder = tmp_path_factory.mktemp("rollout")
+    bases = {"old": chat_base(folder / "old", seed=5), "new": chat_base(folder / "new", seed=6)}
+    found = World(folder, bases, Registry(f"{s3}/{uuid.uuid4().hex}/registry"))
+    found.publish("colours", 1, "old")
+    options = [part for base in bases.values() for part in ("--base", base)]
+    with running(found.registry.uri, "--engine", "transformers", "--port", str(free_port()), *options) as service:
+        found.service, found.url = service, service.url()
+        yield found
+
+
+def eventually(holds: Callable[[], bool], seconds: float = 60) -> bool:
+    """Whether it comes to hold: metrics are exported every few seconds."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        if holds():
+            return True
+        time.sleep(0.5)
+    return False
+
+
+def test_a_registry_on_an_object_store_is_served(world: World) -> None:
+    assert world.asks("colours@1") == ("colours@1", world.says("colours@1"))
+    release = world.publish("colours", 7)
+    assert world.asks(release) == (release, world.says(release)), "on the other base, without a restart"
+    world.damage(broken := world.publish("broken", 8))
+    with pytest.raises(openai.InternalServerError, match="damaged"):
+        world.asks(broken)
+
+
+def test_a_canary_answers_its_share_and_the_same_requests_every_time(world: World) -> None:
+    old, new = world.rollout(0.4)
+    name = old.partition("@")[0]
+    users = [f"user {number}" for number in range(30)]
+    time.sleep(1.5)
+
+    def ask(user: str) -> tuple[str, str]:
+        return world.asks(name, user=user)
+
+    with ThreadPoolExecutor(8) as clients:
+        found = [list(clients.map(ask, users)) for _ in range(2)]
+    wanted = [new if takes_part(new, user.encode(), 0.4) else old for user in users]
+    said = {release: world.says(release) for release in (old, new)}
+    assert found == [[(release, said[release]) for release in wanted]] * 2 and set(wanted) == {old, new} and said[old] != said[new]
+    (card,) = [model for model in world.client().models.list() if model.id == name]
+    assert card.model_extra and card.model_extra["trial"] == {"release": new, "share": 0.4, "shadow": False}
+    counts = Counter(wanted)
+    assert eventually(lambda: all(world.service.counted("translora_requests", release=release, status="200") == 2 * counts[release] for release in counts))
+    world.registry.roll_back(name)
+    time.sleep(1.5)
+    assert {ask(user)[0] for user in users[:8]} == {old}
+    world.registry.promote(new)
+    time.sleep(1.5)
+    assert {ask(user)[0] for user in users[:8]} == {new}
+
+
+def test_a_canary_that_can_not_answer_costs_nobody_an_answer(world: World) -> None:
+    old, new = world.rollout(0.9)
+    world.damage(new)
+    time.sleep(1.5)
+    found = {world.asks(old.partition("@")[0], user=str(number)) for number in range(8)}
+    assert found == {(old, world.says(old))}
+    assert eventually(lambda: world.service.counted("translora_requests", release=new, status="503") > 0), "and it counts against it"
+
+
+def test_a_shadow_is_asked_and_its_agreement_counted(world: World) -> None:
+    pairs = {"differ": world.rollout(1.0, True), "agree": world.rollout(1.0, True, (3, "new"), (3, "new")), "failed": world.rollout(1.0, True)}
+    world.damage(pairs["failed"][1])
+    time.sleep(1.5)
+    for old, _ in pairs.values():
+        name = old.partition("@")[0]
+        assert world.asks(name) == (old, world.says(old))
+        pieces = list(world.client().completions.create(model=name, prompt=PROMPT, max_tokens=6, temperature=0, stream=True))
+        assert "".join(piece.choices[0].text for piece in pieces) == world.says(old) and {piece.model for piece in pieces} == {old}
+        assert world.asks(name, temperature=1.0, seed=1)[0] == old
+
+    def counts(outcome: str, old: str, new: str) -> float:
+        return world.service.counted("translora_shadow_requests", release=old, shadow=new, outcome=outcome)
+
+    for outcome, pair in pairs.items():
+        assert eventually(lambda outcome=outcome, pair=pair: (counts(outcome, *pair), counts("drawn", *pair)) == (2, 1)), outcome  # type: ignore[misc]
+    new = pairs["differ"][1]
+    assert world.service.counted("translora_requests", release=new) == 0, "it is nobody's request"
+
+
+@pytest.mark.parametrize(("victim", "errors"), [(ENGINE + b"0", {503}), (b"ray::ServeReplica:translora:gateway", {500, 503})])
+def test_a_replica_that_is_killed_under_load_loses_no_request(world: World, victim: bytes, errors: set[int]) -> None:
+    """Each request is answered, or gets an error that the official client tries again after by itself. Of a dead gateway Serve's proxy tells in its own way."""
+    said = world.says("colours@1", tokens=40)
+    world.asks("colours@1")
+    (before,) = processes(victim)
+    body = {"model": "colours@1", "prompt": PROMPT, "max_tokens": 40, "temperature": 0}
+
+    def once(_: int) -> tuple[int, str]:
+        status, headers, content = post(f"{world.url}/v1/completions", body)
+        if status == 200:
+            assert json.loads(content)["choices"][0]["text"] == said
+        elif 500 not in errors:
+            assert "retry-after" in headers and json.loads(content)["error"]["message"], (status, content)
+        return status, content.decode()
+
+    def patiently(_: int) -> str:
+        return world.client(retries=12).completions.create(**body).choices[0].text  # type: ignore[call-overload,no-any-return]
+
+    with ThreadPoolExecutor(16) as clients:
+        raw, retried = ([clients.submit(work, number) for number in range(24)] for work in (once, patiently))
+        time.sleep(0.5)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(before, signal.SIGKILL)
+        found = [each.result() for each in raw]
+        texts = [each.result() for each in retried]
+    assert {status for status, _ in found} <= {200, *errors}, found
+    assert texts == [said] * len(texts)
+    assert eventually(lambda: processes(victim) not in ([], [before])) and world.asks("colours@1") == ("colours@1", world.says("colours@1"))
+
+
+def test_told_to_end_it_leaves_nothing_behind(world: World) -> None:
+    """The last test here: it ends the service."""
+    assert world.service.end() == 0, world.service.output()
+    assert not processes(ENGINE)
