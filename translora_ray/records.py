@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,10 @@ class Candidate:
     @property
     def accepted(self) -> bool:
         return self.reason is None
+
+    def label_of(self, classes: Sequence[str]) -> str:
+        """The label that it is written for, where labels are asked for: all take turns."""
+        return classes[self.index % len(classes)]
 
 
 @dataclass

@@ -8,14 +8,9 @@ from collections.abc import Sequence
 from translora_ray.config import Synthesis
 from translora_ray.engines.base import Engine, Generate, Sampling
 from translora_ray.prompts import Prompt, labelled_prompt, parse_synthesis, synthesis_prompt, synthesis_stops
-from translora_ray.records import TOO_LONG, Candidate, Pack, TaskRow
+from translora_ray.records import TOO_LONG, Pack, TaskRow
 
 ROLE = "generator"
-
-
-def label_of(classes: Sequence[str], candidate: Candidate) -> str:
-    """The label that a candidate is written for, where labels are asked for: all take turns."""
-    return classes[candidate.index % len(classes)]
 
 
 class Synthesizer:
@@ -34,7 +29,7 @@ class Synthesizer:
         shots, seed = self.settings.shots, pack.candidates[0].seed
         if not self.settings.by_label:
             return [synthesis_prompt(self.inputs, shots, seed)] * len(pack.candidates)
-        return [labelled_prompt(self.seeds, shots, seed, label_of(self.classes, candidate)) for candidate in pack.candidates]
+        return [labelled_prompt(self.seeds, shots, seed, candidate.label_of(self.classes)) for candidate in pack.candidates]
 
     def process(self, pack: Pack) -> Pack:
         began = time.perf_counter()
