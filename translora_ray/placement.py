@@ -18,6 +18,7 @@ from translora_ray.errors import RunFailed, TransLoraError, UsageError
 from translora_ray.stream.plan import Plan
 
 RESTARTS = 3
+SLOW_START = "timed out during startup"
 Run = Callable[..., Any]
 """Calls a function with its arguments in another process that has the resources for it, and waits for what it returns."""
 
@@ -38,7 +39,12 @@ def ray_session(cluster: Cluster) -> Iterator[bool]:
     own = address is None and not ray.is_initialized()
     if own:
         # One CPU more than there are: Ray Data must have some to read with while engines or workers hold all the real ones.
-        ray.init(address="local", num_cpus=cpus() + 1, include_dashboard=False, log_to_driver=False, logging_level="error", _temp_dir=None)
+        try:
+            ray.init(address="local", num_cpus=cpus() + 1, include_dashboard=False, log_to_driver=False, logging_level="error", _temp_dir=None)
+        except Exception as error:  # Ray's own has no class of its own
+            if SLOW_START not in str(error):
+                raise
+            raise RunFailed("Ray did not start within the 30 seconds that it takes at most: give the same command again when less else runs here.") from None
     elif not ray.is_initialized():
         try:
             ray.init(address=address, log_to_driver=False, logging_level="error")
