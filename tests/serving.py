@@ -102,8 +102,7 @@ class Running:
 
     def session(self) -> Path:
         """The directory of its Ray's session."""
-        (found,) = Path("/tmp/ray").glob(f"session_*_{self.process.pid}")
-        return found
+        return max(Path("/tmp/ray").glob(f"session_*_{self.process.pid}"))  # of an earlier process with the same id there may be one
 
     def metrics(self) -> list[str]:
         """What Prometheus would read now, line by line; Ray exports it every few seconds."""
