@@ -8,15 +8,14 @@ import statistics
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from typing import NamedTuple
 from urllib.parse import urlsplit
 
 TOKENS = 16
 PROMPT = "Customer: my order {} has not arrived yet, and nobody answers the phone. What should I do?\nAgent:"
 
 
-@dataclass(frozen=True)
-class Round:
+class Round(NamedTuple):
     """What a round measured: its seconds, its tokens, the median seconds of a request."""
 
     seconds: float

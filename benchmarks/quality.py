@@ -11,11 +11,8 @@ beside it.
 from __future__ import annotations
 
 import json
-import random
 import statistics
-import sys
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +20,8 @@ import results
 import transfer
 import yaml
 
+from translora_ray.evaluation import compare
+from translora_ray.evaluation.statistics import paired_interval
 from translora_ray.records import read_rows
 from translora_ray.stream.dedup import normal
 
@@ -97,16 +96,15 @@ def accuracy(chain: Chain, arm: str) -> float | None:
 
 
 def recovery(chain: Chain, arm: str) -> float | None:
-    """(arm - bare target) / (oracle - bare target)."""
-    value, bare, oracle = (accuracy(chain, one) for one in (arm, "bare target", "oracle"))
-    return None if value is None or bare is None or oracle is None or oracle <= bare else (value - bare) / (oracle - bare)
+    """Of an arm, whichever transfer it belongs to; None where it was not made."""
+    way, name = SHOWN[arm]
+    found = chain[way]["evaluation"]["arms"]
+    return compare.recovery({**chain["paper"]["evaluation"]["arms"], name: found[name]}, name) if name in found else None
 
 
-def interval(values: Sequence[float]) -> str:
-    """Mean of chains with a bootstrap 95 % interval."""
-    draw = random.Random(0)
-    means = sorted(statistics.mean(draw.choices(values, k=len(values))) for _ in range(2000))
-    return f"{statistics.mean(values):.3f} ({means[50]:.3f} to {means[1949]:.3f})"
+def interval(ours: Sequence[float], theirs: Sequence[float] = ()) -> str:
+    """Mean of chains with its 95 % interval, of the differences where there are others."""
+    return "{:.3f} ({:.3f} to {:.3f})".format(*paired_interval(ours, theirs or [0.0] * len(ours)))
 
 
 def table(finished: dict[str, dict[int, Chain]]) -> str:
@@ -123,7 +121,8 @@ def table(finished: dict[str, dict[int, Chain]]) -> str:
             lines.append(f"| {arm} | {' | '.join(cells)} | {interval(recovered) if recovered else '-'} |")
     for other in ("list, unfiltered", "list, discriminator (paper)"):
         pairs = [(recovery(chain, "default"), recovery(chain, other)) for chain in chains]
-        lines += ["", f"Default less {other}, chain by chain: {interval([a - b for a, b in pairs if a is not None and b is not None])} of recovery."]
+        sides = list(zip(*[(a, b) for a, b in pairs if a is not None and b is not None], strict=True))
+        lines += ["", f"Default less {other}, chain by chain: {interval(*sides)} of recovery."]
     return "\n".join([*lines, "", *verdicts(chains)])
 
 
@@ -167,21 +166,16 @@ def main() -> None:
     chosen, threads = transfer.options(__doc__, list(TASKS), "quality", quick=True)
     names = chosen.task or (QUICK if chosen.quick else list(TASKS))
     arms = QUICK_ARMS if chosen.quick else ARMS
-    finished: dict[str, dict[int, Chain]] = {name: {} for name in names}
-    work: Callable[[str, int], Chain] = lambda name, seed: run(name, seed, chosen.data.resolve(), chosen.work.resolve(), threads, arms)  # noqa: E731
-    with ThreadPoolExecutor(chosen.jobs) as pool:
-        chains = {pool.submit(work, name, seed): (name, seed) for seed in range(chosen.seeds) for name in names}
-        for chain in as_completed(chains):
-            name, seed = chains[chain]
-            try:
-                finished[name][seed] = chain.result()
-            except RuntimeError as failure:
-                print(f"{name}, seed {seed}: {failure}", file=sys.stderr, flush=True)
-                continue
+
+    def work(name: str, seed: int) -> Chain:
+        return run(name, seed, chosen.data.resolve(), chosen.work.resolve(), threads, arms)
+
+    def show(finished: dict[str, dict[int, Chain]]) -> None:
+        if any(finished.values()):
             results.replace("quality", table(finished))
             plot(finished, results.ROOT / "benchmarks" / "quality.svg")
-    if any(len(found) < chosen.seeds for found in finished.values()):
-        sys.exit("not all chains came to their end")
+
+    transfer.run_all(chosen, names, work, show)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from statistics import median
 
 import results
 from load import TOKENS, Round, first_token, listing, round_of
-from rounds import SOURCE, TARGET
+from rounds import SOURCE, TARGET, alternate
 
 sys.path.insert(0, str(results.ROOT))
 
@@ -54,18 +54,6 @@ def service(registry: Registry, engine: str) -> Iterator[str]:
     settings = ["--set", "cluster.vllm.cpu_cache_gib=1.0"] if engine == "vllm" else []
     with running(registry.uri, "--engine", engine, "--adapters", str(ADAPTERS), "--port", str(free_port()), *settings) as process:
         yield process.url(900)
-
-
-def alternate(sides: Sides, rounds: int) -> dict[str, list[Round]]:
-    """All sides in turn, round after round, the first of each round changing; round 0 warms up."""
-    measured: dict[str, list[Round]] = {name: [] for name in sides}
-    for turn in range(rounds + 1):
-        for name in list(sides)[:: 1 if turn % 2 else -1]:
-            found = sides[name](turn)
-            print(f"round {turn}: {name} {found.throughput:.0f} tokens/s, {found.latency:.3f} s a request", flush=True)
-            if turn:
-                measured[name].append(found)
-    return measured
 
 
 def table(measured: dict[str, list[Round]], against: str) -> list[str]:

@@ -16,7 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -130,24 +130,29 @@ def options(about: str | None, tasks: Sequence[str] = (), work: str = "bench", q
     return chosen, max(1, (os.cpu_count() or 1) // chosen.jobs)
 
 
-def main() -> None:
-    chosen, threads = options(__doc__, list(TASKS))
-    finished: dict[str, dict[int, dict[str, Any]]] = {name: {} for name in TASKS}
+def run_all(chosen: argparse.Namespace, tasks: Sequence[str], work: Callable[[str, int], Any], show: Callable[[dict[str, dict[int, Any]]], None]) -> None:
+    """`work(task, seed)` for all of them, `chosen.jobs` at a time; `show` gets {task: {seed: chain}} whenever one ended. Exits with 1 where one failed."""
+    finished: dict[str, dict[int, Any]] = {name: {} for name in tasks}
     with ThreadPoolExecutor(chosen.jobs) as pool:
-        chains = {
-            pool.submit(run, name, seed, chosen.data.resolve(), chosen.work.resolve(), threads): (name, seed)
-            for seed in range(chosen.seeds)
-            for name in chosen.task or TASKS
-        }
+        chains = {pool.submit(work, name, seed): (name, seed) for seed in range(chosen.seeds) for name in tasks}
         for chain in as_completed(chains):
             name, seed = chains[chain]
             try:
                 finished[name][seed] = chain.result()
             except RuntimeError as failure:
                 print(f"{name}, seed {seed}: {failure}", file=sys.stderr, flush=True)
-            results.replace("transfer", table(finished, chosen.jobs, threads))
-    if any(len(finished[name]) < chosen.seeds for name in chosen.task or TASKS):
+            show(finished)
+    if any(len(found) < chosen.seeds for found in finished.values()):
         sys.exit("not all chains came to their end")
+
+
+def main() -> None:
+    chosen, threads = options(__doc__, list(TASKS))
+
+    def work(name: str, seed: int) -> dict[str, Any]:
+        return run(name, seed, chosen.data.resolve(), chosen.work.resolve(), threads)
+
+    run_all(chosen, chosen.task or list(TASKS), work, lambda finished: results.replace("transfer", table(finished, chosen.jobs, threads)))
 
 
 if __name__ == "__main__":

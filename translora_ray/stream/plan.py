@@ -93,11 +93,10 @@ class Plan:
             raise UsageError(f"The kit {kit.path} has no discriminator, which selection.method {method} asks: use excess or none, or prepare a kit with one.")
         if method == "importance" and "calibration" not in (kit.discriminator or {}):
             raise UsageError(f"The kit {kit.path} was made before discriminators were calibrated, which importance needs: prepare it again.")
-        if self.recipe.selection.balance and not kit.task.classes:
-            raise UsageError("selection.balance needs a task with labels, and this one's answers are open: leave it out, or prepare the kit with labels.")
-        for key, asked in (("synthesis.by_label", self.recipe.synthesis.by_label), ("selection.as_asked", self.recipe.selection.as_asked)):
-            if asked and not kit.task.classes:
-                raise UsageError(f"{key} needs a task with labels, and this one's answers are open: leave it out, or prepare the kit with labels.")
+        selection = self.recipe.selection
+        asked = {"selection.balance": selection.balance, "synthesis.by_label": self.recipe.synthesis.by_label, "selection.as_asked": selection.as_asked}
+        if by := next((key for key, value in asked.items() if value and not kit.task.classes), None):
+            raise UsageError(f"{by} needs a task with labels, and this one's answers are open: leave it out, or prepare the kit with labels.")
         if self.recipe.overlap and self.chooses:
             raise UsageError(f"{method} chooses among all examples, before training begins: leave overlap out, or set selection.method to none.")
 
