@@ -6,7 +6,9 @@ import asyncio
 import copy
 import json
 import random
+from collections.abc import AsyncIterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -16,6 +18,7 @@ from translora_ray.engines.transformers import TransformersEngine
 from translora_ray.prompts import Prompt
 from translora_ray.registry import Registry
 from translora_ray.serving.batches import Batches, settled
+from translora_ray.serving.gateway import Gateway, _Frame, _Seen
 from translora_ray.serving.index import Index
 from translora_ray.serving.loading import Loader
 from translora_ray.serving.protocol import ChatRequest, CompletionRequest, Piece, ServiceError, asked, parse
@@ -211,3 +214,22 @@ def test_the_chat_template_gets_all_messages(tiny_llama: str) -> None:
     tokenizer.chat_template = TEMPLATE
     prompt = Prompt("you", "chat", (("system", "be"), ("user", "hi"), ("assistant", "yes")))
     assert tokenizer.decode(prompt_ids(tokenizer, prompt)) == "be\nhi\nyes\nyou\nA:"
+
+
+@pytest.mark.parametrize(("events", "status", "compared"), [(1, 499, []), (2, 200, ["ab"]), (3, 200, ["ab"])])
+def test_a_client_that_leaves_with_the_whole_answer_had_an_answer(events: int, status: int, compared: list[str]) -> None:
+    """Some clients close at the finish, or at [DONE]: Serve cancels the request there."""
+    seen, found = _Seen(0.0, status=200), []
+
+    async def rest() -> AsyncIterator[Piece]:
+        yield Piece("b", "stop", 3, 2)
+
+    async def listen() -> None:
+        gateway = SimpleNamespace(_say=lambda _: None)
+        said = Gateway._events(gateway, seen, _Frame("cmpl-1", 0, "a@1", False), Piece("a"), rest(), False, found.append)  # type: ignore[arg-type]
+        for _ in range(events):
+            await anext(said)
+        await said.aclose()  # type: ignore[attr-defined]
+
+    asyncio.run(listen())
+    assert (seen.status, found) == (status, compared) and (seen.tokens == 2) == bool(compared)

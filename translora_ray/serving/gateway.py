@@ -12,7 +12,7 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -23,7 +23,6 @@ from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
-from starlette.background import BackgroundTask
 from starlette.exceptions import HTTPException
 
 from translora_ray.registry import Registry, Release
@@ -158,8 +157,9 @@ class Gateway:
         if not asked.stream:
             seen.prompt_tokens, seen.tokens = first.prompt_tokens, first.tokens
             self._say(seen)
-            after = BackgroundTask(compare, first.text) if compare else None
-            return JSONResponse(protocol.answer(*frame, first), headers=headers, background=after)
+            if compare:
+                compare(first.text)
+            return JSONResponse(protocol.answer(*frame, first), headers=headers)
         with_usage = bool(wanted.stream_options and wanted.stream_options.include_usage)
         events = self._events(seen, frame, first, pieces, with_usage, compare)
         return StreamingResponse(events, media_type="text/event-stream", headers=headers | {"cache-control": "no-cache"})
@@ -179,8 +179,8 @@ class Gateway:
             self._say(replace(seen, status=error.status))
             return None
 
-    async def _shadow(self, asked: Asked, release: Release, answer: str) -> None:
-        """Have the shadow asked what the client has the answer to."""
+    def _shadow(self, asked: Asked, release: Release, answer: str) -> None:
+        """Have the shadow asked what the client has the answer to. Not after the response is sent: Serve cancels a request whose client has gone."""
         if asked.temperature:
             self.measures.shadow(asked.release, release.id, DRAWN)
         else:
@@ -195,7 +195,7 @@ class Gateway:
         return first.text
 
     async def _events(
-        self, seen: _Seen, frame: _Frame, piece: Piece, pieces: AsyncIterator[Piece], with_usage: bool, compare: Callable[[str], Awaitable[None]] | None
+        self, seen: _Seen, frame: _Frame, piece: Piece, pieces: AsyncIterator[Piece], with_usage: bool, compare: Callable[[str], None] | None
     ) -> AsyncIterator[str]:
         """The answer as server-sent events. An engine that fails on the way ends it with an error's event: nothing else can be said by then."""
         said = [piece.text]
@@ -205,19 +205,20 @@ class Gateway:
                 piece = await anext(pieces)
                 said.append(piece.text)
                 yield protocol.event(*frame, piece, False)
-            seen.prompt_tokens, seen.tokens = piece.prompt_tokens, piece.tokens
             if with_usage:
                 yield protocol.usage_event(*frame, piece)
             yield protocol.DONE
-            if compare:
-                await compare("".join(said))
         except ServiceError as error:
             seen.status = error.status
             yield protocol.sent(error.body())
         except (asyncio.CancelledError, GeneratorExit):
-            seen.status = 499  # the client has gone
+            if not piece.finish:
+                seen.status = 499  # the client has gone before it had the answer
             raise
         finally:
+            seen.prompt_tokens, seen.tokens = piece.prompt_tokens, piece.tokens
+            if piece.finish and compare:
+                compare("".join(said))
             self._say(seen)
 
     def _admit(self, request: Request) -> Key:

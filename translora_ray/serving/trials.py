@@ -3,7 +3,7 @@
 Which requests those are is computed from the request, not drawn: the same request, or the same `user` where the client names one, gets the same
 release every time and from every replica of the gateway; and whoever got the new release still gets it when the share grows.
 
-A shadow is asked when the client has its answer, a few at a time, and what it does is counted and never seen. Its answer agrees where it is the same
+A shadow is asked when the client's answer is complete, a few at a time, and what it does is counted and never seen. Its answer agrees where it is the same
 but for white space around it. Answers that were drawn (a temperature over 0) say nothing of agreement: their requests go to no shadow.
 """
 
