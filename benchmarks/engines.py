@@ -1,18 +1,23 @@
-"""Does it matter to the adapter which engine wrote its examples? One kit, a transfer on each engine, one test set.
+"""Does it matter to the adapter which engine wrote its examples? One kit, transfers on each engine with several seeds, one test set.
 
     make bench-engines         (or: python benchmarks/engines.py)
 
-The kit and both evaluations are made on the transformers engine, so that the transfers alone differ. Runs lie in runs/engines/; what is
-there is not computed again.
+The kit and all evaluations are made on the transformers engine, so that the transfers alone differ. Another seed draws other candidates and
+another order of training: what two transfers of one engine differ in says how much of the engines' difference is chance. Runs lie in
+runs/engines/; what is there is not computed again.
 """
 
 from __future__ import annotations
 
 import json
+import statistics
+from collections.abc import Sequence
+from typing import Any
 
 import results
 from rounds import EXAMPLE, TARGET, judged_kit, translora
 
+SEEDS = 3
 WORK = results.ROOT / "runs" / "engines" / results.commit().replace(" ", "-")
 """Of one commit: another's runs would say nothing of it."""
 SIDES = {"transformers": "cluster.engines=[2,2]", "vllm": "cluster.engines=[1,1]"}
@@ -21,35 +26,37 @@ SIDES = {"transformers": "cluster.engines=[2,2]", "vllm": "cluster.engines=[1,1]
 
 def main() -> None:
     kit = judged_kit().path
-    lines = ["| | accuracy (95 % interval) | accepted | candidates | stream, seconds | stream, tokens/s |", "|---|---|---|---|---|---|"]
-    intervals = []
-    for engine, placement in SIDES.items():
-        run = WORK / engine
-        transfer = ("--target", TARGET, "--out", str(run), "--recipe", str(EXAMPLE / "recipe.yaml"), "--engine", engine, "--set", placement)
-        translora("transfer", kit, *transfer)
-        if not (WORK / f"{engine}.json").exists():
-            found = ("--data", str(EXAMPLE / "test.jsonl"), "--json", str(WORK / f"{engine}.json"), "--engine", "transformers")
-            translora("evaluate", str(run), *found)
-        arm = json.loads((WORK / f"{engine}.json").read_text())["arms"]["transferred"]
-        manifest = json.loads((run / "manifest.json").read_text())
-        intervals.append((arm["accuracy"], arm["low"], arm["high"]))
-        counts, tokens, seconds = manifest["counts"], manifest["tokens"], manifest["last_attempt_seconds"]["stream"]
-        if len(counts["engine_loads"]) > 1:
-            raise SystemExit(f"{run} was interrupted, so that its seconds are not those of its tokens: remove it and start again.")
-        made = sum(amount for role, amount in tokens.items() if role != "training")
-        figures = [
-            f"{arm['accuracy']:.3f} ({arm['low']:.3f} to {arm['high']:.3f})",
-            counts["accepted"],
-            counts["candidates"],
-            round(seconds),
-            f"{made / seconds:.0f}",
-        ]
-        lines.append(f"| {engine} | {' | '.join(map(str, figures))} |")
-    (first, low, high), (second, least, most) = intervals
+    lines = ["| | seed | accuracy (95 % interval) | accepted | candidates | gate |", "|---|---|---|---|---|---|"]
+    means = []
+    for engine in SIDES:
+        arms = []
+        for seed in range(SEEDS):
+            arm, manifest = transferred(kit, engine, seed)
+            arms.append([arm[figure] for figure in ("accuracy", "low", "high")])
+            counts, gate = manifest["counts"], manifest["gate"]["verdict"]
+            lines.append(f"| {engine} | {seed} | {interval(arms[-1])} | {counts['accepted']} | {counts['candidates']} | {gate} |")
+        means.append([statistics.mean(figures) for figures in zip(*arms, strict=True)])
+        lines.append(f"| {engine} | mean | {interval(means[-1])} | | | |")
+    (first, low, high), (second, least, most) = means
     within = low <= second <= high and least <= first <= most
-    head = f"Commit {results.commit()}; one transfer each. Wanted: each accuracy within the other's interval; it is{'' if within else ' not'} so."
+    head = f"Commit {results.commit()}; {SEEDS} transfers each. Wanted: each mean within the other's interval; it is{'' if within else ' not'} so."
     results.replace("engines", "\n".join([head, "", *lines]))
     print("\n".join(lines))
+
+
+def transferred(kit: str, engine: str, seed: int) -> tuple[dict[str, float], dict[str, Any]]:
+    """The evaluation of a transfer, and its manifest. What the gate refuses is counted like the rest."""
+    run, result = WORK / f"{engine}-{seed}", WORK / f"{engine}-{seed}.json"
+    options = ("--recipe", str(EXAMPLE / "recipe.yaml"), "--engine", engine, "--set", SIDES[engine], "--set", f"seed={seed}")
+    translora("transfer", kit, "--target", TARGET, "--out", str(run), *options, allowed=(0, 1))
+    if not result.exists():
+        translora("evaluate", str(run), "--data", str(EXAMPLE / "test.jsonl"), "--json", str(result), "--engine", "transformers")
+    return json.loads(result.read_text())["arms"]["transferred"], json.loads((run / "manifest.json").read_text())
+
+
+def interval(figures: Sequence[float]) -> str:
+    accuracy, low, high = figures
+    return f"{accuracy:.3f} ({low:.3f} to {high:.3f})"
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ def hop(seed: int, chosen: argparse.Namespace, threads: int) -> tuple[dict[str, 
     here = work / f"{TASK.split('/')[1]}-{seed}"
     back, result = here / "back", here / "back.json"
     there = ("--target", transfer.SOURCE, "--out", str(back), "--recipe", str(here / "recipe.yaml"))
-    transfer.translora(here, threads, "transfer", str(here / "run"), *there)
+    transfer.translora(here, threads, "transfer", str(here / "run"), *there, allowed=(0, 1))
     if not result.exists():
         transfer.translora(here, threads, "evaluate", str(back), "--data", str(data / TASK / "test.jsonl"), "--json", str(result))
     return arms, json.loads(result.read_text())["arms"]
