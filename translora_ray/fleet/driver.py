@@ -23,6 +23,7 @@ from translora_ray.config import EngineKind
 from translora_ray.engines.select import opener
 from translora_ray.errors import Stopped, TransLoraError, UsageError, first_line
 from translora_ray.evaluation.compare import evaluate
+from translora_ray.finishing import finish
 from translora_ray.fleet import lease as leases
 from translora_ray.fleet import state as states
 from translora_ray.fleet.groups import Failures, Transfer, check_all, grouped
@@ -40,7 +41,7 @@ from translora_ray.stream.collect import Totals
 from translora_ray.stream.pipeline import run_stream
 from translora_ray.stream.plan import Plan
 from translora_ray.stream.requests import open_desk
-from translora_ray.workflow import Checked, begin, check_answers, finish, train
+from translora_ray.workflow import Checked, begin, check_answers, train
 
 STOPPED = "The fleet was stopped: what was under way is committed; the same command with --resume goes on."
 LOST = "Another driver has taken over this fleet."
