@@ -1,0 +1,169 @@
+"""A base is retired: six public tasks' adapters move from SmolLM2 to Gemma as one fleet, from one job, whose driver is killed twice on the way.
+
+    python benchmarks/fleet_tasks.py           (--data ../shared/data)
+
+Kits are prepared first. Then `cluster/local.sh` starts a Ray of one worker node, and the fleet is submitted to it as users do; SIGKILL hits the driver when
+a third of the examples is committed, and when the first adapter trains; each time the same job is submitted again. Kits and fleet lie in
+runs/fleet-tasks/; a kit that is there is not made again, a fleet is begun anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import quality
+import results
+import yaml
+from engines import interval
+from rounds import SOURCE, TARGET, translora
+
+from translora_ray.fleet import state as states
+from translora_ray.records import read_rows
+from translora_ray.registry import Registry
+from translora_ray.storage import RESULT, RunStore
+from translora_ray.stream.dedup import normal
+
+WORK = results.ROOT / "runs" / "fleet-tasks"
+TASKS = {**quality.TASKS, "slots/snips_PlayMusic": quality.TASKS["slots/snips_GetWeather"]}
+QUOTA, TESTED = 100, 200
+RECIPE = {"selection": {"quota": QUOTA}, "training": {"epochs": 4}}
+ENVIRONMENT = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "TRANSLORA_LOCAL": "/tmp/translora-fleet-tasks"}
+COLUMNS = ("task", "ended as", "source adapter", "bare target", "transferred (95 % interval)", "candidates", "release")
+
+
+def prepare(name: str, data: Path) -> Path:
+    """The kit of a task; its test rows lie beside it."""
+    here = WORK / "kits" / name.split("/")[1]
+    here.mkdir(parents=True, exist_ok=True)
+    rows = data / name
+    learnt = {normal(row.input) for row in read_rows(rows / "train.jsonl")}
+    tested = [row for row in read_rows(rows / "test.jsonl") if normal(row.input) not in learnt][:TESTED]
+    (here / "test.jsonl").write_text("".join(json.dumps({"input": row.input, "target": row.target}) + "\n" for row in tested))
+    task = {"name": here.name, "train": str(rows / "train.jsonl"), **TASKS[name]["task"]}
+    (here / "task.yaml").write_text(yaml.safe_dump(task))
+    if not (here / "kit").exists():
+        translora("prepare", str(here / "task.yaml"), "--base", SOURCE, "--out", str(here / "kit"))
+    return here
+
+
+def write_fleet(kits: list[Path]) -> Path:
+    items = [{"kit": str(here / "kit"), "name": here.name, "evaluate": str(here / "test.jsonl")} for here in kits]
+    fleet = {"out": str(WORK / "fleet"), "registry": str(WORK / "registry"), "kits": items, "target": TARGET, "recipe": RECIPE}
+    (WORK / "fleet.yaml").write_text(yaml.safe_dump(fleet))
+    return WORK / "fleet.yaml"
+
+
+def local(*words: str) -> None:
+    subprocess.run(["cluster/local.sh", *words], cwd=results.ROOT, env=ENVIRONMENT, check=True)
+
+
+def submit(fleet: Path) -> subprocess.Popen[bytes]:
+    with (WORK / "job.log").open("ab") as log:
+        command = ["cluster/local.sh", "submit", "python", "jobs/fleet.py", str(fleet), "--resume"]
+        return subprocess.Popen(command, cwd=results.ROOT, env=ENVIRONMENT, stdout=log, stderr=log)
+
+
+def kill_when(job: subprocess.Popen[bytes], moment: Callable[[], bool], fleet: Path) -> str:
+    """SIGKILL the job's driver at the moment; what there was, in words."""
+    while not moment():
+        if job.poll() is not None:
+            raise SystemExit(f"the job ended before it could be killed: see {WORK / 'job.log'}")
+        time.sleep(0.5)
+    ours = [entry for entry in Path("/proc").glob("[0-9]*") if _words(entry)[1:3] == ["jobs/fleet.py", str(fleet)]]
+    for entry in ours:
+        os.kill(int(entry.name), signal.SIGKILL)
+    if len(ours) != 1 or job.wait(120) == 0:
+        raise SystemExit(f"{len(ours)} drivers were killed, and not one")
+    counts = Counter(row["state"] for row in _transfers())
+    return f"{_shards()} shards, {', '.join(f'{count} {state}' for state, count in counts.items())}"
+
+
+def _words(process: Path) -> list[str]:
+    try:
+        return (process / "cmdline").read_bytes().decode(errors="replace").split("\0")
+    except OSError:
+        return []
+
+
+def _transfers() -> list[dict[str, Any]]:
+    file = WORK / "fleet" / states.FILE
+    return json.loads(file.read_text())["transfers"] if file.exists() else []
+
+
+def _shards() -> int:
+    return len(list(WORK.glob("fleet/runs/*/shards/*.parquet")))
+
+
+def _accepted() -> int:
+    stores = [RunStore(str(run)) for run in WORK.glob("fleet/runs/*")]
+    return sum(candidate.accepted for store in stores for _, candidates, _ in store.shards() for candidate in candidates)
+
+
+def drive(fleet: Path) -> list[str]:
+    """Submit, kill, submit, kill, submit; what the kills found."""
+    third = len(TASKS) * QUOTA // 3
+    moments: list[tuple[str, Callable[[], bool]]] = [
+        ("a third of the examples is there", lambda: _shards() > 2 and _accepted() >= third),
+        ("an adapter trains", lambda: any(row["state"] == states.TRAINING for row in _transfers())),
+    ]
+    said = [f"Killed when {words}: {kill_when(submit(fleet), moment, fleet)}." for words, moment in moments]
+    if submit(fleet).wait() not in (0, 1):  # 1 where a transfer was refused
+        raise SystemExit(f"the fleet did not end: see {WORK / 'job.log'}")
+    return said
+
+
+def row(transfer: dict[str, Any]) -> str:
+    store = RunStore(str(WORK / "fleet" / "runs" / transfer["name"]))
+    cells = [transfer["name"], transfer["state"]]
+    if store.exists(RESULT):
+        arms = store.read_json(RESULT)["arms"]
+        cells += [f"{arms[arm]['accuracy']:.3f}" for arm in ("source_adapter", "target_base")]
+        cells += [
+            interval([arms["transferred"][figure] for figure in ("accuracy", "low", "high")]),
+            str(store.read_json("manifest.json")["counts"]["candidates"]),
+        ]
+    else:
+        cells += ["-"] * 4
+    return f"| {' | '.join([*cells, transfer['release'] or '-'])} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=results.ROOT.parent / "shared" / "data")
+    data = parser.parse_args().data.resolve()
+    if not data.exists():
+        sys.exit(f"{data} does not exist: name the folder with the task rows with --data.")
+    fleet = write_fleet([prepare(name, data) for name in TASKS])
+    for old in ("fleet", "registry"):
+        shutil.rmtree(WORK / old, ignore_errors=True)
+    (WORK / "job.log").unlink(missing_ok=True)
+    local("start", "1", str(os.cpu_count()))
+    began = time.monotonic()
+    try:
+        said = drive(fleet)
+    finally:
+        local("stop")
+    minutes = (time.monotonic() - began) / 60
+    transfers = _transfers()
+    loads = json.loads((WORK / "fleet" / states.FILE).read_text())["engine_loads"]
+    releases = [release.id for release in Registry(str(WORK / "registry")).releases()]
+    head = f"Commit {results.commit()}; {QUOTA} examples a task, at most {TESTED} test rows, {minutes:.0f} minutes from the first submission to the end."
+    facts = f"Engines loaded by streams that came to their end: {sum(map(len, loads.values()))}. In the registry: {', '.join(releases) or 'nothing'}."
+    lines = [head, *said, facts, "", f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|", *map(row, transfers)]
+    results.replace("fleet-tasks", "\n".join(lines))
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
