@@ -40,7 +40,7 @@ def main() -> None:
         for turn in range(rounds):
             for side in list(SIDES)[:: 1 if turn % 2 else -1]:
                 found[side].append(transfer(kit, side, turn, Path(scratch) / f"{side.replace(' ', '-')}-{turn}"))
-    head = f"Commit {results.commit()}; {rounds} rounds, {QUOTA} examples of {EXAMPLE.name}, SmolLM2 to Gemma, engine transformers; seconds, median (least to most)."
+    head = f"Commit {results.commit()}; {rounds} rounds, {QUOTA} examples of {EXAMPLE.name}, SmolLM2 to Gemma, transformers; seconds."
     lines = [head, "", "| | transfer | stream | training | ratio to in turn |", "|---|---|---|---|---|"]
     for side, measured in found.items():
         ratio = results.spread([ours[0] / theirs[0] for ours, theirs in zip(measured, found["in turn"], strict=True)], 2)
