@@ -2,8 +2,8 @@
 
     make bench-training        (or: python benchmarks/training.py --base REF)
 
-A round is an epoch over the first rows of the example with a fresh adapter; the base is loaded before the first round, each side in a
-process of its own. Tokens are those of the rows, padding not counted. Nothing else may run on the machine.
+A round is an epoch over the first rows of the example with a fresh adapter, and then, outside the time, the loss on the rows that are left; the base is
+loaded before the first round, each side in a process of its own. Tokens are those of the rows, padding not counted. Nothing else may run on the machine.
 """
 
 from __future__ import annotations
@@ -96,7 +96,8 @@ def side(name: str, base: str, count: int, pipe: Any) -> None:
     torch.set_num_threads(CPUS)
     task = load_task(EXAMPLE / "task.yaml")
     tokenizer, model = models.load_tokenizer(base), models.load_base(base)
-    rows = encode(tokenizer, task_pairs(task, read_rows(task.train)[:count]), models.context_of(model))
+    every = encode(tokenizer, task_pairs(task, read_rows(task.train)), models.context_of(model))
+    rows, held_out = every[:count], every[count:]
     pipe.send("ready")
     while (turn := pipe.recv()) is not None:
         adapted = adapting.create(model, LORA, turn[1])
@@ -104,8 +105,21 @@ def side(name: str, base: str, count: int, pipe: Any) -> None:
         began = time.perf_counter()
         losses = SIDES[name](adapted, rows, tokenizer.pad_token_id, turn[1])
         seconds = time.perf_counter() - began
+        learnt = loss_on(adapted, held_out, tokenizer.pad_token_id)
         adapted.unload()
-        pipe.send((seconds, sum(len(row.ids) for row in rows), losses, 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
+        pipe.send((seconds, sum(len(row.ids) for row in rows), losses, 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, learnt))
+
+
+def loss_on(model: Any, rows: Sequence[loop.Encoded], pad: int) -> float:
+    """Mean loss per label."""
+    import torch
+
+    model.eval()
+    cpu, size = torch.device("cpu"), SETTINGS.batch_size
+    with torch.no_grad(), loop.autocast(cpu):
+        parts = [loop.collate(rows[start : start + size], pad, cpu) for start in range(0, len(rows), size)]
+        total = sum(float(loop.label_loss(model, model.get_output_embeddings(), part)) for part in parts)
+    return total / sum(row.labels for row in rows)
 
 
 def loops(rounds: int, requests: int, base: str) -> list[str]:
@@ -114,13 +128,15 @@ def loops(rounds: int, requests: int, base: str) -> list[str]:
     for each in sides.values():
         each.close()
     lines = [f"Rows of {EXAMPLE.name}, batches of {SETTINGS.batch_size}, LoRA of rank {LORA.rank}; wanted: 2.5 times both on Gemma, 1.2 on SmolLM2."]
-    lines += ["", "| | tokens/s | our loop is faster by | loss, first quarter | loss, last quarter | peak memory, GiB |", "|---|---|---|---|---|---|"]
+    columns = ("", "tokens/s", "our loop is faster by", "loss, first quarter", "loss, last quarter", "loss on other rows afterwards", "peak memory, GiB")
+    lines += ["", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for name, found in measured.items():
         faster = results.spread([theirs[0] / own[0] for theirs, own in zip(found, measured["our loop"], strict=True)], 2)
         quarter = len(found[0][2]) // 4
         first, last = ([sum(part) / len(part) for part in parts] for parts in ([one[2][:quarter] for one in found], [one[2][-quarter:] for one in found]))
         speed = results.spread([one[1] / one[0] for one in found], 0)
-        lines.append(f"| {name} | {speed} | {faster} | {results.spread(first)} | {results.spread(last)} | {max(one[3] for one in found) / 2**30:.1f} |")
+        losses = " | ".join(map(results.spread, (first, last, [one[4] for one in found])))
+        lines.append(f"| {name} | {speed} | {faster} | {losses} | {max(one[3] for one in found) / 2**30:.1f} |")
     return [*lines, ""]
 
 
