@@ -64,4 +64,4 @@ class Writing(Plan):
 def writing(base: str, packs: int, size: int) -> Writing:
     """The transfer's own stream as far as candidates: one engine on all cores, `packs` packs of `size` requests at once."""
     cluster = Cluster(vllm=SETTINGS.model_copy(update={"packs": packs}))
-    return Writing(example_kit(), base, Recipe(synthesis=Synthesis(pack_size=size)), cluster, "vllm", CPUS, 0)
+    return Writing(example_kit(), base, Recipe(synthesis=Synthesis(generator=("target",), pack_size=size)), cluster, "vllm", CPUS, 0)

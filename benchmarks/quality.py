@@ -2,10 +2,10 @@
 
     make bench-quality         (or: python benchmarks/quality.py --data ../shared/data --seeds 3 [--quick])
 
-Each (task, seed) is a whole chain: a kit, a transfer by default, a transfer in the paper's way (a list of seeds to continue, the discriminator's cut), the
-arms made from the candidates of each, and an oracle on the real rows. --quick takes three tasks and fewer arms. --jobs chains run at a time, on an even
-share of the cores each. Results and logs lie in runs/quality/; what is there is not computed again. The table goes to benchmarks/RESULTS.md, the plot
-beside it.
+Each (task, seed) is a whole chain: a kit, a transfer by default, a transfer in the paper's way (a list of seeds to continue, the discriminator's cut), one
+with each other generator, the arms made from the candidates of the first two, and an oracle on the real rows. --quick takes three tasks and fewer arms.
+--jobs chains run at a time, on an even share of the cores each. Results and logs lie in runs/quality/; what is there is not computed again. The table goes to
+benchmarks/RESULTS.md, the plot beside it.
 """
 
 from __future__ import annotations
@@ -37,9 +37,15 @@ TASKS: dict[str, dict[str, Any]] = {
     "bbh/boolean_expressions": transfer.TASKS["bbh/boolean_expressions"],
 }
 QUICK = list(TASKS)[:3]
-PAPER: dict[str, dict[str, Any]] = {"synthesis": {"by_label": False}, "selection": {"method": "discriminator"}}
-"""A recipe's sections that turn the default into the paper's way."""
-ARMS = {"default": ["excess"], "paper": ["unfiltered", "seeds_only", "importance", "excess", "both"]}
+WAYS: dict[str, dict[str, dict[str, Any]]] = {
+    "default": {},
+    "paper": {"synthesis": {"by_label": False}, "selection": {"method": "discriminator"}},
+    "target": {"synthesis": {"generator": "target"}},
+    "turns": {"synthesis": {"generator": ["source", "target"]}},
+    "adapter": {"synthesis": {"generator": "adapter"}},
+}
+"""A recipe's sections that turn the default into each transfer's way."""
+ARMS = {way: [] for way in WAYS} | {"default": ["excess"], "paper": ["unfiltered", "seeds_only", "importance", "excess", "both"]}
 """Arms that are made from the candidates of each transfer."""
 QUICK_ARMS = {"default": [], "paper": ["unfiltered"]}
 SHOWN: dict[str, tuple[str, str]] = {
@@ -53,6 +59,9 @@ SHOWN: dict[str, tuple[str, str]] = {
     "list, both": ("paper", "both"),
     "default": ("default", "transferred"),
     "default's candidates, excess (no discriminator)": ("default", "excess"),
+    "default, the target base writes": ("target", "transferred"),
+    "default, source and target base write in turn": ("turns", "transferred"),
+    "default, a generator adapter writes": ("adapter", "transferred"),
     "source adapter": ("paper", "source_adapter"),
     "oracle": ("paper", "oracle"),
 }
@@ -69,14 +78,14 @@ def run(name: str, seed: int, data: Path, work: Path, threads: int, arms: dict[s
     learnt = {normal(row.input) for row in read_rows(rows / "train.jsonl")}
     tested = [row for row in read_rows(rows / "test.jsonl") if normal(row.input) not in learnt]  # of banking_cards one is among the training rows
     (here / "test.jsonl").write_text("".join(json.dumps({"input": row.input, "target": row.target}) + "\n" for row in tested))
-    task = {"name": short, "train": str(rows / "train.jsonl"), "seed": seed, **TASKS[name]["task"]}
+    task = {"name": short, "train": str(rows / "train.jsonl"), "seed": seed, "generator_adapter": True, **TASKS[name]["task"]}
     (here / "task.yaml").write_text(yaml.safe_dump(task))
     if not (here / "kit").exists():
         transfer.translora(here, threads, "prepare", str(here / "task.yaml"), "--base", transfer.SOURCE, "--out", str(here / "kit"))
     found: Chain = {}
     for way, extra in arms.items():
         recipe = {"seed": seed, "cluster": {"engine_cpus": threads, "worker_cpus": threads}, **TASKS[name]["recipe"]}
-        for section, keys in (PAPER if way == "paper" else {}).items():
+        for section, keys in WAYS[way].items():
             recipe[section] = {**recipe.get(section, {}), **keys}
         (here / f"{way}.yaml").write_text(yaml.safe_dump(recipe))
         made = ("--target", transfer.TARGET, "--out", str(here / way), "--recipe", str(here / f"{way}.yaml"))
@@ -91,14 +100,14 @@ def run(name: str, seed: int, data: Path, work: Path, threads: int, arms: dict[s
 
 def accuracy(chain: Chain, arm: str) -> float | None:
     way, name = SHOWN[arm]
-    found = chain[way]["evaluation"]["arms"].get(name)
+    found = chain[way]["evaluation"]["arms"].get(name) if way in chain else None
     return None if found is None else float(found["accuracy"])
 
 
 def recovery(chain: Chain, arm: str) -> float | None:
     """Of an arm, whichever transfer it belongs to; None where it was not made."""
     way, name = SHOWN[arm]
-    found = chain[way]["evaluation"]["arms"]
+    found = chain[way]["evaluation"]["arms"] if way in chain else {}
     return compare.recovery({**chain["paper"]["evaluation"]["arms"], name: found[name]}, name) if name in found else None
 
 

@@ -74,14 +74,14 @@ def _prepare(options: argparse.Namespace) -> int:
 
     task, cluster = load_task(options.task), _placement(options.set)
     out = _place(options.out, "--out")
-    from translora_ray import kit
+    from translora_ray import preparing
     from translora_ray.engines.select import choose_engine, opener
     from translora_ray.evaluation.report import show_facts
     from translora_ray.progress import Display
 
     engine = choose_engine(options.engine)
     with Display() as display:
-        facts = kit.prepare(
+        facts = preparing.prepare(
             task,
             _reference(options.base),
             out,
@@ -90,7 +90,7 @@ def _prepare(options: argparse.Namespace) -> int:
             opener(engine, cluster.vllm, cluster.engine_gpus, display.say),
             display,
         )
-    show_facts(f"transfer kit {options.out}", {key: facts[key] for key in ("base", "rows", "discriminator", "seconds", "digest")})
+    show_facts(f"transfer kit {options.out}", {key: facts[key] for key in ("base", "rows", "discriminator", "generator", "seconds", "digest")})
     return 0
 
 

@@ -10,10 +10,11 @@ import json
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_serializer, field_validator, model_validator
 
 EngineKind = Literal["auto", "transformers", "vllm"]
 AdapterType = Literal["lora", "rslora", "dora", "prompt_tuning", "ia3"]
+GeneratorKind = Literal["source", "target", "adapter"]
 Method = Literal["auto", "discriminator", "importance", "excess", "both", "none"]
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 """What a task may be called, and whatever takes its name from one: names become parts of paths."""
@@ -112,10 +113,15 @@ class Task(Section):
     source_adapter: Adapter = Adapter()
     """Type and size of the source adapter; None means LoRA of rank 16, alpha twice the rank, dropout 0, all linear layers."""
     discriminator_training: Training = Training(epochs=3)
+    generator_adapter: bool = False
+    """Whether a LoRA on the source base learns to write the task's inputs, each after its label, for recipes whose `synthesis.generator` is `adapter`. It
+    learns from all rows and may repeat some: audit the kit (docs/privacy.md)."""
+    generator_training: Training = Training(epochs=3)
+    """For the generator adapter."""
 
     @model_validator(mode="after")
     def _real_rows_have_no_teacher(self) -> Task:
-        if self.source_training.token_weights or self.discriminator_training.token_weights:
+        if any(training.token_weights for training in (self.source_training, self.discriminator_training, self.generator_training)):
             raise ValueError("token_weights weighs a teacher's answers, and prepare trains on real ones: put it into the recipe's training")
         return self
 
@@ -128,15 +134,17 @@ class Task(Section):
 class Synthesis(Section):
     """How candidates are written."""
 
-    generator: Literal["source", "target"] = "source"
-    """Which base continues the seeds: the source base shares its engine with discriminator and teacher; `target` is the paper's."""
+    generator: tuple[GeneratorKind, ...] = Field(("source",), min_length=1, strict=False)
+    """Who writes candidates. `source`: the source base continues the seeds, on the engine of discriminator and teacher. `target`: the target base does, as in
+    the paper. `adapter`: the kit's generator adapter, which is shown no seeds. Of several, as a list, each writes a pack in turn."""
     shots: int = Field(5, ge=1)
     """Seeds shown in one request, drawn anew for each pack (paper: 5)."""
     by_label: bool | None = None
     """Whether each request asks for an input of one of the task's labels, all of them in turn: seeds stand after the name of their label, and the name alone
-    is to be continued. Few seeds can not cover many classes; their names can. None: where the task has labels."""
+    is to be continued. Few seeds can not cover many classes; their names can. None: where the task has labels, as the generator adapter always does."""
     temperature: float | None = Field(None, gt=0)
-    """Of the generator. None: 1 by label, where half of the candidates at 0.7 repeat others; else 0.7, above which small bases drift off the task."""
+    """Of the generator. None: 1 by label, where half of the candidates at 0.7 repeat others, and for the generator adapter, whose inputs are spread as it has
+    learnt them; else 0.7, above which small bases drift off the task."""
     min_p: float = Field(0.05, ge=0, lt=1)
     """Drops tokens less likely than this share of the likeliest. Needs no sorting of the vocabulary, unlike top-p."""
     max_tokens: int | None = Field(None, ge=1)
@@ -144,10 +152,31 @@ class Synthesis(Section):
     pack_size: int = Field(64, ge=1)
     """Requests that travel, and are computed, together."""
 
-    def settled(self, classes: Sequence[str]) -> Synthesis:
-        """These settings with `by_label` and `temperature` decided, for a task with such labels."""
-        by_label = bool(classes) if self.by_label is None else self.by_label
-        return self.model_copy(update={"by_label": by_label, "temperature": self.temperature or (1.0 if by_label else 0.7)})
+    @field_validator("generator", mode="before")
+    @classmethod
+    def _one_generator(cls, generators: Any) -> Any:
+        return (generators,) if isinstance(generators, str) else generators
+
+    @field_validator("generator")
+    @classmethod
+    def _each_once(cls, generators: tuple[GeneratorKind, ...]) -> tuple[GeneratorKind, ...]:
+        if len(set(generators)) < len(generators):
+            raise ValueError("name each generator once")
+        return generators
+
+    @field_serializer("generator")
+    def _one_as_a_name(self, generators: tuple[GeneratorKind, ...]) -> str | list[str]:
+        return generators[0] if len(generators) == 1 else list(generators)
+
+    def writer(self, pack: int) -> GeneratorKind:
+        """Whose turn it is to write pack number `pack`."""
+        return self.generator[pack % len(self.generator)]
+
+    def settled(self, classes: Sequence[str], generator: GeneratorKind = "source") -> Synthesis:
+        """These settings with `by_label` and `temperature` decided, for such a generator and a task with such labels."""
+        learnt = generator == "adapter"
+        by_label = bool(classes) if learnt or self.by_label is None else self.by_label
+        return self.model_copy(update={"by_label": by_label, "temperature": self.temperature or (1.0 if by_label or learnt else 0.7)})
 
 
 class Selection(Section):

@@ -11,11 +11,12 @@ from typing import Any
 
 from translora_ray import __version__, adapters, models
 from translora_ray.evaluation import page
-from translora_ray.gating import examples, pass_gate
+from translora_ray.gating import pass_gate
 from translora_ray.measures import GATE, PhaseMeasures
 from translora_ray.placement import Run, run_once
 from translora_ray.progress import Display
 from translora_ray.storage import ADAPTER, MANIFEST, TRAIN, RunStore
+from translora_ray.stream.choose import by_generator, choose
 from translora_ray.stream.collect import Totals
 from translora_ray.stream.plan import Plan
 
@@ -36,7 +37,8 @@ def finish(
     with tempfile.TemporaryDirectory() as scratch:
         folder = store.fetch_folder(ADAPTER, Path(scratch) / ADAPTER)
         info = check_fits(folder, plan.target)
-    trained, held_out = examples(plan, store)
+    candidates = [candidate for _, shard, _ in store.shards() for candidate in shard]
+    trained, held_out = choose(plan, candidates)
     with PhaseMeasures().timed(GATE):
         verdict = pass_gate(plan, store, totals, run or run_once(plan), display)
     manifest = {
@@ -57,6 +59,7 @@ def finish(
             "trained": len(trained),
             "held_out": len(held_out),
             "left": totals.accepted - len(trained) - len(held_out),
+            "generators": by_generator(plan.recipe.synthesis, candidates),
             "rejects": dict(totals.rejects),
             "seed_copies": round(totals.seed_copies, 4),
             "engine_loads": totals.loads,

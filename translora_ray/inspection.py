@@ -32,7 +32,7 @@ def _facts(path: str) -> tuple[str, dict[str, Any]]:
     if (folder / kit.FACTS).exists():
         loaded = kit.load(folder)
         facts = {"task": loaded.task.name, "base": loaded.base, "rows": loaded.rows, "seeds": len(loaded.seeds)}
-        return "transfer kit, sound", facts | {"discriminator": loaded.discriminator, "digest": loaded.digest}
+        return "transfer kit, sound", facts | {"discriminator": loaded.discriminator, "generator adapter": loaded.generator, "digest": loaded.digest}
     if (folder / adapters.CONFIG).exists():
         info = asdict(adapters.inspect(folder))
         return "adapter, sound", info | {"shapes": f"{len(info['shapes'])} modules"}

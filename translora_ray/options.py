@@ -78,7 +78,7 @@ def _fleets(commands: Commands) -> _Parser:
 def _inspection(commands: Commands) -> _Parser:
     inspect = commands.add_parser("inspect", help="say what a kit, adapter, run, registry or model is, and whether it is sound")
     inspect.add_argument("path", metavar="PATH", nargs="+", help="one path or model reference; two models are checked as a pair")
-    inspect.add_argument("--audit", action="store_true", help="membership tests on a kit's discriminator, and on a run's synthetic prompts")
+    inspect.add_argument("--audit", action="store_true", help="membership tests on what a kit's adapters and a run's synthetic prompts give away")
     inspect.add_argument("--data", metavar="train.jsonl", help="of --audit: the rows that the kit was made from")
     inspect.add_argument("--holdout", metavar="test.jsonl", help="of --audit: rows of the same task that were not learnt from")
     inspect.add_argument("--pairs", action="store_true", help="of --audit: show the synthetic prompts that are nearest to rows, and the rows")

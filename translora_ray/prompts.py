@@ -56,6 +56,11 @@ def labelled_prompt(seeds: Sequence[TaskRow], shots: int, seed: int, label: str)
     return Prompt("\n".join([*(f"{row.target}: {row.input}" for row in shown), f"{label}:"]))
 
 
+def generator_prompt(name: str) -> Prompt:
+    """What a generator adapter goes on from: the label of the input to write, or the task's name where answers are open."""
+    return Prompt(f"{name}:")
+
+
 def synthesis_stops(seeds: Sequence[str]) -> tuple[str, ...]:
     """Where a list item ends: at the line's end, or, when seeds have several lines, at an empty line."""
     return ("\n\n",) if any("\n" in seed for seed in seeds) else ("\n",)

@@ -12,6 +12,7 @@ from typing import Any
 from translora_ray import adapters
 from translora_ray.errors import UsageError
 from translora_ray.evaluation.gate import REFUSE, REVIEW
+from translora_ray.kit import load as load_kit
 from translora_ray.storage import ADAPTER, MANIFEST, RESULT, RunStore
 
 STABLE = "stable"
@@ -117,9 +118,7 @@ def some(words: Iterable[str], most: int = 10) -> str:
 
 def of_kit(kit: str, reviewed: bool, scratch: Path) -> tuple[dict[str, Any], Path]:
     """What the release of a kit's source adapter says, and a copy of the adapter in `scratch`: what a migration moves away from, to serve both side by side."""
-    from translora_ray.kit import load  # reads task rows elsewhere, and imports torch for that
-
-    found = load(kit)
+    found = load_kit(kit)
     if not reviewed:
         raise UsageError(f"{kit} is a kit, whose source adapter passed no gate: add --reviewed when a person has let it pass.")
     copy = Path(shutil.copytree(found.adapter.path, scratch / ADAPTER))

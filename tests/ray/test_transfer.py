@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.conftest import processes, task_rows
+from tests.conftest import processes, task_rows, write_task
 from tests.ray.conftest import answers, arguments, rows, same_weights
 from translora_ray.adapters import digest, inspect
 from translora_ray.cli import main
@@ -189,11 +189,11 @@ def test_a_second_writer_is_refused(tmp_path: Path) -> None:
         pass
 
 
-def test_two_pools_two_workers_and_the_target_as_generator(tiny_kit: Path, tiny_gemma: str, tmp_path: Path) -> None:
+def test_two_pools_two_workers_and_two_generators_that_take_turns(tiny_kit: Path, tiny_gemma: str, tmp_path: Path) -> None:
     run = tmp_path / "run"
     # a random base hardly ever ends a line unless its choice is nearly uniform
     more = (
-        "synthesis.generator=target",
+        "synthesis.generator=[source, target]",
         "synthesis.temperature=20.0",
         "selection.quota=21",
         "cluster.workers=2",
@@ -205,12 +205,29 @@ def test_two_pools_two_workers_and_the_target_as_generator(tiny_kit: Path, tiny_
     (loads,) = manifest["counts"]["engine_loads"].values()
     assert sorted(loads) == sorted([manifest["source_base"], manifest["target_base"]])
     assert manifest["training"]["rows"] == 21
+    counts = manifest["counts"]
+    for kind in ("candidates", "accepted"):
+        assert sum(each[kind] for each in counts["generators"].values()) == counts[kind]
+    assert all(each["accepted"] for each in counts["generators"].values())
+    assert "Generators, which took turns" in (run / "report.html").read_text()
     alone = tmp_path / "alone"  # the same shards, trained by one worker: the same adapter
     shutil.copytree(run / "shards", alone / "shards")
     shutil.copy(run / "run.json", alone)
     assert main(arguments(tiny_kit, tiny_gemma, alone, *more, "cluster.workers=1")) == 0
     assert json.loads((alone / "manifest.json").read_text())["training"]["loss"] == pytest.approx(manifest["training"]["loss"], rel=1e-3)
     same_weights(run, alone)
+
+
+def test_a_generator_adapter_writes_on_the_engine_of_the_others(tiny_kit: Path, tiny_llama: str, tiny_gemma: str, tmp_path: Path) -> None:
+    task = write_task(tmp_path, generator_adapter=True, generator_training={"epochs": 25, "learning_rate": 0.01})
+    made = ["prepare", str(task), "--base", tiny_llama, "--adapter", str(tiny_kit / "adapter"), "--out", str(tmp_path / "kit")]
+    assert main([*made, "--engine", "transformers"]) == 0
+    assert main(arguments(tmp_path / "kit", tiny_gemma, tmp_path / "run", "synthesis.generator=adapter", "selection.quota=12", "training.epochs=1")) == 0
+    counts = json.loads((tmp_path / "run" / "manifest.json").read_text())["counts"]
+    assert [len(loads) for loads in counts["engine_loads"].values()] == [1]
+    assert counts["generators"] == {"adapter": {"candidates": counts["candidates"], "accepted": 12}}
+    colours = {word for row in task_rows(8) for word in row["input"].split()}
+    assert sum(bool(colours & set(row.input.split())) for row in rows(tmp_path / "run") if row.accepted) >= 8  # of 12; the base alone writes none
 
 
 def test_a_finished_run_stands_for_a_kit_and_the_teacher_is_its_adapter(tiny_kit: Path, tiny_llama: str, tiny_gemma: str, tmp_path: Path) -> None:

@@ -120,7 +120,9 @@ def test_adapters_that_do_not_fit(tmp_path: Path, tiny_kit: Path, tiny_llama: st
         ("cluster.expect={cpu: 4}", "unknown key cluster.expect.0.cpu"),
         ("cluster.expect=[]", "cluster.expect: List should have at least 1 item"),
         ("selection.threshold=.nan", "selection.threshold: Input should be a finite number"),
-        ("synthesis.generator=both", "synthesis.generator: Input should be 'source' or 'target'"),
+        ("synthesis.generator=both", "synthesis.generator.0: Input should be 'source', 'target' or 'adapter', not 'both'"),
+        ("synthesis.generator=[]", "synthesis.generator: Tuple should have at least 1 item"),
+        ("synthesis.generator=[target, target]", "synthesis.generator: name each generator once"),
     ],
 )
 def test_bad_recipes_name_the_key(tmp_path: Path, tiny_kit: Path, tiny_gemma: str, capsys: pytest.CaptureFixture[str], override: str, message: str) -> None:

@@ -19,7 +19,7 @@ LAYERS = [
     {"training.task"},
     {"evaluation.statistics", "evaluation.plots", "stream.synthesize", "stream.dedup", "stream.discriminate", "stream.teach"},
     {"kit", "evaluation.markup"},
-    {"stream.plan"},
+    {"stream.plan", "preparing"},
     {"stream.choose", "evaluation.gate"},
     {"ledger", "releases"},
     {"registry"},

@@ -120,7 +120,7 @@ def test_a_kit_without_a_discriminator_selects_by_excess(loaded: kit.Kit) -> Non
 
 def test_labels_are_asked_for_where_there_are_some(loaded: kit.Kit) -> None:
     open_kit = replace(loaded, task=loaded.task.model_copy(update={"labels": "open"}))
-    found = [planned(one).synthesis for one in (loaded, open_kit)]
+    found = [planned(one).synthesis("source") for one in (loaded, open_kit)]
     assert [(settings.by_label, settings.temperature) for settings in found] == [(True, 1.0), (False, 0.7)]
     assert Synthesis(by_label=False, temperature=0.9).settled(["a"]) == Synthesis(by_label=False, temperature=0.9)
 

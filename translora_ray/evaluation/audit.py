@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +17,11 @@ from rapidfuzz.distance import Indel
 
 from translora_ray import kit
 from translora_ray.config import Recipe
-from translora_ray.engines.base import OpenEngine
+from translora_ray.engines.base import Complete, OpenEngine
 from translora_ray.errors import UsageError
 from translora_ray.evaluation.statistics import FEW, auc, binomial_tail, chance_interval
 from translora_ray.progress import Display
+from translora_ray.prompts import generator_prompt
 from translora_ray.records import TaskRow, read_rows
 from translora_ray.storage import IDENTITY, MANIFEST, RunStore
 from translora_ray.stream.dedup import Passages, grams, normal
@@ -59,13 +60,15 @@ def audit(path: str, data: str, holdout: str, pairs: bool, open_engine: OpenEngi
             low, high = chance_interval(len(sides.members), len(sides.others))
             display.say(f"{name} has {len(side)} rows to test with: an AUC of 0.5 would have an interval of {low:.2f} to {high:.2f}. Take {FEW} or more.")
     result: dict[str, Any] = {"members": len(sides.members), "others": len(sides.others), "seeds_left_out": sides.seeds}
-    result |= {"rows_known": sides.known, "discriminator": None, "synthetic": None}
+    result |= {"rows_known": sides.known, "discriminator": None, "generator": None, "synthetic": None}
     if loaded.discriminator is None:
         display.say("The kit has no discriminator: that half of the audit is left out.")
     else:
         if not sides.known:
             display.say(f"{data} is not the kit's training file as it was: a tenth of those rows were kept from the discriminator, which pulls its AUC to 0.5.")
         result["discriminator"] = on_discriminator(loaded, sides, open_engine, display)
+    if loaded.generator is not None:
+        result["generator"] = on_generator(loaded, sides, {row.input: row.target for row in [*rows, *other_rows]}, open_engine, display)
     if store is None:
         display.say("A kit has no synthetic prompts: that half of the audit wants a run.")
     else:
@@ -117,6 +120,30 @@ def on_discriminator(loaded: kit.Kit, sides: Sides, open_engine: OpenEngine, dis
     engine.close()
     count = len(sides.judged)
     return {"members": count, **_judged(found[:count], found[count:])}
+
+
+def on_generator(loaded: kit.Kit, sides: Sides, targets: Mapping[str, str], open_engine: OpenEngine, display: Display) -> dict[str, Any]:
+    """Does the generator adapter find rows that it was trained on likelier than others? `targets` holds each row's.
+
+    `likelihood` ranks rows by the mean log-probability of their tokens (Yeom et al., arXiv 1709.01604), `gain` by what of it the adapter adds to its base,
+    which takes out how common a text is (Carlini et al., arXiv 2112.03570).
+    """
+    adapter, open_task = loaded.generator_adapter, not loaded.task.classes
+    engine = open_engine(loaded.base, [adapter])
+    phase, texts = display.phase("likelihoods"), [*sides.members, *sides.others]
+    likelihood: list[float] = []
+    gain: list[float] = []
+    for start in range(0, len(texts), CHUNK):
+        part = texts[start : start + CHUNK]
+        prompts = [generator_prompt(loaded.task.name if open_task else targets[text].strip()) for text in part]
+        asked = [Complete(prompt, text, each) for prompt, text in zip(prompts, part, strict=True) for each in (adapter, None)]
+        means = [sum(found) / len(found) for found in engine.token_logprobs(asked)]
+        likelihood += means[::2]
+        gain += [ours - bare for ours, bare in zip(means[::2], means[1::2], strict=True)]
+        phase.update(len(gain), len(texts))
+    engine.close()
+    count = len(sides.members)
+    return {"members": count, **{name: _judged(found[:count], found[count:]) for name, found in (("likelihood", likelihood), ("gain", gain))}}
 
 
 def on_prompts(prompts: Sequence[str], sides: Sides, near: float, overlap: float, pairs: bool = False) -> dict[str, Any]:

@@ -145,6 +145,9 @@ def _stream(run: Run) -> Html:
     caption = f"{counts['candidates']:,} candidates, selected by {run.manifest['selection']}; of the accepted ones {counts['trained']:,} were trained on, "
     caption += f"{counts['held_out']:,} held out for the gate and {counts['left']:,} left over"
     content = [table(caption, ("outcome", "candidates", "share"), rows, numbers=(1, 2))]
+    if len(generators := counts.get("generators", {})) > 1:
+        turns = [(name, f"{each['candidates']:,}", f"{each['accepted'] / max(1, each['candidates']):.1%}") for name, each in generators.items()]
+        content.append(table("Generators, which took turns", ("generator", "candidates", "accepted"), turns, numbers=(1, 2)))
     if run.candidates:
         plot = plots.over_time([candidate.reason for candidate in run.candidates], run.recipe.synthesis.pack_size, NOT_NEEDED)
         content.append(figure(plot, "What became of the candidates, from the first pack to the last."))

@@ -55,6 +55,8 @@ def show_model(info: ModelInfo) -> None:
 
 AUDITED = {
     "discriminator": "discriminator's verdicts on them",
+    "likelihood": "generator adapter's log-likelihood of them",
+    "gain": "what it adds to its base's",
     "edit_similarity": "edit similarity to the nearest prompt",
     "word_overlap": "words shared with one prompt",
 }
@@ -66,10 +68,10 @@ def show_audit(result: dict[str, Any]) -> None:
     for column in ("rows told apart by", "AUC", "95 % interval", "judgement"):
         table.add_column(column, justify="right" if column in {"AUC", "95 % interval"} else "left", overflow="fold")
     synthetic = result["synthetic"] or {}
-    found = {"discriminator": result["discriminator"], **{name: synthetic.get(name) for name in ("edit_similarity", "word_overlap")}}
-    for name, value in found.items():
-        if value:
-            table.add_row(AUDITED[name], f"{value['auc']:.3f}", f"{value['low']:.3f} to {value['high']:.3f}", value["judgement"])
+    found = {"discriminator": result["discriminator"], **(result["generator"] or {}), **synthetic}
+    for name, score in AUDITED.items():
+        if value := found.get(name):
+            table.add_row(score, f"{value['auc']:.3f}", f"{value['low']:.3f} to {value['high']:.3f}", value["judgement"])
     Console().print(table)
     lines = [synthetic["copies"]["judgement"]] if synthetic else []
     for pair in synthetic.get("nearest", []):

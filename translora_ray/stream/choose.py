@@ -9,6 +9,7 @@ import math
 import random
 from collections.abc import Sequence
 
+from translora_ray.config import Synthesis
 from translora_ray.records import Candidate, derive_seed
 from translora_ray.stream.plan import Plan
 
@@ -29,6 +30,16 @@ def choose(plan: Plan, candidates: Sequence[Candidate]) -> tuple[list[Candidate]
     chosen = accepted[:wanted]
     held_out = len(chosen) * plan.held_out // wanted
     return chosen[: len(chosen) - held_out], chosen[len(chosen) - held_out :]
+
+
+def by_generator(synthesis: Synthesis, candidates: Sequence[Candidate]) -> dict[str, dict[str, int]]:
+    """How many candidates each generator wrote, and how many of them were accepted: a candidate's index tells its pack, and the pack its generator."""
+    found: dict[str, dict[str, int]] = {generator: {"candidates": 0, "accepted": 0} for generator in synthesis.generator}
+    for candidate in candidates:
+        counts = found[synthesis.writer(candidate.index // synthesis.pack_size)]
+        counts["candidates"] += 1
+        counts["accepted"] += candidate.accepted
+    return found
 
 
 def _worth(plan: Plan, candidate: Candidate) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -13,6 +13,7 @@ import ray
 from ray.data import ActorPoolStrategy, DataContext
 
 from translora_ray import adapters
+from translora_ray.config import GeneratorKind, Synthesis
 from translora_ray.engines.base import Engine
 from translora_ray.engines.select import open_engine
 from translora_ray.errors import EngineDied, RunFailed, Stopped, TransLoraError
@@ -56,7 +57,7 @@ class StageActor:
 
     def _stages(self, plan: Plan) -> list[Stage] | TransLoraError:
         try:
-            return [stage for role in self.pool.roles for stage in STAGES[role](plan, self.engine)]
+            return [stage for role in self.pool.roles for stage in STAGES[role](plan, self.pool, self.engine)]
         except EngineDied:
             raise
         except TransLoraError as failure:
@@ -83,6 +84,18 @@ class StageActor:
             self._open()
 
 
+class Turns:
+    """Generators that take turns by the number of the pack. The packs of those that are on another engine pass."""
+
+    def __init__(self, synthesis: Synthesis, stages: Mapping[GeneratorKind, Sequence[Stage]]) -> None:
+        self.synthesis, self.stages = synthesis, stages
+
+    def process(self, pack: Pack) -> Pack:
+        for stage in self.stages.get(self.synthesis.writer(pack.number), ()):
+            pack = stage.process(pack)
+        return pack
+
+
 def _through(stages: list[Stage] | TransLoraError, pack: Pack) -> Pack:
     """The pack after the stages; with the reason where one of its transfer's own parts can not work, which must not stop the other transfers."""
     if pack.failure:
@@ -99,18 +112,27 @@ def _through(stages: list[Stage] | TransLoraError, pack: Pack) -> Pack:
     return pack
 
 
-def _writing(plan: Plan, engine: Engine) -> list[Stage]:
+def _writing(plan: Plan, pool: Pool, engine: Engine) -> list[Stage]:
     kit, selection = plan.kit, plan.recipe.selection
-    writer = synthesize.Synthesizer(engine, plan.synthesis, kit.seeds, kit.task.classes)
-    return [writer, SeedFilter(kit.seed_inputs, selection.near_duplicate, selection.seed_overlap)]
+
+    copies = SeedFilter(kit.seed_inputs, selection.near_duplicate, selection.seed_overlap)
+
+    def writer(generator: GeneratorKind) -> synthesize.Synthesizer:
+        settings = plan.synthesis(generator)
+        if generator == "adapter":
+            return synthesize.LearntSynthesizer(engine, settings, kit.seeds, kit.task, kit.generator_adapter)
+        return synthesize.Synthesizer(engine, settings, kit.seeds, kit.task.classes)
+
+    here = [generator for generator in plan.recipe.synthesis.generator if plan.writes(generator, pool.base)]
+    return [Turns(plan.recipe.synthesis, {generator: [writer(generator), copies] for generator in here})]
 
 
-def _judging(plan: Plan, engine: Engine) -> list[Stage]:
+def _judging(plan: Plan, _pool: Pool, engine: Engine) -> list[Stage]:
     kit = plan.kit
     return [discriminate.Discriminator(engine, kit.task.name, kit.discriminator_adapter, plan.threshold)]
 
 
-def _teaching(plan: Plan, engine: Engine) -> list[Stage]:
+def _teaching(plan: Plan, _pool: Pool, engine: Engine) -> list[Stage]:
     kit = plan.kit
     wanted = adapters.inherit(adapters.inspect(kit.adapter.path), plan.recipe.adapter, linear_shapes(plan.target))
     tokenizer, context = load_tokenizer(plan.target), context_of(skeleton(plan.target)) - (wanted.virtual_tokens or 0)
@@ -122,7 +144,7 @@ def _teaching(plan: Plan, engine: Engine) -> list[Stage]:
     return [teach.Teacher(engine, kit.task, kit.adapter, learnable, plan.recipe.selection, plan.by_excess, spans)]
 
 
-STAGES: dict[str, Callable[[Plan, Engine], list[Stage]]] = {synthesize.ROLE: _writing, discriminate.ROLE: _judging, teach.ROLE: _teaching}
+STAGES: dict[str, Callable[[Plan, Pool, Engine], list[Stage]]] = {synthesize.ROLE: _writing, discriminate.ROLE: _judging, teach.ROLE: _teaching}
 
 
 def _raise(_transfer: int, outcome: Totals | TransLoraError) -> None:

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from translora_ray import adapters
-from translora_ray.config import BY_EXCESS, CHOOSING, CUTTING, JUDGING, Cluster, EngineKind, Method, Recipe, Synthesis
+from translora_ray.config import BY_EXCESS, CHOOSING, CUTTING, JUDGING, Cluster, EngineKind, GeneratorKind, Method, Recipe, Synthesis
 from translora_ray.engines.base import AdapterRef
 from translora_ray.engines.select import engine_for
 from translora_ray.errors import UsageError
@@ -41,10 +41,13 @@ class Plan:
         """Candidates to answer: the stream's quota."""
         return math.ceil((self.quota + self.held_out) * (self.recipe.selection.surplus if self.chooses else 1))
 
-    @property
-    def synthesis(self) -> Synthesis:
-        """How candidates are written, everything decided."""
-        return self.recipe.synthesis.settled(self.kit.task.classes)
+    def synthesis(self, generator: GeneratorKind) -> Synthesis:
+        """How it writes candidates, everything decided."""
+        return self.recipe.synthesis.settled(self.kit.task.classes, generator)
+
+    def writes(self, generator: GeneratorKind, base: str) -> bool:
+        """Whether the generator is one of the recipe's, and on that base."""
+        return generator in self.recipe.synthesis.generator and base == (self.target if generator == "target" else self.kit.base)
 
     @property
     def method(self) -> Method:
@@ -93,6 +96,8 @@ class Plan:
             raise UsageError(f"The kit {kit.path} has no discriminator, which selection.method {method} asks: use excess or none, or prepare a kit with one.")
         if method == "importance" and "calibration" not in (kit.discriminator or {}):
             raise UsageError(f"The kit {kit.path} was made before discriminators were calibrated, which importance needs: prepare it again.")
+        if "adapter" in self.recipe.synthesis.generator and kit.generator is None:
+            raise UsageError(f"The kit {kit.path} has no generator adapter, which synthesis.generator asks: prepare a kit with one, or leave adapter out.")
         selection = self.recipe.selection
         asked = {"selection.balance": selection.balance, "synthesis.by_label": self.recipe.synthesis.by_label, "selection.as_asked": selection.as_asked}
         if by := next((key for key, value in asked.items() if value and not kit.task.classes), None):
@@ -107,18 +112,21 @@ class Plan:
     def adapters(self, pool: Pool) -> list[AdapterRef]:
         """The adapters that the pool's roles name."""
         named = {discriminate.ROLE: self.kit.discriminator_adapter, teach.ROLE: self.kit.adapter}
+        if self.writes("adapter", pool.base):
+            named[synthesize.ROLE] = self.kit.generator_adapter
         return [named[role] for role in pool.roles if role in named]
 
     def pools(self) -> list[Pool]:
-        """One pool when the source base generates, else two; one more where the teacher is on another base, vLLM can not serve its adapter, or peft
-        can not put it beside the discriminator's LoRA (IA3)."""
-        kit = self.kit
-        writer = self.target if self.recipe.synthesis.generator == "target" else kit.base
-        places = [(self.engine, writer, synthesize.ROLE)]
+        """One pool when the source base generates, with an adapter or without; one more where the target does; one more where the teacher is on another base,
+        vLLM can not serve its adapter, or peft can not put it beside another role's LoRA (IA3)."""
+        kit, generators = self.kit, self.recipe.synthesis.generator
+        target = [self.target] if "target" in generators else []
+        source = [kit.base] if {"source", "adapter"} & set(generators) else []
+        places = [(self.engine, base, synthesize.ROLE) for base in dict.fromkeys(target + source)]
         if self.judges:
             places.append((self.engine, kit.base, discriminate.ROLE))
         places.append((engine_for(self.engine, [kit.adapter], lambda message: None), kit.teacher_base, teach.ROLE))
-        alone = self.judges and adapters.inspect(kit.adapter.path).type == "ia3"
+        alone = (self.judges or "adapter" in generators) and adapters.inspect(kit.adapter.path).type == "ia3"
         pools: list[Pool] = []
         for engine, base, role in places:
             if pools and (pools[-1].engine, pools[-1].base) == (engine, base) and not (alone and role == teach.ROLE):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-from translora_ray.config import Synthesis
-from translora_ray.engines.base import Engine, Generate, Sampling
-from translora_ray.prompts import Prompt, labelled_prompt, parse_synthesis, synthesis_prompt, synthesis_stops
+from translora_ray.config import Synthesis, Task
+from translora_ray.engines.base import AdapterRef, Engine, Generate, Sampling
+from translora_ray.prompts import Prompt, clean_answer, generator_prompt, labelled_prompt, parse_synthesis, synthesis_prompt, synthesis_stops
 from translora_ray.records import TOO_LONG, Pack, TaskRow
 
 ROLE = "generator"
@@ -19,10 +19,13 @@ class Synthesizer:
     The seeds are drawn and shuffled anew for each pack, and are the same within one: the engine reads them once per pack (and label).
     """
 
+    adapter: AdapterRef | None = None
+
     def __init__(self, engine: Engine, settings: Synthesis, seeds: Sequence[TaskRow], classes: Sequence[str] = ()) -> None:
         """`settings` are settled ones; `classes` are the task's labels, which `by_label` asks for."""
         self.engine, self.settings, self.seeds, self.classes = engine, settings, seeds, classes
         self.inputs = [seed.input for seed in seeds]
+        self.stops = synthesis_stops(self.inputs)
         self.max_tokens = settings.max_tokens or 2 * max(map(engine.count_tokens, self.inputs)) + 8
 
     def _prompts(self, pack: Pack) -> list[Prompt]:
@@ -31,17 +34,34 @@ class Synthesizer:
             return [synthesis_prompt(self.inputs, shots, seed)] * len(pack.candidates)
         return [labelled_prompt(self.seeds, shots, seed, candidate.label_of(self.classes)) for candidate in pack.candidates]
 
+    def _read(self, text: str) -> str:
+        return parse_synthesis(text)
+
     def process(self, pack: Pack) -> Pack:
         began = time.perf_counter()
         settings = self.settings
-        sampling = Sampling(self.max_tokens, settings.temperature or 0.0, settings.min_p, synthesis_stops(self.inputs))
-        asked = [Generate(prompt, sampling, seed=candidate.seed) for prompt, candidate in zip(self._prompts(pack), pack.candidates, strict=True)]
+        sampling = Sampling(self.max_tokens, settings.temperature or 0.0, settings.min_p, self.stops)
+        asked = [Generate(prompt, sampling, self.adapter, candidate.seed) for prompt, candidate in zip(self._prompts(pack), pack.candidates, strict=True)]
         written = self.engine.generate(asked)
         for candidate, generation in zip(pack.candidates, written, strict=True):
-            candidate.input = parse_synthesis(generation.text)
+            candidate.input = self._read(generation.text)
             if not generation.finished:
                 candidate.reason = TOO_LONG
             elif not candidate.input:
                 candidate.reason = "empty prompt"
         pack.spend(ROLE, sum(generation.tokens for generation in written), time.perf_counter() - began)
         return pack
+
+
+class LearntSynthesizer(Synthesizer):
+    """Lets a generator adapter write inputs as it has learnt them: each after its label, or after the task's name, without seeds, to where it ends them."""
+
+    def __init__(self, engine: Engine, settings: Synthesis, seeds: Sequence[TaskRow], task: Task, adapter: AdapterRef) -> None:
+        super().__init__(engine, settings, seeds, task.classes or [task.name])
+        self.adapter, self.stops = adapter, ()
+
+    def _prompts(self, pack: Pack) -> list[Prompt]:
+        return [generator_prompt(candidate.label_of(self.classes)) for candidate in pack.candidates]
+
+    def _read(self, text: str) -> str:
+        return clean_answer(text)
