@@ -229,7 +229,12 @@ def test_prepare_reports_accept_rates_of_held_out_rows(tiny_kit: Path) -> None:
 def test_prepare_takes_an_adapter_and_leaves_the_discriminator_out(tmp_path: Path, tiny_kit: Path, tiny_llama: str) -> None:
     out = tmp_path / "kit"
     task = str(write_task(tmp_path / "task"))
-    assert main(["prepare", task, "--base", tiny_llama, "--adapter", str(tiny_kit / "adapter"), "--no-discriminator", "--out", str(out)]) == 0
+    assert (
+        main(
+            ["prepare", task, "--base", tiny_llama, "--adapter", str(tiny_kit / "adapter"), "--no-discriminator", "--out", str(out), "--engine", "transformers"]
+        )
+        == 0
+    )
     assert sorted(path.name for path in out.iterdir()) == ["adapter", "kit.json", "seeds.jsonl"]
     assert (out / "adapter" / "adapter_model.safetensors").read_bytes() == (tiny_kit / "adapter" / "adapter_model.safetensors").read_bytes()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import json
 import uuid
 from collections import Counter
@@ -186,3 +187,25 @@ def test_shadows_are_counted_and_cost_nobody_anything() -> None:
     counted = asyncio.run(work())
     assert {(release, shadow) for release, shadow, _ in counted} == {("x@1", "x@2")}
     assert Counter(outcome for *_, outcome in counted) == {"agree": 1, "differ": 1, "failed": 3, "skipped": 1}
+
+
+def test_a_shadow_is_not_asked_within_the_request_that_it_belongs_to() -> None:
+    """Serve ends what a request has asked as soon as its client has gone, and knows it by the context."""
+    inside: contextvars.ContextVar[str] = contextvars.ContextVar("inside", default="no request")
+    counted: list[tuple[str, str, str]] = []
+
+    async def ask() -> str:
+        return inside.get()
+
+    async def cancelled() -> str:
+        raise asyncio.CancelledError
+
+    async def answer() -> None:
+        inside.set("a request")
+        shadows = Shadows(lambda *what: counted.append(what))
+        shadows.begin("x@1", "x@2", "no request", ask)
+        shadows.begin("x@1", "x@3", "a", cancelled)
+        await asyncio.sleep(0.01)
+
+    asyncio.run(answer())
+    assert counted == [("x@1", "x@2", "agree"), ("x@1", "x@3", "failed")]

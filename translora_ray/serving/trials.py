@@ -10,6 +10,7 @@ but for white space around it. Answers that were drawn (a temperature over 0) sa
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import hashlib
 from collections.abc import Awaitable, Callable
 
@@ -39,15 +40,18 @@ class Shadows:
         if len(self._tasks) >= self.at_once:
             self.count(release, shadow, SKIPPED)
             return
-        task = asyncio.get_running_loop().create_task(self._compare(release, shadow, answer, ask))
+        alone = contextvars.Context()  # what is asked within a request's own context ends with it, as soon as its client has gone
+        task = asyncio.get_running_loop().create_task(self._compare(release, shadow, answer, ask), context=alone)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
     async def _compare(self, release: str, shadow: str, answer: str, ask: Callable[[], Awaitable[str]]) -> None:
+        outcome = FAILED
         try:
             async with asyncio.timeout(self.seconds):
                 other = await ask()
+            outcome = AGREE if other.strip() == answer.strip() else DIFFER
         except Exception:  # whatever happens to a shadow is its own business, and `ask` has said what it was
-            self.count(release, shadow, FAILED)
-        else:
-            self.count(release, shadow, AGREE if other.strip() == answer.strip() else DIFFER)
+            pass
+        finally:
+            self.count(release, shadow, outcome)
