@@ -85,7 +85,7 @@ def stream_slowly(address: str, kit_path: str, target: str) -> None:
             actors.add(pack.tokens["actor"])
             if len(actors) == 3 or pack.number > 300:
                 break
-            ray.get(desk.arrived.remote())
+            ray.get(desk.arrived.remote(0, pack.number))
         packs.close()
     print("actors:", len(actors))
 
