@@ -65,6 +65,36 @@ def test_packs_of_an_actor_overlap_and_the_pool_grows(tiny_kit: Path, tiny_gemma
     assert len({pack.tokens["actor"] for pack in found}) == 2
 
 
+class Away:
+    """A stage actor without an engine; the one that gets pack 1 first does not come back."""
+
+    def __init__(self, plans: list[Plan], _pool: Any, _desk: Any) -> None:
+        self.mark = Path(plans[0].target)
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        (pack,) = packs_from_table(table)
+        if pack.number == 1 and not self.mark.exists():
+            self.mark.touch()
+            time.sleep(1000)
+        return table
+
+
+def test_packs_of_an_actor_that_does_not_come_back_go_to_another(tiny_kit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "StageActor", Away)
+    cluster = Cluster(engines=(2, 2))
+    plan = Plan(kit.load(tiny_kit), str(tmp_path / "mark"), Recipe(synthesis=Synthesis(pack_size=2)), cluster, "transformers", 0.5, 0.0)
+    with ray_session(cluster):
+        desk = Desk.remote([0], 4)  # type: ignore[attr-defined]  # what run_stream lets through for two actors
+        packs, found = pipeline.open_stream([plan], desk), set()
+        for pack in packs:
+            found.add(pack.number)
+            if found >= {*range(PACKS)}:
+                break
+            ray.get(desk.arrived.remote(0, pack.number))
+        packs.close()
+    assert (tmp_path / "mark").exists()
+
+
 def test_transfers_that_share_engines_accept_what_each_would_alone(tiny_kit: Path, tiny_gemma: str, tmp_path: Path) -> None:
     selection = Selection(threshold=-100, near_duplicate=1.0, max_candidates=200)
     synthesis = Synthesis(pack_size=16, temperature=1.0, min_p=0.0, max_tokens=60)
