@@ -52,14 +52,13 @@ def streamed(base: str, packs: int, size: int, pipe: Any) -> None:
 
     plan = writing(base, packs, size)
     with ray_session(plan.cluster):
-        desk = Desk.remote([0], 0)  # type: ignore[attr-defined]
+        desk = Desk.remote([1 - packs], packs)  # type: ignore[attr-defined]  # a round to warm up, then those of `packs_of`
         arriving = open_stream([plan], desk)
-        ray.get(desk.arrived.remote())
-        next(arriving)  # the engine is loaded, and warm
+        back = [next(arriving) for _ in range(packs)]  # the engine is loaded, and warm
         pipe.send("ready")
         while pipe.recv() is not None:
             began = time.perf_counter()
-            ray.get([desk.arrived.remote() for _ in range(packs)])
+            ray.get([desk.arrived.remote(0, pack.number) for pack in back])
             back = [next(arriving) for _ in range(packs)]
             pipe.send((time.perf_counter() - began, sum(sum(pack.tokens.values()) for pack in back), kept(back)))
         arriving.close()

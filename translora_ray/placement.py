@@ -23,7 +23,7 @@ Run = Callable[..., Any]
 """Calls a function with its arguments in another process that has the resources for it, and waits for what it returns."""
 
 
-@ray.remote(max_restarts=RESTARTS, max_task_retries=RESTARTS)
+@ray.remote(max_restarts=RESTARTS, max_task_retries=-1)  # until Ray sees that a node is lost, each try fails at once: restarts are the limit
 class Place:
     """A process that stays, with its resources, and does what it is given: importing torch and its like costs seconds. What it was doing when it died is
     begun again."""

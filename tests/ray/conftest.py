@@ -29,6 +29,11 @@ def rows(run: Path) -> list[Candidate]:
     return [candidate for _, candidates, _ in RunStore(str(run)).shards() for candidate in candidates]
 
 
+def has_checkpoint(run: Path) -> bool:
+    """Whether Ray Train has committed one: a folder alone proves nothing."""
+    return any('"checkpoint_dir_name"' in path.read_text() for path in run.glob("train/target0/checkpoint_manager_snapshot.json"))
+
+
 def same_weights(one: Path, other: Path) -> None:
     """Equal to what the order of additions in bf16 leaves."""
     weights = [load_file(place / "adapter" / "adapter_model.safetensors") for place in (one, other)]

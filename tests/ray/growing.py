@@ -50,6 +50,25 @@ class Growing:
         """Process ids of the workers' raylets."""
         return [pid for pid, command in processes_in(self.folder) if Path(command[0]).name == "raylet" and "--head" not in command]
 
+    def lose(self, worker: bytes) -> list[bytes]:
+        """SIGKILL to a node on which there is such a worker, and to all that runs there; the names of its processes."""
+        nodes = {raylet: children(raylet) for raylet in self.raylets()}
+        raylet, there = next((raylet, there) for raylet, there in nodes.items() if any(name.startswith(worker) for name in there.values()))
+        for pid in (raylet, *there):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        return list(there.values())
+
+
+def children(parent: int) -> dict[int, bytes]:
+    """Ids and names of the processes that a process has started."""
+    found = {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if int((entry / "stat").read_text().rpartition(")")[2].split()[1]) == parent:
+                found[int(entry.name)] = (entry / "cmdline").read_bytes()
+    return found
+
 
 def processes_in(folder: Path) -> list[tuple[int, list[str]]]:
     """Processes whose command line names the folder: all that Ray starts there but its workers, which end with their raylet."""
@@ -62,11 +81,11 @@ def processes_in(folder: Path) -> list[tuple[int, list[str]]]:
     return found
 
 
-def wait(ready: Callable[[], bool], seconds: float, what: str) -> None:
+def wait(ready: Callable[[], bool], seconds: float, what: str, pause: float = 0.5) -> None:
     deadline = time.monotonic() + seconds
     while not ready():
         assert time.monotonic() < deadline, f"{what}: not within {seconds:g} s"
-        time.sleep(0.5)
+        time.sleep(pause)
 
 
 @contextlib.contextmanager

@@ -1,14 +1,16 @@
-"""Transfers on Ray's real autoscaler, with a head without CPUs: nodes come for the work and go after it."""
+"""Transfers on Ray's real autoscaler, with a head without CPUs: nodes come for the work, go after it, and are lost in the middle of it."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +18,11 @@ import pyarrow as pa
 import pytest
 import ray
 
-from tests.ray.conftest import arguments, rows
+from tests.ray.conftest import arguments, has_checkpoint, rows, same_weights
 from tests.ray.growing import Growing, growing_cluster, wait
 from translora_ray import kit
 from translora_ray.config import Cluster, Recipe, Synthesis
-from translora_ray.placement import ray_session
+from translora_ray.placement import Resources, place, ray_session
 from translora_ray.records import pack_to_table, packs_from_table
 from translora_ray.stream import pipeline
 from translora_ray.stream.plan import Plan
@@ -73,6 +75,54 @@ class Slow:
         return pack_to_table(pack)
 
 
+class Heavy(Slow):
+    """One whose packs are too large to travel with the message that they are there: they wait in the object store of its node, named by its raylet."""
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        (pack,) = packs_from_table(table)
+        pack.candidates[0].input = "x" * 1_000_000
+        pack.tokens = {"raylet": os.getppid(), "actor": os.getpid()}
+        return pack_to_table(pack)
+
+
+def stream_from_a_node_that_is_lost(address: str, kit_path: str, target: str) -> None:
+    """Runs as a driver of its own: loses the node of an actor while packs wait there that were not fetched; prints the numbers of those that came."""
+    pipeline.StageActor = Heavy  # type: ignore[misc,assignment]
+    cluster = Cluster(address=address, engines=(1, 1))
+    plan = Plan(kit.load(kit_path), target, Recipe(synthesis=Synthesis(pack_size=2)), cluster, "transformers", 1.0, 0.0)
+    with ray_session(cluster):
+        desk = open_desk([0], 2)  # what run_stream lets through for one actor
+        packs, numbers = pipeline.open_stream([plan], desk), []
+        for pack in packs:
+            numbers.append(pack.number)
+            ray.get(desk.arrived.remote(0, pack.number))
+            if len(numbers) == 2:
+                time.sleep(5)  # both are computed
+                kill(pack.tokens["raylet"], pack.tokens["actor"])
+            if len(numbers) == 8:
+                break
+        packs.close()
+    print("packs:", sorted(numbers))
+
+
+def kill(*processes: int) -> None:
+    for process in processes:
+        os.kill(process, signal.SIGKILL)
+
+
+def lose_own_node_once(mark: str) -> str:
+    if not Path(mark).exists():
+        Path(mark).touch()
+        kill(os.getppid(), os.getpid())
+    return "done"
+
+
+def call_on_a_node_that_is_lost(address: str, kit_path: str, _target: str) -> None:
+    """Runs as a driver of its own: what trains in a fleet, and holds the gate's engine, is on a node that is lost."""
+    with ray_session(Cluster(address=address)), place(Resources(1.0, 0.0)) as run:
+        print("call:", run(lose_own_node_once, f"{kit_path}.mark"))
+
+
 def stream_slowly(address: str, kit_path: str, target: str) -> None:
     """Runs as a driver of its own: streams until three actors have computed packs, or for 300 packs; prints the number of actors."""
     pipeline.StageActor = Slow  # type: ignore[misc,assignment]
@@ -85,15 +135,20 @@ def stream_slowly(address: str, kit_path: str, target: str) -> None:
             actors.add(pack.tokens["actor"])
             if len(actors) == 3 or pack.number > 300:
                 break
-            ray.get(desk.arrived.remote())
+            ray.get(desk.arrived.remote(0, pack.number))
         packs.close()
     print("actors:", len(actors))
 
 
+def drive(driver: Callable[[str, str, str], None], growing: Growing, kit: Path, target: str) -> subprocess.CompletedProcess[str]:
+    """Run a function of this file as a driver of its own."""
+    code = f"from {__name__} import {driver.__name__} as driver; driver({growing.address!r}, {str(kit)!r}, {target!r})"
+    return subprocess.run([sys.executable, "-c", code], env=growing.environment, cwd=ROOT, capture_output=True, text=True, timeout=SECONDS, check=False)
+
+
 def test_a_pool_that_has_packs_waiting_brings_nodes_up_to_its_most_actors(growing: Growing, tiny_kit: Path, tiny_gemma: str) -> None:
     wait(lambda: not growing.raylets(), 120, "no nodes")
-    code = f"from tests.ray.test_autoscaler import stream_slowly; stream_slowly({growing.address!r}, {str(tiny_kit)!r}, {tiny_gemma!r})"
-    done = subprocess.run([sys.executable, "-c", code], env=growing.environment, cwd=ROOT, capture_output=True, text=True, timeout=SECONDS, check=False)
+    done = drive(stream_slowly, growing, tiny_kit, tiny_gemma)
     assert done.returncode == 0, done.stderr
     assert "actors: 3\n" in done.stdout, "among what Ray says of its nodes"
     wait(lambda: not growing.raylets(), 120, "back to no nodes")
@@ -115,3 +170,48 @@ def test_nodes_come_for_a_transfer_and_all_go_after_it(growing: Growing, tiny_ki
     wait(lambda: not growing.raylets(), 120, "back to no nodes")
     assert 2 <= max(seen) <= 3, seen
     assert sum(row.accepted for row in rows(run)) == 80
+
+
+@pytest.mark.parametrize(
+    ("driver", "wanted"), [(stream_from_a_node_that_is_lost, "packs: [0, 1, 2, 3, 4, 5, 6, 7]"), (call_on_a_node_that_is_lost, "call: done")]
+)
+def test_what_was_on_a_node_that_is_lost_is_computed_again(
+    driver: Callable[[str, str, str], None], wanted: str, growing: Growing, tiny_kit: Path, tiny_gemma: str
+) -> None:
+    done = drive(driver, growing, tiny_kit, tiny_gemma)
+    assert done.returncode == 0, done.stderr
+    assert f"{wanted}\n" in done.stdout
+
+
+def test_a_node_is_lost_in_the_stream_and_the_same_rows_are_accepted(growing: Growing, calm: Path, tiny_kit: Path, tiny_gemma: str, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    driver = transfer(growing, tiny_kit, tiny_gemma, run, "training.epochs=1", "cluster.engines=[2, 2]")
+    wait(lambda: driver.poll() is not None or len(list(run.glob("shards/*.parquet"))) >= 2, SECONDS, "two shards")
+    committed = rows(run)
+    lost = growing.lose(b"ray::MapWorker")
+    assert not any(name.startswith((b"ray::Desk", b"ray::ReadPackSource")) for name in lost), "what coordinates is beside the driver"
+    assert sum(row.accepted for row in committed) < 40
+    wait(lambda: driver.poll() is not None, SECONDS, "the transfer")
+    assert driver.returncode == 0, run.with_suffix(".log").read_text()
+    assert rows(run) == rows(calm)
+    (loads,) = json.loads((run / "manifest.json").read_text())["counts"]["engine_loads"].values()
+    assert len(loads) >= 2, "engines"
+
+
+def test_a_node_is_lost_in_training_which_goes_on_from_its_checkpoint(growing: Growing, calm: Path, tiny_kit: Path, tiny_gemma: str, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    shutil.copytree(calm / "shards", run / "shards")  # the same rows, trained again
+    shutil.copy(calm / "run.json", run)
+    driver = transfer(growing, tiny_kit, tiny_gemma, run)
+    wait(lambda: driver.poll() is not None or has_checkpoint(run), SECONDS, "a checkpoint", 0.02)
+    lost = growing.lose(b"ray::RayTrainWorker")
+    assert not any(b"Controller" in name for name in lost), "what coordinates is beside the driver"
+    wait(lambda: driver.poll() is not None, SECONDS, "the transfer")
+    assert driver.returncode == 0, run.with_suffix(".log").read_text()
+    ours, theirs = (json.loads((place / "manifest.json").read_text())["training"] for place in (run, calm))
+    (first, again) = ours["started_at_steps"]
+    assert first == 0 < again
+    assert ours["tokens"] == theirs["tokens"]  # no row twice, none left out
+    assert ours["epoch_losses"] == pytest.approx(theirs["epoch_losses"], rel=1e-3)
+    same_weights(run, calm)

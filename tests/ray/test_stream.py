@@ -21,7 +21,7 @@ from translora_ray.records import pack_to_table, packs_from_table
 from translora_ray.storage import RunStore
 from translora_ray.stream import pipeline
 from translora_ray.stream.plan import Plan
-from translora_ray.stream.requests import Desk
+from translora_ray.stream.requests import LATE, Desk
 
 pytestmark = pytest.mark.ray
 PACKS = 40
@@ -58,11 +58,42 @@ def test_packs_of_an_actor_overlap_and_the_pool_grows(tiny_kit: Path, tiny_gemma
             found.append(pack)
             if len(found) == PACKS:
                 break
-            ray.get(desk.arrived.remote())
+            ray.get(desk.arrived.remote(0, pack.number))
         packs.close()
     assert sorted({pack.number for pack in found}) == sorted(pack.number for pack in found)
     assert max(pack.tokens["at once"] for pack in found) == 2
     assert len({pack.tokens["actor"] for pack in found}) == 2
+
+
+class Away:
+    """A stage actor without an engine; the one that gets pack 1 first does not come back."""
+
+    def __init__(self, plans: list[Plan], _pool: Any, _desk: Any) -> None:
+        self.mark = Path(plans[0].target)
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        (pack,) = packs_from_table(table)
+        if pack.number == 1 and not self.mark.exists():
+            self.mark.touch()
+            time.sleep(1000)
+        return table
+
+
+def test_packs_of_an_actor_that_does_not_come_back_go_to_another(tiny_kit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "StageActor", Away)
+    cluster = Cluster(engines=(2, 2))
+    plan = Plan(kit.load(tiny_kit), str(tmp_path / "mark"), Recipe(synthesis=Synthesis(pack_size=2)), cluster, "transformers", 0.5, 0.0)
+    with ray_session(cluster):
+        desk = Desk.remote([0], 4)  # type: ignore[attr-defined]  # what run_stream lets through for two actors
+        packs, found = pipeline.open_stream([plan], desk), set()
+        for pack in packs:
+            found.add(pack.number)
+            if found >= {*range(PACKS)} or len(found) == 5 * PACKS:
+                break
+            ray.get(desk.arrived.remote(0, pack.number))
+        packs.close()
+    assert (tmp_path / "mark").exists()
+    assert found >= {*range(PACKS)}
 
 
 def test_transfers_that_share_engines_accept_what_each_would_alone(tiny_kit: Path, tiny_gemma: str, tmp_path: Path) -> None:
@@ -93,7 +124,7 @@ def test_the_desk_hands_out_in_turn_and_repeats_itself_to_a_source_that_starts_a
         await asyncio.sleep(0.01)
         assert not waiting.done()
         await desk.full(0)
-        await desk.arrived()
+        await desk.arrived(0, 3)
         again = [await desk.lease(turn) for turn in range(4)]
         after = [await waiting]
         await desk.full(1)
@@ -102,3 +133,17 @@ def test_the_desk_hands_out_in_turn_and_repeats_itself_to_a_source_that_starts_a
     first, again, after, last = asyncio.run(ask())
     assert first == again == [(0, 3), (1, 0), (0, 4), (1, 1)]
     assert (after, last) == ([(1, 2)], [None])
+
+
+def test_the_desk_hands_out_again_what_does_not_come_back() -> None:
+    async def ask() -> list[tuple[int, int] | None]:
+        desk = Desk.__ray_metadata__.modified_class([0], 2)  # type: ignore[attr-defined]
+        found = []
+        for turn in range(2 * LATE + 5):
+            found.append(await desk.lease(turn))
+            if found[-1] != (0, 1):  # which is lost, each time
+                await desk.arrived(*found[-1])
+        return found
+
+    later = 2 * LATE + 2  # the first that goes out when so many times both that may be under way came after pack 1
+    assert asyncio.run(ask()) == [*((0, number) for number in range(later)), (0, 1), (0, later), (0, later + 1)]

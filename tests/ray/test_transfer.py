@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from tests.conftest import processes, task_rows, write_task
-from tests.ray.conftest import answers, arguments, rows, same_weights
+from tests.ray.conftest import answers, arguments, has_checkpoint, rows, same_weights
 from translora_ray.adapters import digest, inspect
 from translora_ray.cli import main
 from translora_ray.storage import RunStore
@@ -36,11 +36,6 @@ def kill_when(command: list[str], ready: Callable[[], bool], log: Path) -> None:
             time.sleep(0.05)
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
-
-
-def _has_checkpoint(run: Path) -> bool:
-    """Whether Ray Train has committed one: a folder alone proves nothing."""
-    return any('"checkpoint_dir_name"' in path.read_text() for path in run.glob("train/target0/checkpoint_manager_snapshot.json"))
 
 
 def test_the_adapter_is_an_ordinary_peft_directory(calm: Path, tiny_gemma: str) -> None:
@@ -90,7 +85,7 @@ def test_killed_in_the_stream_and_in_training_the_rows_and_the_adapter_are_the_s
     kill_when(command, lambda: len(list(run.glob("shards/*.parquet"))) >= 2, tmp_path / "stream.log")
     committed = rows(run)
     assert 0 < sum(row.accepted for row in committed) < 40
-    kill_when(command, lambda: _has_checkpoint(run), tmp_path / "training.log")
+    kill_when(command, lambda: has_checkpoint(run), tmp_path / "training.log")
     assert not (run / "adapter").exists()
     assert main(command) == 0
     assert rows(run)[: len(committed)] == committed
@@ -114,7 +109,7 @@ def test_a_worker_killed_inside_an_epoch_goes_on_from_there(calm: Path, tiny_kit
     killed: list[int] = []
 
     def kill_a_worker_once() -> None:
-        while not _has_checkpoint(run):
+        while not has_checkpoint(run):
             time.sleep(0.02)
         killed.extend(processes(b"ray::RayTrainWorker"))
         os.kill(killed[0], signal.SIGKILL)
@@ -270,7 +265,7 @@ def test_overlapped_training_begins_before_the_stream_ends_and_a_kill_changes_no
     calm, run = tmp_path / "calm", tmp_path / "run"
     assert main(arguments(tiny_kit, tiny_gemma, calm, *OVERLAP)) == 0
     often = arguments(tiny_kit, tiny_gemma, run, *OVERLAP, "cluster.checkpoint_seconds=0")
-    kill_when(often, lambda: _has_checkpoint(run), tmp_path / "first.log")
+    kill_when(often, lambda: has_checkpoint(run), tmp_path / "first.log")
     assert 0 < sum(row.accepted for row in rows(run)) < 160
     assert main(arguments(tiny_kit, tiny_gemma, run, *OVERLAP)) == 0
     assert rows(run) == rows(calm)

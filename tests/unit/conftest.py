@@ -34,7 +34,7 @@ def scripted_pack(number: int, off_task: float = 0.3) -> Pack:
 
 
 def stream(plan: Plan, store: RunStore, order_seed: int, stop_after: int | None = None) -> None:
-    """Packs arrive shuffled within a window; the process may end after some of them."""
+    """Packs arrive shuffled within a window, some twice; the process may end after some of them."""
     collector = Collector(plan, store)
     window = [collector.next + i for i in range(3)]
     draw = random.Random(order_seed)
@@ -42,7 +42,9 @@ def stream(plan: Plan, store: RunStore, order_seed: int, stop_after: int | None 
     while not collector.full and taken != stop_after:
         number = window.pop(draw.randrange(len(window)))
         window.append(max([*window, number]) + 1)
-        collector.take(scripted_pack(number), [])
+        for _ in range(draw.choice((1, 2))):
+            if not collector.full:
+                collector.take(scripted_pack(number), [])
         taken += 1
 
 

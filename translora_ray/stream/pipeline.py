@@ -197,7 +197,7 @@ def run_stream(
                 break  # what is under way is not needed
             if stop and stop.is_set():
                 ray.get(desk.full.remote(*running))
-            ray.get(desk.arrived.remote())
+            ray.get(desk.arrived.remote(pack.transfer, pack.number))
         for transfer in running:  # there are some after a stop alone
             collectors[transfer].commit(ray.get(desk.all_loads.remote()))
             measures.committed(transfer, collectors[transfer].totals)
@@ -254,7 +254,7 @@ def open_stream(plans: Sequence[Plan], desk: Any) -> Generator[Pack]:
             num_cpus=plan.engine_cpus,
             num_gpus=plan.engine_gpus or None,
             max_restarts=ENGINE_DEATHS,
-            max_task_retries=ENGINE_DEATHS,
+            max_task_retries=-1,  # until Ray sees that a node is lost, each try fails at once; `max_restarts` is the limit
         )
     context.target_max_block_size = block_size  # training, perhaps beside it, reads with the usual one
     context.autoscaling_config.actor_pool_util_upscaling_threshold = crowded

@@ -1,7 +1,8 @@
 """Where packs come from: a Ray Data source that asks the desk for each, and the desk that says which is next, when to wait and when to stop.
 
-The desk remembers what it handed out, so a source that Ray restarts repeats itself exactly. Without the desk the source would run far ahead
-of the quotas: Ray Data's backpressure counts bytes, and requests are tiny.
+The desk remembers what it handed out, so a source that Ray restarts repeats itself exactly, and hands out again what does not come back: Ray Data keeps
+the packs of a lost engine for its successor, for which there may be no node. Without the desk the source would run far ahead of the quotas: Ray Data's
+backpressure counts bytes, and requests are tiny.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ from ray.data.datasource import Datasource, ReadTask
 
 from translora_ray.records import Step, pack_to_table, request_pack
 
+LATE = 4
+"""A pack is late when this many times as many packs as may be on their way have come back since it went out."""
+
 
 @ray.remote(num_cpus=0)
 class Desk:
@@ -31,7 +35,10 @@ class Desk:
         self.wanted = [True] * len(self.next)
         self.leased = [0] * len(self.next)
         self.handed_out: list[tuple[int, int]] = []
-        self.allowed = cap
+        self.cap = cap
+        self.under_way: dict[tuple[int, int], int] = {}
+        """In the order in which they went out, with how many had come back by then."""
+        self.came = 0
         self.changed = asyncio.Event()
         self.loads: list[str] = []
         self.latest: Step | None = None
@@ -43,20 +50,33 @@ class Desk:
         while turn >= len(self.handed_out):
             if not any(self.wanted):
                 return None
-            if len(self.handed_out) < self.allowed:
-                transfer = min((i for i, wanted in enumerate(self.wanted) if wanted), key=lambda i: self.leased[i] / self.shares[i])
-                self.handed_out.append((transfer, self.next[transfer]))
-                self.next[transfer] += 1
-                self.leased[transfer] += 1
+            if (pack := self._late()) or (pack := self._fresh()):
+                self.under_way.pop(pack, None)
+                self.under_way[pack] = self.came
+                self.handed_out.append(pack)
             else:
                 self.changed.clear()
                 await self.changed.wait()
         return self.handed_out[turn]
 
-    async def arrived(self) -> None:
-        """A pack came back, so another may go out."""
-        self.allowed += 1
-        self.changed.set()
+    def _late(self) -> tuple[int, int] | None:
+        """The pack that is under way for longest, if it is late."""
+        pack = next(iter(self.under_way), None)
+        return pack if pack and self.came - self.under_way[pack] >= LATE * self.cap else None
+
+    def _fresh(self) -> tuple[int, int] | None:
+        if len(self.under_way) >= self.cap:
+            return None
+        transfer = min((i for i, wanted in enumerate(self.wanted) if wanted), key=lambda i: self.leased[i] / self.shares[i])
+        self.next[transfer] += 1
+        self.leased[transfer] += 1
+        return transfer, self.next[transfer] - 1
+
+    async def arrived(self, transfer: int, number: int) -> None:
+        """This pack came back, so another may go out."""
+        if self.under_way.pop((transfer, number), None) is not None:  # else it was handed out twice, and came before
+            self.came += 1
+            self.changed.set()
 
     async def full(self, *transfers: int) -> None:
         """These transfers want no more packs."""
