@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,6 @@ import ray
 from tests.ray.conftest import arguments, has_checkpoint, rows, same_weights
 from tests.ray.growing import Growing, growing_cluster, wait
 from translora_ray import kit
-from translora_ray.cli import main
 from translora_ray.config import Cluster, Recipe, Synthesis
 from translora_ray.placement import Resources, place, ray_session
 from translora_ray.records import pack_to_table, packs_from_table
@@ -33,8 +33,9 @@ pytestmark = pytest.mark.ray
 ROOT = Path(__file__).parents[2]
 SECONDS = 900
 """Longest wait for a transfer; on an idle machine of two cores it takes one to two minutes."""
-LONG = 300
-"""A quota whose stream takes long enough for something to happen in the middle."""
+QUOTA = 150
+LONG = (f"selection.quota={QUOTA}", "training.epochs=1", "cluster.engines=[2, 2]")
+"""Settings with which a stream takes long enough for something to happen in the middle."""
 
 
 @pytest.fixture(scope="module")
@@ -157,22 +158,34 @@ def test_a_pool_that_has_packs_waiting_brings_nodes_up_to_its_most_actors(growin
     wait(lambda: not growing.raylets(), 120, "back to no nodes")
 
 
-def test_nodes_come_for_a_transfer_and_all_go_after_it(growing: Growing, tiny_kit: Path, tiny_gemma: str, tmp_path: Path) -> None:
-    run = tmp_path / "run"
+@dataclass(frozen=True)
+class Whole:
+    """An undisturbed transfer, and the nodes that there were while it ran, look by look."""
+
+    run: Path
+    nodes: list[int]
+
+
+@pytest.fixture(scope="module")
+def whole(growing: Growing, tiny_kit: Path, tiny_gemma: str, tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    run = tmp_path_factory.mktemp("whole") / "run"
     wait(lambda: not growing.raylets(), 120, "no nodes")
-    settings = ("synthesis.pack_size=4", "selection.quota=80", "training.epochs=2", "cluster.engines=[2, 2]")
-    driver = transfer(growing, tiny_kit, tiny_gemma, run, *settings)
-    seen = [0]
+    driver = transfer(growing, tiny_kit, tiny_gemma, run, *LONG)
+    nodes = []
 
     def look() -> bool:
-        seen.append(len(growing.raylets()))
+        nodes.append(len(growing.raylets()))
         return driver.poll() is not None
 
     wait(look, SECONDS, "the transfer")
     assert driver.returncode == 0, run.with_suffix(".log").read_text()
+    return Whole(run, nodes)
+
+
+def test_nodes_come_for_a_transfer_and_all_go_after_it(growing: Growing, whole: Whole) -> None:
     wait(lambda: not growing.raylets(), 120, "back to no nodes")
-    assert 2 <= max(seen) <= 3, seen
-    assert sum(row.accepted for row in rows(run)) == 80
+    assert 2 <= max(whole.nodes) <= 3, whole.nodes
+    assert sum(row.accepted for row in rows(whole.run)) == QUOTA
 
 
 @pytest.mark.parametrize(
@@ -186,19 +199,17 @@ def test_what_was_on_a_node_that_is_lost_is_computed_again(
     assert f"{wanted}\n" in done.stdout
 
 
-def test_a_node_is_lost_in_the_stream_and_the_same_rows_are_accepted(growing: Growing, tiny_kit: Path, tiny_gemma: str, tmp_path: Path) -> None:
-    run, undisturbed = tmp_path / "run", tmp_path / "undisturbed"
-    settings = (f"selection.quota={LONG}", "training.epochs=1", "cluster.engines=[2, 2]")
-    assert main(arguments(tiny_kit, tiny_gemma, undisturbed, *settings)) == 0
-    driver = transfer(growing, tiny_kit, tiny_gemma, run, *settings)
+def test_a_node_is_lost_in_the_stream_and_the_same_rows_are_accepted(growing: Growing, whole: Whole, tiny_kit: Path, tiny_gemma: str, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    driver = transfer(growing, tiny_kit, tiny_gemma, run, *LONG)
     wait(lambda: driver.poll() is not None or len(list(run.glob("shards/*.parquet"))) >= 2, SECONDS, "two shards")
     committed = rows(run)
     lost = growing.lose(b"ray::MapWorker")
     assert not any(name.startswith((b"ray::Desk", b"ray::ReadPackSource")) for name in lost), "what coordinates is beside the driver"
-    assert sum(row.accepted for row in committed) < LONG
+    assert sum(row.accepted for row in committed) < QUOTA
     wait(lambda: driver.poll() is not None, SECONDS, "the transfer")
     assert driver.returncode == 0, run.with_suffix(".log").read_text()
-    ours, theirs = ([(row.input, row.target, row.reason) for row in rows(place)] for place in (run, undisturbed))
+    ours, theirs = ([(row.input, row.target, row.reason) for row in rows(place)] for place in (run, whole.run))
     assert ours == theirs
     (loads,) = json.loads((run / "manifest.json").read_text())["counts"]["engine_loads"].values()
     assert len(loads) >= 2, "engines"
