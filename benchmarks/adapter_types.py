@@ -65,7 +65,7 @@ def main() -> None:
         kit(source)
         arms = [moved(source, target)["arms"] for target in TYPES]
         cells = [f"{arms[0][arm]['accuracy']:.2f}" for arm in ("source_adapter", "target_base")]
-        cells += [f"{one['transferred']['accuracy']:.2f} ({one['transferred']['low']:.2f} to {one['transferred']['high']:.2f})" for one in arms]
+        cells += [results.interval(*(one["transferred"][figure] for figure in ("accuracy", "low", "high")), digits=2) for one in arms]
         lines.append(f"| {source.replace('_', ' ')} | {' | '.join(cells)} |")
         results.replace("types", "\n".join(lines))
     print("\n".join(lines))

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Sequence
 from typing import Any
 
 import results
@@ -34,9 +33,9 @@ def main() -> None:
             arm, manifest = transferred(kit, engine, seed)
             arms.append([arm[figure] for figure in ("accuracy", "low", "high")])
             counts, gate = manifest["counts"], manifest["gate"]["verdict"]
-            lines.append(f"| {engine} | {seed} | {interval(arms[-1])} | {counts['accepted']} | {counts['candidates']} | {gate} |")
+            lines.append(f"| {engine} | {seed} | {results.interval(*arms[-1])} | {counts['accepted']} | {counts['candidates']} | {gate} |")
         means.append([statistics.mean(figures) for figures in zip(*arms, strict=True)])
-        lines.append(f"| {engine} | mean | {interval(means[-1])} | | | |")
+        lines.append(f"| {engine} | mean | {results.interval(*means[-1])} | | | |")
     (first, low, high), (second, least, most) = means
     within = low <= second <= high and least <= first <= most
     head = f"Commit {results.commit()}; {SEEDS} transfers each. Wanted: each mean within the other's interval; it is{'' if within else ' not'} so."
@@ -52,11 +51,6 @@ def transferred(kit: str, engine: str, seed: int) -> tuple[dict[str, float], dic
     if not result.exists():
         translora("evaluate", str(run), "--data", str(EXAMPLE / "test.jsonl"), "--json", str(result), "--engine", "transformers")
     return json.loads(result.read_text())["arms"]["transferred"], json.loads((run / "manifest.json").read_text())
-
-
-def interval(figures: Sequence[float]) -> str:
-    accuracy, low, high = figures
-    return f"{accuracy:.3f} ({low:.3f} to {high:.3f})"
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ class Outcome:
     @classmethod
     def of(cls, folder: Path) -> Outcome:
         runs = folder / "fleet" / "runs"
-        rows = {name: [row for _, candidates, _ in RunStore(str(runs / name)).shards() for row in candidates] for name in NAMES}
+        rows = {name: RunStore(str(runs / name)).candidates() for name in NAMES}
         releases = [(release.id, release.verdict, release.recipe_hash) for release in Registry(str(folder / "registry")).releases()]
         weights = {release.name: Path(release.uri) / "adapter_model.safetensors" for release in Registry(str(folder / "registry")).releases()}
         return cls(states(folder), rows, releases, weights)

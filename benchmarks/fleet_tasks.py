@@ -24,15 +24,13 @@ from typing import Any
 
 import quality
 import results
+import transfer
 import yaml
-from engines import interval
 from rounds import SOURCE, TARGET, translora
 
 from translora_ray.fleet import state as states
-from translora_ray.records import read_rows
 from translora_ray.registry import Registry
 from translora_ray.storage import RESULT, RunStore
-from translora_ray.stream.dedup import normal
 
 WORK = results.ROOT / "runs" / "fleet-tasks"
 TASKS = {**quality.TASKS, "slots/snips_PlayMusic": quality.TASKS["slots/snips_GetWeather"]}
@@ -45,15 +43,9 @@ COLUMNS = ("task", "ended as", "source adapter", "bare target", "transferred (95
 def prepare(name: str, data: Path) -> Path:
     """The kit of a task; its test rows lie beside it."""
     here = WORK / "kits" / name.split("/")[1]
-    here.mkdir(parents=True, exist_ok=True)
-    rows = data / name
-    learnt = {normal(row.input) for row in read_rows(rows / "train.jsonl")}
-    tested = [row for row in read_rows(rows / "test.jsonl") if normal(row.input) not in learnt][:TESTED]
-    (here / "test.jsonl").write_text("".join(json.dumps({"input": row.input, "target": row.target}) + "\n" for row in tested))
-    task = {"name": here.name, "train": str(rows / "train.jsonl"), **TASKS[name]["task"]}
-    (here / "task.yaml").write_text(yaml.safe_dump(task))
+    task = quality.write_task(name, here, data, TESTED, **TASKS[name]["task"])
     if not (here / "kit").exists():
-        translora("prepare", str(here / "task.yaml"), "--base", SOURCE, "--out", str(here / "kit"))
+        translora("prepare", str(task), "--base", SOURCE, "--out", str(here / "kit"))
     return here
 
 
@@ -107,7 +99,7 @@ def _shards() -> int:
 
 def _accepted() -> int:
     stores = [RunStore(str(run)) for run in WORK.glob("fleet/runs/*")]
-    return sum(candidate.accepted for store in stores for _, candidates, _ in store.shards() for candidate in candidates)
+    return sum(candidate.accepted for store in stores for candidate in store.candidates())
 
 
 def drive(fleet: Path) -> list[str]:
@@ -123,27 +115,22 @@ def drive(fleet: Path) -> list[str]:
     return said
 
 
-def row(transfer: dict[str, Any]) -> str:
-    store = RunStore(str(WORK / "fleet" / "runs" / transfer["name"]))
-    cells = [transfer["name"], transfer["state"]]
+def row(moved: dict[str, Any]) -> str:
+    store = RunStore(str(WORK / "fleet" / "runs" / moved["name"]))
+    cells = [moved["name"], moved["state"]]
     if store.exists(RESULT):
         arms = store.read_json(RESULT)["arms"]
         cells += [f"{arms[arm]['accuracy']:.3f}" for arm in ("source_adapter", "target_base")]
-        cells += [
-            interval([arms["transferred"][figure] for figure in ("accuracy", "low", "high")]),
-            str(store.read_json("manifest.json")["counts"]["candidates"]),
-        ]
+        cells.append(results.interval(*(arms["transferred"][figure] for figure in ("accuracy", "low", "high"))))
+        cells.append(str(store.read_json("manifest.json")["counts"]["candidates"]))
     else:
         cells += ["-"] * 4
-    return f"| {' | '.join([*cells, transfer['release'] or '-'])} |"
+    return f"| {' | '.join([*cells, moved['release'] or '-'])} |"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=results.ROOT.parent / "shared" / "data")
-    data = parser.parse_args().data.resolve()
-    if not data.exists():
-        sys.exit(f"{data} does not exist: name the folder with the task rows with --data.")
+    data = transfer.with_data(parser).data.resolve()
     fleet = write_fleet([prepare(name, data) for name in TASKS])
     for old in ("fleet", "registry"):
         shutil.rmtree(WORK / old, ignore_errors=True)

@@ -25,7 +25,7 @@ def main() -> None:
         chains = pool.map(lambda seed: hop(seed, chosen, threads), range(chosen.seeds))
         for seed, (first, second) in enumerate(chains):
             source, there, back = first["source_adapter"], first["transferred"]["accuracy"], second["transferred"]["accuracy"]
-            interval = f"{source['accuracy']:.3f} ({source['low']:.3f} to {source['high']:.3f})"
+            interval = results.interval(source["accuracy"], source["low"], source["high"])
             within = "yes" if source["low"] <= back <= source["high"] else "no"
             lines.append(f"| {seed} | {interval} | {there:.3f} | {back:.3f} | {within} |")
     results.replace("hops", "\n".join(lines))

@@ -70,18 +70,24 @@ Chain = dict[str, dict[str, Any]]
 """{transfer: {"evaluation", "manifest"}} of a chain."""
 
 
+def write_task(name: str, here: Path, data: Path, tested: int | None = None, **keys: object) -> Path:
+    """The task's file, and beside it as test.jsonl the first `tested` test rows that are not among the training rows, as one of banking_cards is."""
+    here.mkdir(parents=True, exist_ok=True)
+    rows = data / name
+    learnt = {normal(row.input) for row in read_rows(rows / "train.jsonl")}
+    unseen = [row for row in read_rows(rows / "test.jsonl") if normal(row.input) not in learnt][:tested]
+    (here / "test.jsonl").write_text("".join(json.dumps({"input": row.input, "target": row.target}) + "\n" for row in unseen))
+    task = {"name": name.split("/")[1], "train": str(rows / "train.jsonl"), **keys}
+    (here / "task.yaml").write_text(yaml.safe_dump(task))
+    return here / "task.yaml"
+
+
 def run(name: str, seed: int, data: Path, work: Path, threads: int, arms: dict[str, list[str]]) -> Chain:
     """One chain, on `threads` cores."""
-    short = name.split("/")[1]
-    here, rows = work / f"{short}-{seed}", data / name
-    here.mkdir(parents=True, exist_ok=True)
-    learnt = {normal(row.input) for row in read_rows(rows / "train.jsonl")}
-    tested = [row for row in read_rows(rows / "test.jsonl") if normal(row.input) not in learnt]  # of banking_cards one is among the training rows
-    (here / "test.jsonl").write_text("".join(json.dumps({"input": row.input, "target": row.target}) + "\n" for row in tested))
-    task = {"name": short, "train": str(rows / "train.jsonl"), "seed": seed, "generator_adapter": True, **TASKS[name]["task"]}
-    (here / "task.yaml").write_text(yaml.safe_dump(task))
+    here = work / f"{name.split('/')[1]}-{seed}"
+    task = write_task(name, here, data, seed=seed, generator_adapter=True, **TASKS[name]["task"])
     if not (here / "kit").exists():
-        transfer.translora(here, threads, "prepare", str(here / "task.yaml"), "--base", transfer.SOURCE, "--out", str(here / "kit"))
+        transfer.translora(here, threads, "prepare", str(task), "--base", transfer.SOURCE, "--out", str(here / "kit"))
     found: Chain = {}
     for way, extra in arms.items():
         recipe = {"seed": seed, "cluster": {"engine_cpus": threads, "worker_cpus": threads}, **TASKS[name]["recipe"]}
@@ -92,7 +98,7 @@ def run(name: str, seed: int, data: Path, work: Path, threads: int, arms: dict[s
         transfer.translora(here, threads, "transfer", str(here / "kit"), *made, allowed=(0, 1))  # what the gate refuses is evaluated, too
         result = here / f"{way}-{'-'.join(extra)}.json"
         if not result.exists():
-            asked = ["--data", str(here / "test.jsonl"), "--json", str(result), *(["--oracle", str(rows / "train.jsonl")] if way == "paper" else [])]
+            asked = ["--data", str(here / "test.jsonl"), "--json", str(result), *(["--oracle", str(data / name / "train.jsonl")] if way == "paper" else [])]
             transfer.translora(here, threads, "evaluate", str(here / way), *asked, *(["--arms", *extra] if extra else []))
         found[way] = {"evaluation": json.loads(result.read_text()), "manifest": json.loads((here / way / "manifest.json").read_text())}
     return found
@@ -113,7 +119,7 @@ def recovery(chain: Chain, arm: str) -> float | None:
 
 def interval(ours: Sequence[float], theirs: Sequence[float] = ()) -> str:
     """Mean of chains with its 95 % interval, of the differences where there are others."""
-    return "{:.3f} ({:.3f} to {:.3f})".format(*paired_interval(ours, theirs or [0.0] * len(ours)))
+    return results.interval(*paired_interval(ours, theirs or [0.0] * len(ours)))
 
 
 def table(finished: dict[str, dict[int, Chain]]) -> str:

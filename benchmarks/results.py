@@ -30,6 +30,10 @@ def replace(part: str, text: str) -> None:
     path.write_text(f"{before}{begin}\n{text}\n{end}{rest.partition(end)[2]}")
 
 
+def interval(value: float, low: float, high: float, digits: int = 3) -> str:
+    return f"{value:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+
+
 def spread(values: Sequence[float], digits: int = 3) -> str:
     """Median, least and most."""
     return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"

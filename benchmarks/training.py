@@ -105,21 +105,9 @@ def side(name: str, base: str, count: int, pipe: Any) -> None:
         began = time.perf_counter()
         losses = SIDES[name](adapted, rows, tokenizer.pad_token_id, turn[1])
         seconds = time.perf_counter() - began
-        learnt = loss_on(adapted, held_out, tokenizer.pad_token_id)
+        learnt = loop.Loop(adapted, rows, tokenizer.pad_token_id, SETTINGS, turn[1]).loss_on(held_out)
         adapted.unload()
         pipe.send((seconds, sum(len(row.ids) for row in rows), losses, 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, learnt))
-
-
-def loss_on(model: Any, rows: Sequence[loop.Encoded], pad: int) -> float:
-    """Mean loss per label."""
-    import torch
-
-    model.eval()
-    cpu, size = torch.device("cpu"), SETTINGS.batch_size
-    with torch.no_grad(), loop.autocast(cpu):
-        parts = [loop.collate(rows[start : start + size], pad, cpu) for start in range(0, len(rows), size)]
-        total = sum(float(loop.label_loss(model, model.get_output_embeddings(), part)) for part in parts)
-    return total / sum(row.labels for row in rows)
 
 
 def loops(rounds: int, requests: int, base: str) -> list[str]:

@@ -113,10 +113,18 @@ def spread(values: list[float]) -> str:
     return f"{statistics.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
 
 
+def with_data(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The command line, with --data: a folder of task rows, which must be there."""
+    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
+    chosen = parser.parse_args()
+    if not chosen.data.exists():
+        sys.exit(f"{chosen.data} does not exist: name the folder with the task rows with --data.")
+    return chosen
+
+
 def options(about: str | None, tasks: Sequence[str] = (), work: str = "bench", quick: bool = False) -> tuple[argparse.Namespace, int]:
     """The command line, and the cores of each chain. `tasks` are those to choose from, `work` is the folder in runs/."""
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / work)
     parser.add_argument("--jobs", type=int, default=2)
@@ -124,9 +132,7 @@ def options(about: str | None, tasks: Sequence[str] = (), work: str = "bench", q
         parser.add_argument("--task", action="append", choices=tasks, help="default: all")
     if quick:
         parser.add_argument("--quick", action="store_true", help="three tasks and fewer arms")
-    chosen = parser.parse_args()
-    if not chosen.data.exists():
-        sys.exit(f"{chosen.data} does not exist: name the folder with the task rows with --data.")
+    chosen = with_data(parser)
     return chosen, max(1, (os.cpu_count() or 1) // chosen.jobs)
 
 

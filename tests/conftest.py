@@ -70,14 +70,18 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def processes(name: bytes) -> list[int]:
-    """Ids of the processes whose command line begins with `name`; some may end while they are looked at."""
-    found = []
+def command_lines() -> dict[int, bytes]:
+    """Of all processes, by their ids; some may end while they are looked at."""
+    found = {}
     for entry in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            if (entry / "cmdline").read_bytes().startswith(name):
-                found.append(int(entry.name))
+            found[int(entry.name)] = (entry / "cmdline").read_bytes()
     return found
+
+
+def processes(name: bytes) -> list[int]:
+    """Ids of the processes whose command line begins with `name`."""
+    return [pid for pid, line in command_lines().items() if line.startswith(name)]
 
 
 @pytest.fixture(scope="session")

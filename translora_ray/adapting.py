@@ -6,12 +6,20 @@ import json
 from pathlib import Path
 from typing import Any
 
-from translora_ray.adapters import ALL, CONFIG, PROMPT, WEIGHTS, require_applied, require_change
+from translora_ray import models
+from translora_ray.adapters import ALL, CONFIG, PROMPT, WEIGHTS, AdapterInfo, check_fits, inspect, require_applied, require_change
 from translora_ray.config import Adapter
 from translora_ray.errors import UsageError, first_line
 
 SETS = ("target_modules", "feedforward_modules", "exclude_modules")
 """Keys of peft's configuration that it writes in another order in each process; sorted, so that the same adapter has the same digest."""
+
+
+def inspect_for(adapter: str | Path, base: str) -> AdapterInfo:
+    """What is in an adapter's directory; raises `UsageError` where it is not one for this base, as far as names and shapes tell."""
+    info = inspect(adapter)
+    check_fits(info, base, models.linear_shapes(base), models.width(base))
+    return info
 
 
 def create(model: Any, adapter: Adapter, seed: int) -> Any:

@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from translora_ray import __version__, adapters, models
+from translora_ray import __version__, adapters, adapting
 from translora_ray.evaluation import page
 from translora_ray.gating import pass_gate
 from translora_ray.measures import GATE, PhaseMeasures
@@ -36,11 +36,11 @@ def finish(
     """Gate, whose engine is loaded through `run` or as a task of its own, then manifest. `times`: seconds of the stream, and when this attempt began."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = store.fetch_folder(ADAPTER, Path(scratch) / ADAPTER)
-        info = check_fits(folder, plan.target)
-    candidates = [candidate for _, shard, _ in store.shards() for candidate in shard]
+        info = adapting.inspect_for(folder, plan.target)
+    candidates = store.candidates()
     trained, held_out = choose(plan, candidates)
     with PhaseMeasures().timed(GATE):
-        verdict = pass_gate(plan, store, totals, run or run_once(plan), display)
+        verdict = pass_gate(plan, store, trained, held_out, totals, run or run_once(plan), display)
     manifest = {
         **identity,
         "task": plan.kit.task.model_dump(),
@@ -76,13 +76,6 @@ def finish(
     store.remove(TRAIN)
     page.write(store, manifest, plan.kit.seeds)
     return manifest
-
-
-def check_fits(adapter: str | Path, base: str) -> adapters.AdapterInfo:
-    """What is in an adapter's directory; raises `UsageError` where it is not one for this base."""
-    info = adapters.inspect(adapter)
-    adapters.check_fits(info, base, models.linear_shapes(base), models.width(base))
-    return info
 
 
 def _installed(package: str) -> bool:

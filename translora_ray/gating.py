@@ -23,14 +23,15 @@ from translora_ray.stream.plan import Plan
 
 def examples(plan: Plan, store: RunStore) -> tuple[list[Candidate], list[Candidate]]:
     """(trained on, held out): what `choose` makes of the committed shards."""
-    return choose(plan, [candidate for _, candidates, _ in store.shards() for candidate in candidates])
+    return choose(plan, store.candidates())
 
 
-def pass_gate(plan: Plan, store: RunStore, totals: Totals, run: Run, display: Display) -> dict[str, Any] | None:
+def pass_gate(
+    plan: Plan, store: RunStore, trained: Sequence[Candidate], held_out: Sequence[Candidate], totals: Totals, run: Run, display: Display
+) -> dict[str, Any] | None:
     """The verdict on the adapter in the run, None where the recipe holds nothing out for it. Its engine is loaded by `run`."""
     if not plan.held_out:
         return None
-    trained, held_out = examples(plan, store)
     phase = display.phase("gate")
     phase.update(0, 1, "loading the adapter")
     rows = [TaskRow(candidate.input, candidate.target or "") for candidate in held_out]

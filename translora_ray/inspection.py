@@ -45,7 +45,7 @@ def _run(store: RunStore) -> tuple[str, dict[str, Any]]:
     if not store.exists(IDENTITY):
         raise UsageError(f"There is no run at {store.uri}.")
     identity = store.read_json(IDENTITY)
-    accepted = sum(candidate.accepted for _, candidates, _ in store.shards() for candidate in candidates)
+    accepted = sum(candidate.accepted for candidate in store.candidates())
     facts = {"recipe": identity["recipe_hash"], "accepted": accepted, "finished": store.exists(MANIFEST)}
     if store.exists(MANIFEST) and store.local:
         manifest = store.read_json(MANIFEST)

@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from translora_ray import __version__, adapters, models
+from translora_ray import __version__, adapters, adapting, models
 from translora_ray.config import Adapter, Synthesis, Task, Training
 from translora_ray.engines.base import AdapterRef, Engine, OpenEngine, Score
 from translora_ray.errors import RunFailed, UsageError
 from translora_ray.kit import ADAPTER, DISCRIMINATOR, FACTS, GENERATOR, SEEDS, choose_seeds, digest_of, find_labels, order_for_discriminator
 from translora_ray.progress import Display, Phase
-from translora_ray.prompts import NO, YES, Prompt, discriminator_prompt, generator_prompt
+from translora_ray.prompts import NO, YES, Prompt, discriminator_prompt, learnt_prompt
 from translora_ray.records import TaskRow, derive_seed, read_rows, request_pack
 from translora_ray.storage import RunStore, commit_folder
 from translora_ray.stream.dedup import SeedFilter, Seen
@@ -92,8 +92,7 @@ def prepare(task: Task, base: str, out: str | Path, adapter: str | None, discrim
 
 def _check_adapter(adapter: str, base: str, progress: Display) -> None:
     """Raise `UsageError` unless the adapter is one for `base`, as far as names, shapes and, where its own base is at hand, weights tell."""
-    info = adapters.inspect(adapter)
-    adapters.check_fits(info, base, models.linear_shapes(base), models.width(base))
+    info = adapting.inspect_for(adapter, base)
     if info.base == base:
         return
     if info.base.startswith("packaged:") or Path(info.base, "config.json").is_file():
@@ -141,7 +140,7 @@ def _discriminator(
 
 def _generator(task: Task, base: str, rows: Sequence[TaskRow], scratch: Path, progress: Display, facts: dict[str, Any]) -> dict[str, Any]:
     """Train the generator adapter into `scratch`, on all inputs: what a recipe's generator `adapter` writes with (`LearntSynthesizer`)."""
-    pairs = [(generator_prompt(row.target.strip() if task.classes else task.name), row.input) for row in rows]
+    pairs = [(learnt_prompt(task, row.target), row.input) for row in rows]
     loss = _train(GENERATOR, task, base, pairs, task.generator_training, scratch, progress, facts)
     return {"rows": len(rows), "after": "label" if task.classes else "name", "loss": loss}
 

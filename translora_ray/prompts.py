@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from translora_ray.config import Task
 from translora_ray.errors import UsageError
 from translora_ray.records import TaskRow
 
@@ -59,6 +60,11 @@ def labelled_prompt(seeds: Sequence[TaskRow], shots: int, seed: int, label: str)
 def generator_prompt(name: str) -> Prompt:
     """What a generator adapter goes on from: the label of the input to write, or the task's name where answers are open."""
     return Prompt(f"{name}:")
+
+
+def learnt_prompt(task: Task, target: str) -> Prompt:
+    """What a generator adapter learns to go on from where the input of a row with this target follows."""
+    return generator_prompt(target.strip() if task.classes else task.name)
 
 
 def synthesis_stops(seeds: Sequence[str]) -> tuple[str, ...]:

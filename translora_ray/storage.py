@@ -217,6 +217,10 @@ class RunStore:
             yield int(match[2]), [Candidate(**row) for row in table.to_pylist()], json.loads(table.schema.metadata[b"facts"])
             expected = int(match[2]) + 1
 
+    def candidates(self) -> list[Candidate]:
+        """Those of all committed shards, in their order."""
+        return [candidate for _, candidates, _ in self.shards() for candidate in candidates]
+
     def shard_paths(self) -> list[str]:
         return [self.path(f"{SHARDS}/{name}") for name in self.names(SHARDS)]
 

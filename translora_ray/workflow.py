@@ -18,7 +18,7 @@ from translora_ray.config import Adapter, Config, EngineKind, Recipe
 from translora_ray.engines.select import choose_engine, engine_for
 from translora_ray.errors import RunFailed, UsageError, first_line
 from translora_ray.evaluation import page
-from translora_ray.finishing import check_fits, finish
+from translora_ray.finishing import finish
 from translora_ray.gating import examples
 from translora_ray.measures import TRAINING, PhaseMeasures
 from translora_ray.placement import Resources, Run, check_resources, given, ray_failures, ray_session, share
@@ -139,7 +139,7 @@ def _check_models(loaded: kit.Kit, target: str, recipe: Recipe) -> None:
             raise UsageError(f"The base {base} is not the one the kit was prepared on: bring back that version of it.")
         if obstacle := models.pair_obstacle(models.describe(base), models.describe(target), loaded.task.format):
             raise UsageError(obstacle)
-    check_fits(loaded.adapter.path, loaded.teacher_base)
+    adapting.inspect_for(loaded.adapter.path, loaded.teacher_base)
     for base in (loaded.teacher_base, target) if recipe.training.token_weights else ():
         require_offsets(models.load_tokenizer(base))
 
@@ -218,7 +218,7 @@ def train(plan: Plan, store: RunStore, worker: Resources, steps: Any, display: D
 
 def check_answers(plan: Plan, store: RunStore) -> None:
     """Raise `RunFailed` where all examples have one answer and the seeds have several: nothing else could be learnt from them."""
-    given = [candidate.target for _, candidates, _ in store.shards() for candidate in candidates if candidate.accepted]
+    given = [candidate.target for candidate in store.candidates() if candidate.accepted]
     if len(given) >= ENOUGH_ANSWERS and len(set(given)) == 1 and len({seed.target for seed in plan.kit.seeds}) > 1:
         raise RunFailed(f"The teacher gave each of the {len(given)} examples the same answer, {given[0]!r}: prepare the kit with more seeds or rows.")
 

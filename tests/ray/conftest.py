@@ -26,7 +26,7 @@ def arguments(kit: Path, target: str, run: Path, *more: str) -> list[str]:
 
 
 def rows(run: Path) -> list[Candidate]:
-    return [candidate for _, candidates, _ in RunStore(str(run)).shards() for candidate in candidates]
+    return RunStore(str(run)).candidates()
 
 
 def has_checkpoint(run: Path) -> bool:

@@ -15,7 +15,7 @@ from typing import Any
 
 from ray._private.services import get_node_ip_address
 
-from tests.conftest import free_port
+from tests.conftest import command_lines, free_port
 from tests.ray.conftest import token_in
 
 RAY = str(Path(sys.executable).parent / "ray")
@@ -63,22 +63,17 @@ class Growing:
 def children(parent: int) -> dict[int, bytes]:
     """Ids and names of the processes that a process has started."""
     found = {}
-    for entry in Path("/proc").glob("[0-9]*"):
+    for pid, line in command_lines().items():
         with contextlib.suppress(OSError):
-            if int((entry / "stat").read_text().rpartition(")")[2].split()[1]) == parent:
-                found[int(entry.name)] = (entry / "cmdline").read_bytes()
+            if int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]) == parent:
+                found[pid] = line
     return found
 
 
 def processes_in(folder: Path) -> list[tuple[int, list[str]]]:
     """Processes whose command line names the folder: all that Ray starts there but its workers, which end with their raylet."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            command = (entry / "cmdline").read_bytes().decode(errors="replace").rstrip("\0").split("\0")
-            if any(str(folder) in part for part in command):
-                found.append((int(entry.name), command))
-    return found
+    commands = [(pid, line.decode(errors="replace").rstrip("\0").split("\0")) for pid, line in command_lines().items()]
+    return [(pid, command) for pid, command in commands if any(str(folder) in part for part in command)]
 
 
 def wait(ready: Callable[[], bool], seconds: float, what: str, pause: float = 0.5) -> None:

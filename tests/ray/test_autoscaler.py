@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -10,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from tests.ray.growing import Growing, growing_cluster, wait
 from translora_ray import kit
 from translora_ray.config import Cluster, Recipe, Synthesis
 from translora_ray.placement import Resources, place, ray_session
-from translora_ray.records import pack_to_table, packs_from_table
+from translora_ray.records import Pack, pack_to_table, packs_from_table
 from translora_ray.stream import pipeline
 from translora_ray.stream.plan import Plan
 from translora_ray.stream.requests import open_desk
@@ -89,14 +90,23 @@ class Heavy(Slow):
         return pack_to_table(pack)
 
 
-def stream_from_a_node_that_is_lost(address: str, kit_path: str, target: str) -> None:
-    """Runs as a driver of its own: loses the node of an actor while packs wait there that were not fetched; prints the numbers of those that came."""
-    pipeline.StageActor = Heavy  # type: ignore[misc,assignment]
-    cluster = Cluster(address=address, engines=(1, 1))
+@contextlib.contextmanager
+def streaming(actor: type[Slow], most: int, address: str, kit_path: str, target: str) -> Iterator[tuple[Any, Generator[Pack]]]:
+    """(desk, packs) of a stream by one to `most` actors of that kind, in a driver of its own."""
+    pipeline.StageActor = actor  # type: ignore[misc,assignment]
+    cluster = Cluster(address=address, engines=(1, most))
     plan = Plan(kit.load(kit_path), target, Recipe(synthesis=Synthesis(pack_size=2)), cluster, "transformers", 1.0, 0.0)
     with ray_session(cluster):
-        desk = open_desk([0], 2)  # what run_stream lets through for one actor
-        packs, numbers = pipeline.open_stream([plan], desk), []
+        desk = open_desk([0], 2 * most)  # what run_stream lets through for so many actors
+        packs = pipeline.open_stream([plan], desk)
+        yield desk, packs
+        packs.close()
+
+
+def stream_from_a_node_that_is_lost(address: str, kit_path: str, target: str) -> None:
+    """Runs as a driver of its own: loses the node of an actor while packs wait there that were not fetched; prints the numbers of those that came."""
+    numbers = []
+    with streaming(Heavy, 1, address, kit_path, target) as (desk, packs):
         for pack in packs:
             numbers.append(pack.number)
             ray.get(desk.arrived.remote(0, pack.number))
@@ -105,7 +115,6 @@ def stream_from_a_node_that_is_lost(address: str, kit_path: str, target: str) ->
                 kill(pack.tokens["raylet"], pack.tokens["actor"])
             if len(numbers) == 8:
                 break
-        packs.close()
     print("packs:", sorted(numbers))
 
 
@@ -129,18 +138,13 @@ def call_on_a_node_that_is_lost(address: str, kit_path: str, _target: str) -> No
 
 def stream_slowly(address: str, kit_path: str, target: str) -> None:
     """Runs as a driver of its own: streams until three actors have computed packs, or for 300 packs; prints the number of actors."""
-    pipeline.StageActor = Slow  # type: ignore[misc,assignment]
-    cluster = Cluster(address=address, engines=(1, 3))
-    plan = Plan(kit.load(kit_path), target, Recipe(synthesis=Synthesis(pack_size=2)), cluster, "transformers", 1.0, 0.0)
-    with ray_session(cluster):
-        desk = open_desk([0], 6)  # what run_stream lets through for three actors
-        packs, actors = pipeline.open_stream([plan], desk), set()
+    actors = set()
+    with streaming(Slow, 3, address, kit_path, target) as (desk, packs):
         for pack in packs:
             actors.add(pack.tokens["actor"])
             if len(actors) == 3 or pack.number > 300:
                 break
             ray.get(desk.arrived.remote(0, pack.number))
-        packs.close()
     print("actors:", len(actors))
 
 

@@ -112,7 +112,7 @@ def test_transfers_that_share_engines_accept_what_each_would_alone(tiny_kit: Pat
     assert [total.accepted for total in totals] == [8, 20, 12]
     assert [list(total.loads.values()) for total in totals] == [[[plans[0].kit.base]]] * 3  # one engine, whatever the number of transfers
     for together, alone in zip(stores["together"], stores["alone"], strict=True):
-        ours, theirs = ([row for _, rows, _ in store.shards() for row in rows] for store in (together, alone))
+        ours, theirs = (store.candidates() for store in (together, alone))
         assert ours == theirs
 
 

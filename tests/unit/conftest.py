@@ -49,4 +49,4 @@ def stream(plan: Plan, store: RunStore, order_seed: int, stop_after: int | None 
 
 
 def rows(store: RunStore) -> list[Candidate]:
-    return [candidate for _, candidates, _ in store.shards() for candidate in candidates]
+    return store.candidates()

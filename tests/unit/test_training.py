@@ -103,7 +103,7 @@ def test_rows_held_out_choose_the_epoch_and_end_the_training(tiny_llama: str, mo
     chosen = fresh(tiny_llama, ROWS * 4, epochs=9, held_out=0.25, patience=2)
     assert (len(chosen.rows), len(chosen.held_out)) == (9, 3)
     losses = iter([3.0, 1.0, 2.0, 2.0])
-    monkeypatch.setattr(chosen, "_held_out_loss", lambda: next(losses))
+    monkeypatch.setattr(chosen, "loss_on", lambda rows: next(losses))
     after: list[list[torch.Tensor]] = []
     while not chosen.done:
         list(chosen.run_epoch())
@@ -120,7 +120,7 @@ def test_rows_held_out_choose_the_epoch_and_end_the_training(tiny_llama: str, mo
 def test_the_loss_of_rows_held_out_is_the_plain_one(tiny_llama: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop, "autocast", lambda device: contextlib.nullcontext())
     training = fresh(tiny_llama, ROWS * 4, held_out=0.4)
-    assert training.held_out and training._held_out_loss() == pytest.approx(
+    assert training.held_out and training.loss_on(training.held_out) == pytest.approx(
         float(plain_loss(training.model, training.held_out)) / sum(row.labels for row in training.held_out), rel=1e-5
     )
 

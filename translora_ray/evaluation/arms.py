@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from translora_ray import adapters, models
+from translora_ray import adapting, models
 from translora_ray.config import Adapter, Cluster, Method, Recipe, Training
 from translora_ray.engines.base import AdapterRef, Engine
 from translora_ray.errors import UsageError
@@ -60,7 +60,7 @@ class Arms:
         if "copy" in names:
             target = self.manifest["target_base"]
             try:
-                adapters.check_fits(adapters.inspect(self.kit.adapter.path), target, models.linear_shapes(target), models.width(target))
+                adapting.inspect_for(self.kit.adapter.path, target)
             except UsageError as error:
                 raise UsageError(f"--arms copy: {error}") from None
 
@@ -95,7 +95,7 @@ class Arms:
 
     def _answered(self, engine: Engine, by_excess: bool) -> list[Candidate]:
         """Candidates of the run in their order, without repetitions, each with the teacher's answer whatever it is: as many as the methods choose from."""
-        candidates = [candidate for _, shard, _ in self.store.shards() for candidate in shard]
+        candidates = self.store.candidates()
         most = math.ceil((self.manifest["counts"]["quota"] + self._plan("none").held_out) * self.recipe.selection.surplus)
         seen = Seen(self.recipe.selection.near_duplicate)
         pool: list[Candidate] = []

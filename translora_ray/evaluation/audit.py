@@ -21,7 +21,7 @@ from translora_ray.engines.base import Complete, OpenEngine
 from translora_ray.errors import UsageError
 from translora_ray.evaluation.statistics import FEW, auc, binomial_tail, chance_interval
 from translora_ray.progress import Display
-from translora_ray.prompts import generator_prompt
+from translora_ray.prompts import learnt_prompt
 from translora_ray.records import TaskRow, read_rows
 from translora_ray.storage import IDENTITY, MANIFEST, RunStore
 from translora_ray.stream.dedup import Passages, grams, normal
@@ -72,7 +72,7 @@ def audit(path: str, data: str, holdout: str, pairs: bool, open_engine: OpenEngi
     if store is None:
         display.say("A kit has no synthetic prompts: that half of the audit wants a run.")
     else:
-        prompts = [candidate.input for _, shard, _ in store.shards() for candidate in shard if candidate.accepted]
+        prompts = [candidate.input for candidate in store.candidates() if candidate.accepted]
         selection = Recipe.model_validate(store.read_json(MANIFEST)["recipe"]).selection
         result["synthetic"] = on_prompts(prompts, sides, selection.near_duplicate, selection.seed_overlap, pairs)
     return result
@@ -128,14 +128,14 @@ def on_generator(loaded: kit.Kit, sides: Sides, targets: Mapping[str, str], open
     `likelihood` ranks rows by the mean log-probability of their tokens (Yeom et al., arXiv 1709.01604), `gain` by what of it the adapter adds to its base,
     which takes out how common a text is (Carlini et al., arXiv 2112.03570).
     """
-    adapter, open_task = loaded.generator_adapter, not loaded.task.classes
+    adapter = loaded.generator_adapter
     engine = open_engine(loaded.base, [adapter])
     phase, texts = display.phase("likelihoods"), [*sides.members, *sides.others]
     likelihood: list[float] = []
     gain: list[float] = []
     for start in range(0, len(texts), CHUNK):
         part = texts[start : start + CHUNK]
-        prompts = [generator_prompt(loaded.task.name if open_task else targets[text].strip()) for text in part]
+        prompts = [learnt_prompt(loaded.task, targets[text]) for text in part]
         asked = [Complete(prompt, text, each) for prompt, text in zip(prompts, part, strict=True) for each in (adapter, None)]
         means = [sum(found) / len(found) for found in engine.token_logprobs(asked)]
         likelihood += means[::2]

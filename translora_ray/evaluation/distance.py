@@ -25,7 +25,7 @@ def distances(kit: Kit, store: RunStore, real: Sequence[str], display: Display) 
 
     Both by the source base's hidden states (paper: table 6).
     """
-    candidates = [candidate for _, shard, _ in store.shards() for candidate in shard if candidate.input]
+    candidates = [candidate for candidate in store.candidates() if candidate.input]
     accepted = [candidate.input for candidate in candidates if candidate.accepted]
     written = list({normal(candidate.input): candidate.input for candidate in candidates}.values())
     sides = [random.Random(0).sample(texts, min(MOST, len(texts))) for texts in (list(real), accepted, written)]

@@ -58,7 +58,7 @@ class Run:
 
 def write(store: RunStore, manifest: dict[str, Any], seeds: Sequence[TaskRow]) -> None:
     """Write the run's report, or write it again; `seeds` are those of its kit."""
-    candidates = [candidate for _, shard, _ in store.shards() for candidate in shard]
+    candidates = store.candidates()
     lines = store.read(ANSWERS).decode().split("\n") if store.exists(ANSWERS) else []
     found = [store.read_json(name) if store.exists(name) else None for name in (RESULT, MAP)]
     run = Run(place(store), manifest, seeds, candidates, found[0], [json.loads(line) for line in lines if line], found[1])

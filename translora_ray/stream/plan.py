@@ -120,9 +120,8 @@ class Plan:
         """One pool when the source base generates, with an adapter or without; one more where the target does; one more where the teacher is on another base,
         vLLM can not serve its adapter, or peft can not put it beside another role's LoRA (IA3)."""
         kit, generators = self.kit, self.recipe.synthesis.generator
-        target = [self.target] if "target" in generators else []
-        source = [kit.base] if {"source", "adapter"} & set(generators) else []
-        places = [(self.engine, base, synthesize.ROLE) for base in dict.fromkeys(target + source)]
+        bases = [base for base in dict.fromkeys((self.target, kit.base)) if any(self.writes(generator, base) for generator in generators)]
+        places = [(self.engine, base, synthesize.ROLE) for base in bases]
         if self.judges:
             places.append((self.engine, kit.base, discriminate.ROLE))
         places.append((engine_for(self.engine, [kit.adapter], lambda message: None), kit.teacher_base, teach.ROLE))

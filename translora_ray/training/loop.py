@@ -192,7 +192,7 @@ class Loop:
             yield Step(self.step, self.steps_per_epoch * self.settings.epochs, loss, self.tokens - before, time.perf_counter() - began)
         self.epoch, self.position = self.epoch + 1, 0
         if self.held_out:
-            self.held_out_losses.append(self._held_out_loss())
+            self.held_out_losses.append(self.loss_on(self.held_out))
             if self.best_epoch == self.epoch:
                 self._best = [weight.detach().cpu().clone() for weight in self._weights]
 
@@ -203,16 +203,17 @@ class Loop:
             return [list(range(start, min(start + size, len(self.rows)))) for start in range(0, len(self.rows), size)]
         return epoch_batches([len(row.ids) for row in self.rows], size, self.seed, self.epoch)
 
-    def _held_out_loss(self) -> float:
+    def loss_on(self, held_out: Sequence[Encoded]) -> float:
+        """Mean loss per label of rows that are not trained on."""
         self.model.eval()
         total = torch.zeros((), device=self.device)
-        shares = [self.held_out[start + self.rank :: self.world][: self.at_once] for start in range(0, len(self.held_out), self.at_once * self.world)]
+        shares = [held_out[start + self.rank :: self.world][: self.at_once] for start in range(0, len(held_out), self.at_once * self.world)]
         with torch.no_grad(), autocast(self.device):
             for rows in shares:
                 total += label_loss(self.model, self._output, collate(rows or self._empty(), self.pad_id, self.device))
         if self.world > 1:
             torch.distributed.all_reduce(total)
-        loss = float(total) / sum(row.labels for row in self.held_out)
+        loss = float(total) / sum(row.labels for row in held_out)
         return loss if loss == loss else float("inf")  # what is not a number is never the least
 
     def _empty(self) -> list[Encoded]:
