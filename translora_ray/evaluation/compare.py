@@ -58,7 +58,7 @@ def evaluate(run: str, data: str, oracle: str | None, extra: Sequence[str], open
         few = [few_shot_prompt(task.prompt, shots, row.input, task.format) for row in rows]
         judged = loaded.discriminator is not None and loaded.base == loaded.teacher_base
         engine = open_engine(manifest["source_base"], [loaded.adapter, *([loaded.discriminator_adapter] if judged else [])])
-        found = _answer(engine, {"source_base": (bare, None), "source_adapter": (bare, loaded.adapter)}, task, loaded.seeds, rows, display)
+        found = answer_all(engine, {"source_base": (bare, None), "source_adapter": (bare, loaded.adapter)}, task, loaded.seeds, rows, display)
         real = verdicts(engine, task.name, [row.input for row in rows], loaded.discriminator_adapter) if judged else None
         sets = made.sets(extra, engine)
         engine.close()
@@ -68,7 +68,7 @@ def evaluate(run: str, data: str, oracle: str | None, extra: Sequence[str], open
         target_arms |= {name: (bare, adapter) for name, adapter in made.trained(extra, sets).items()}
         used = [adapter for _, adapter in target_arms.values() if adapter]
         engine = open_engine(manifest["target_base"], used)
-        found |= _answer(engine, target_arms, task, loaded.seeds, rows, display)
+        found |= answer_all(engine, target_arms, task, loaded.seeds, rows, display)
         engine.close()
     result = summary({arm: answered.scores for arm, answered in found.items()}, task.metric)
     result["gate"] = gate.on_rows(recipe.gate, result["against"])
@@ -95,7 +95,7 @@ def _check_rows(loaded: kit.Kit, rows: Sequence[TaskRow], data: str, oracle: Seq
         display.say(f"{data} has {len(rows)} rows: an accuracy of 0.5 would have an interval of {low:.2f} to {high:.2f}. Take {FEW} or more.")
 
 
-def _answer(
+def answer_all(
     engine: Engine, asked: dict[str, tuple[list[Prompt], AdapterRef | None]], task: Task, seeds: list[TaskRow], rows: list[TaskRow], display: Display
 ) -> dict[str, Answered]:
     """Answers of the arms that share an engine. Text answers end at the line where all seeds' answers are one line."""
