@@ -13,7 +13,7 @@ from translora_ray.evaluation import gate
 from translora_ray.evaluation.metrics import METRICS
 from translora_ray.placement import Run
 from translora_ray.progress import Display
-from translora_ray.prompts import clean_answer, task_prompt
+from translora_ray.prompts import answer_stops, clean_answer, task_prompt
 from translora_ray.records import Candidate, TaskRow
 from translora_ray.storage import ADAPTER, RunStore
 from translora_ray.stream.choose import choose
@@ -49,7 +49,7 @@ def _scores(plan: Plan, store: RunStore, rows: Sequence[TaskRow]) -> list[float]
     with tempfile.TemporaryDirectory() as scratch:
         adapter = AdapterRef("transferred", str(store.fetch_folder(ADAPTER, Path(scratch) / ADAPTER)))
         engine = opener(plan.engine, plan.cluster.vllm, plan.engine_gpus, lambda message: None)(plan.target, [adapter])
-        sampling = Sampling(task.max_new_tokens)
+        sampling = Sampling(task.max_new_tokens, stop=answer_stops([seed.target for seed in plan.kit.seeds], task.format))
         given = engine.generate([Generate(task_prompt(task.prompt, row.input, task.format), sampling, adapter) for row in rows])
         engine.close()
     return [METRICS[task.metric](clean_answer(answer.text), row.target) for answer, row in zip(given, rows, strict=True)]

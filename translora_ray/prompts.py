@@ -53,8 +53,8 @@ def labelled_prompt(seeds: Sequence[TaskRow], shots: int, seed: int, label: str)
     `shots` of them are drawn by `seed`, those of the label before others.
     """
     order = random.Random(f"{seed}/{label}").sample(list(seeds), len(seeds))
-    shown = sorted(order, key=lambda row: row.target != label)[:shots][::-1]
-    return Prompt("\n".join([*(f"{row.target}: {row.input}" for row in shown), f"{label}:"]))
+    shown = sorted(order, key=lambda row: row.target.strip() != label)[:shots][::-1]
+    return Prompt("\n".join([*(f"{row.target.strip()}: {row.input}" for row in shown), f"{label}:"]))
 
 
 def generator_prompt(name: str) -> Prompt:
@@ -70,6 +70,11 @@ def learnt_prompt(task: Task, target: str) -> Prompt:
 def synthesis_stops(seeds: Sequence[str]) -> tuple[str, ...]:
     """Where a list item ends: at the line's end, or, when seeds have several lines, at an empty line."""
     return ("\n\n",) if any("\n" in seed for seed in seeds) else ("\n",)
+
+
+def answer_stops(targets: Sequence[str], format: Format) -> tuple[str, ...]:
+    """Where an answer ends that an adapter, or a bare base, does not end itself: at the line's end, if no seed's answer has several lines."""
+    return ("\n",) if format == "text" and not any("\n" in target for target in targets) else ()
 
 
 def parse_synthesis(text: str) -> str:

@@ -17,6 +17,7 @@ from translora_ray.progress import Display
 from translora_ray.records import Candidate, TaskRow
 from translora_ray.storage import RunStore
 from translora_ray.stream.dedup import SEED_COPY, SEED_PASSAGE
+from translora_ray.stream.discriminate import OFF_TASK
 
 
 @pytest.fixture
@@ -67,3 +68,20 @@ def test_an_arm_without_rows_is_refused_before_it_is_trained(loaded: kit.Kit, en
         with pytest.raises(UsageError, match=f"--arms {arm}: no candidate of the run is left to train on; leave this arm out"):
             arms.sets([arm], engine)
     assert not (tmp_path / arm).exists()
+
+
+def test_a_method_without_a_cut_chooses_from_what_comes_not_from_what_the_discriminator_picked(
+    loaded: kit.Kit, engine: TransformersEngine, tiny_gemma: str, tmp_path: Path
+) -> None:
+    store = RunStore(str(tmp_path / "run"))
+    candidates = [Candidate(i, i, row.input, verdict=-1.0 if i < 8 else 1.0, reason=OFF_TASK if i < 8 else None) for i, row in enumerate(rows(60, 90))]
+    store.write_shard(0, 0, candidates, {"attempt": "a", "loads": [], "tokens": {}, "seconds": {}})
+    recipe = Recipe(selection=Selection(quota=4, near_duplicate=1.0), gate=Gate(held_out=0))
+    manifest = {"target_base": tiny_gemma, "source_base": loaded.base, "counts": {"quota": 4}}
+    with Display() as display:
+        sets = Arms(loaded, manifest, recipe, store, tmp_path, display).sets(["unfiltered", "importance", "excess", "discriminator"], engine)
+    place = {candidate.input: candidate.index for candidate in candidates}
+    found = {name: [place[row.input] for row in chosen] for name, chosen in sets.items()}
+    assert found["discriminator"] == [8, 9, 10, 11]
+    assert found["unfiltered"] == [0, 1, 2, 3]
+    assert all(len(found[name]) == 4 and max(found[name]) < 8 for name in ("importance", "excess")), found  # of 2 x 4

@@ -162,7 +162,9 @@ def test_intervals() -> None:
     assert difference == pytest.approx(0.1)
     assert (low, high) == pytest.approx((0.05, 0.16), abs=0.011)  # 10 of 100 rows differ, all one way: a binomial's 2.5 % tails are 0.05 and 0.16
     assert paired_interval(ours, theirs) == (difference, low, high)
-    assert paired_interval(ours, ours) == (0.0, 0.0, 0.0)
+    assert paired_interval(ours, ours) == pytest.approx((0.0, -0.0370, 0.0370), abs=1e-4)  # 3.8415 / (100 + 3.8415)
+    assert paired_interval([1.0], [1.0])[1] < -0.7  # one row proves nothing
+    assert paired_interval([0.0, 0.0], [1.0, 1.0])[2] > -0.4
 
 
 def test_mcnemar_and_flips() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from translora_ray import adapting, models
-from translora_ray.config import Adapter, Cluster, Method, Recipe, Training
+from translora_ray.config import CUTTING, Adapter, Cluster, Method, Recipe, Training
 from translora_ray.engines.base import AdapterRef, Engine
 from translora_ray.errors import UsageError
 from translora_ray.evaluation.metrics import well_formed
@@ -23,7 +23,7 @@ from translora_ray.stream.collect import LABEL_FULL, NOT_NEEDED
 from translora_ray.stream.dedup import Seen
 from translora_ray.stream.discriminate import OFF_TASK
 from translora_ray.stream.plan import Plan
-from translora_ray.stream.teach import ILL_FORMED, UNSURE, Teacher
+from translora_ray.stream.teach import ILL_FORMED, OTHER_LABEL, UNSURE, Teacher
 from translora_ray.token_weights import answer_spans
 from translora_ray.training.task import task_pairs, train_adapter
 
@@ -31,17 +31,20 @@ SELECTED: tuple[Method, ...] = ("discriminator", "importance", "excess", "both")
 EXTRA: dict[str, str] = {
     "copy": "source adapter as it is on the target",
     "seeds_only": "target, trained on the seeds",
-    "unfiltered": "target, trained on candidates as they come",
+    "unfiltered": "target, trained on candidates that are no copies, as they come",
     **{str(method): f"target, trained on candidates by {method}" for method in SELECTED},
 }
 """Arms that are made when they are asked for, and their titles."""
-WRITTEN = {None, OFF_TASK, UNSURE, ILL_FORMED, LABEL_FULL, NOT_NEEDED}
+WRITTEN = {None, OFF_TASK, UNSURE, ILL_FORMED, OTHER_LABEL, LABEL_FULL, NOT_NEEDED}
 """Reasons of candidates that are well written and no copies: what an arm may choose from."""
 
 
 @dataclass
 class Arms:
-    """Makes arms for one run. Every adapter is trained on the target as the transferred one was, on as many rows where there are so many."""
+    """Makes arms for one run. Every adapter is trained on the target as the transferred one was, on as many rows where there are so many.
+
+    A run stops when its own method has enough: of one by `discriminator`, `both` has hardly more to choose from than that took.
+    """
 
     kit: Kit
     manifest: dict[str, Any]
@@ -68,9 +71,11 @@ class Arms:
         """The rows that each arm trains on. `engine` holds the teacher, and the discriminator where it is on the same base."""
         found: dict[str, Sequence[TaskRow]] = {"seeds_only": self.kit.seeds} if "seeds_only" in names else {}
         wanted = [name for name in names if name == "unfiltered" or name in SELECTED]
-        pool = self._answered(engine, any(self._plan(name).by_excess for name in wanted if name in SELECTED)) if wanted else []
+        by_excess = any(self._plan(name).by_excess for name in wanted if name in SELECTED)
+        plain, pool = self._answered(engine, by_excess) if wanted else ([], [])
         for name in wanted:
-            rows = self._selected(pool, name) if name in SELECTED else _rows(pool[: self.manifest["counts"]["quota"]])
+            cuts = name in SELECTED and self._plan(name).method in CUTTING
+            rows = self._selected(pool if cuts else plain, name) if name in SELECTED else _rows(plain[: self.manifest["counts"]["quota"]])
             if not rows:
                 raise UsageError(f"--arms {name}: no candidate of the run is left to train on; leave this arm out.")
             found[name] = rows
@@ -88,13 +93,19 @@ class Arms:
             found[name] = AdapterRef(name, str(out))
         return found
 
+    def trained_on(self) -> list[str]:
+        """The inputs of the examples that the run's own adapter learnt from."""
+        chosen, _ = choose(self._plan(self.recipe.selection.method), self.store.candidates())
+        return [example.input for example in chosen]
+
     def _plan(self, method: Method) -> Plan:
         selection = self.recipe.selection.model_copy(update={"method": method})
         recipe = self.recipe.model_copy(update={"selection": selection, "overlap": False})
         return Plan(self.kit, self.manifest["target_base"], recipe, Cluster(), "transformers", 1.0, 0.0)
 
-    def _answered(self, engine: Engine, by_excess: bool) -> list[Candidate]:
-        """Candidates of the run in their order, without repetitions, each with the teacher's answer whatever it is: as many as the methods choose from."""
+    def _answered(self, engine: Engine, by_excess: bool) -> tuple[list[Candidate], list[Candidate]]:
+        """(as many candidates as a method chooses from, these and all others that the discriminator takes), in their order, without repetitions, each with the
+        teacher's answer whatever it is. Methods without a cut are to choose from what comes, not from what another method has picked out."""
         candidates = self.store.candidates()
         most = math.ceil((self.manifest["counts"]["quota"] + self._plan("none").held_out) * self.recipe.selection.surplus)
         seen = Seen(self.recipe.selection.near_duplicate)
@@ -112,7 +123,7 @@ class Arms:
         for start in range(0, len(pool), size):
             teacher.process(Pack(0, pool[start : start + size]))
             phase.update(min(len(pool), start + size), len(pool))
-        return [candidate for candidate in pool if candidate.target]
+        return [each for each in pool[:most] if each.target], [each for each in pool if each.target]
 
     def _selected(self, pool: Sequence[Candidate], method: Method) -> list[TaskRow]:
         plan = self._plan(method)

@@ -18,7 +18,7 @@ from translora_ray.evaluation.distance import distances
 from translora_ray.evaluation.metrics import METRICS
 from translora_ray.evaluation.statistics import FEW, flips, mcnemar, paired_interval, wilson
 from translora_ray.progress import Display
-from translora_ray.prompts import Prompt, clean_answer, few_shot_prompt, task_prompt
+from translora_ray.prompts import Prompt, answer_stops, clean_answer, few_shot_prompt, task_prompt
 from translora_ray.records import TaskRow, read_rows
 from translora_ray.storage import ADAPTER, ANSWERS, MAP, REPORT, RESULT, RunStore
 from translora_ray.stream.dedup import normal
@@ -38,7 +38,7 @@ class Answered:
 def evaluate(run: str, data: str, oracle: str | None, extra: Sequence[str], open_engine: OpenEngine, display: Display) -> dict[str, Any]:
     """Accuracy of every arm on `data`, with Wilson's 95 % interval, and recovery where there is an `oracle` training set; `extra` are names of `arms.EXTRA`.
 
-    The oracle is an adapter on the target base, trained on the real rows exactly as the transferred one was on synthetic rows.
+    The oracle is an adapter on the target base, trained on the real rows for as many epochs, and at the same rate, as the transferred one on its examples.
     """
     store = RunStore(run)
     manifest = store.manifest(run)
@@ -74,7 +74,7 @@ def evaluate(run: str, data: str, oracle: str | None, extra: Sequence[str], open
     result["gate"] = gate.on_rows(recipe.gate, result["against"])
     if real is not None:
         result["verdicts"] = {"real": real}
-    result["distance"], points = distances(loaded, store, [row.input for row in rows], display)
+    result["distance"], points = distances(loaded.base, made.trained_on(), store, [row.input for row in rows], loaded.seed_inputs, display)
     store.write(ANSWERS, _lines(rows, found))
     store.write_json(MAP, points)
     store.write_json(RESULT, result)
@@ -98,9 +98,8 @@ def _check_rows(loaded: kit.Kit, rows: Sequence[TaskRow], data: str, oracle: Seq
 def answer_all(
     engine: Engine, asked: dict[str, tuple[list[Prompt], AdapterRef | None]], task: Task, seeds: list[TaskRow], rows: list[TaskRow], display: Display
 ) -> dict[str, Answered]:
-    """Answers of the arms that share an engine. Text answers end at the line where all seeds' answers are one line."""
-    stop = ("\n",) if task.format == "text" and not any("\n" in seed.target for seed in seeds) else ()
-    sampling = Sampling(task.max_new_tokens, stop=stop)
+    """Answers of the arms that share an engine."""
+    sampling = Sampling(task.max_new_tokens, stop=answer_stops([seed.target for seed in seeds], task.format))
     metric = METRICS[task.metric]
     found = {}
     for arm, (prompts, adapter) in asked.items():

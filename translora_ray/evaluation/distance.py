@@ -9,35 +9,34 @@ from typing import Any
 import numpy
 
 from translora_ray import models
-from translora_ray.kit import Kit
 from translora_ray.progress import Display
 from translora_ray.storage import RunStore
 from translora_ray.stream.collect import NOT_NEEDED
-from translora_ray.stream.dedup import normal
+from translora_ray.stream.dedup import COPIES, normal
 
 MOST = 400
 """Prompts of each side, drawn where there are more."""
 BATCH = 32
 
 
-def distances(kit: Kit, store: RunStore, real: Sequence[str], display: Display) -> tuple[dict[str, float], dict[str, Any]]:
-    """(MMD of accepted prompts (`filtered`) and of all that were written (`unfiltered`) to real ones, a map of them for the report).
+def distances(
+    base: str, trained_on: Sequence[str], store: RunStore, real: Sequence[str], seeds: Sequence[str], display: Display
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """(MMD of the prompts trained on (`filtered`), and of all that were written and are no copies of seeds (`unfiltered`), to real ones; a map of them).
 
     Both by the source base's hidden states (paper: table 6).
     """
-    candidates = [candidate for candidate in store.candidates() if candidate.input]
-    accepted = [candidate.input for candidate in candidates if candidate.accepted]
+    candidates = [candidate for candidate in store.candidates() if candidate.input and candidate.reason not in COPIES]
     written = list({normal(candidate.input): candidate.input for candidate in candidates}.values())
-    sides = [random.Random(0).sample(texts, min(MOST, len(texts))) for texts in (list(real), accepted, written)]
-    *parts, seeds = numpy.split(
-        _hidden(kit.base, [text for texts in (*sides, kit.seed_inputs) for text in texts], display), numpy.cumsum(list(map(len, sides)))
-    )
+    sides = [random.Random(0).sample(texts, min(MOST, len(texts))) for texts in (list(real), list(trained_on), written)]
+    hidden = _hidden(base, [text for texts in (*sides, seeds) for text in texts], display)
+    *parts, of_seeds = numpy.split(hidden, numpy.cumsum(list(map(len, sides))))
     vectors = _unit(numpy.concatenate(parts))  # without the seeds, which are shown and not measured
     true, filtered, unfiltered = numpy.split(vectors, numpy.cumsum(list(map(len, sides)))[:2])
     width = bandwidth(vectors)
     good = {normal(candidate.input) for candidate in candidates if candidate.reason in (None, NOT_NEEDED)}
     rejected = parts[2][numpy.asarray([normal(text) not in good for text in sides[2]], dtype=bool)]
-    shown = {"seeds": seeds, "real": parts[0], "accepted": parts[1], "rejected": rejected}
+    shown = {"seeds": of_seeds, "real": parts[0], "accepted": parts[1], "rejected": rejected}
     return {"filtered": mmd(true, filtered, width), "unfiltered": mmd(true, unfiltered, width)}, plane(shown)
 
 

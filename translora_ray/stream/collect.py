@@ -15,7 +15,7 @@ from typing import Any
 from translora_ray.errors import RunFailed
 from translora_ray.records import Candidate, Pack
 from translora_ray.storage import RunStore
-from translora_ray.stream.dedup import SEED_COPY, SEED_PASSAGE, Seen
+from translora_ray.stream.dedup import COPIES, Seen
 from translora_ray.stream.plan import Plan
 
 NOT_NEEDED = "quota was full"
@@ -37,7 +37,7 @@ class Totals:
     @property
     def seed_copies(self) -> float:
         """Share of the candidates that were blocked because they copy a seed."""
-        return (self.rejects[SEED_COPY] + self.rejects[SEED_PASSAGE]) / max(1, self.candidates)
+        return sum(self.rejects[reason] for reason in COPIES) / max(1, self.candidates)
 
     def add(self, last_pack: int, candidates: list[Candidate], facts: dict[str, Any]) -> None:
         self.packs = last_pack + 1

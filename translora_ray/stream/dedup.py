@@ -17,6 +17,7 @@ from translora_ray.records import Pack
 
 SEED_COPY = "copies a seed"
 SEED_PASSAGE = "repeats a seed's words"
+COPIES = (SEED_COPY, SEED_PASSAGE)
 DUPLICATE = "duplicate"
 NEAR_DUPLICATE = "near duplicate"
 WORDS = 5
