@@ -59,7 +59,7 @@ def example_kit() -> Kit:
     task = load_task(EXAMPLE / "task.yaml")
     rows = read_rows(task.train)
     nothing = AdapterRef("", "")
-    return Kit("", task, SOURCE, "", len(rows), choose_seeds(rows, task.seeds, 0), None, "", nothing, SOURCE, "", nothing)
+    return Kit("", task, SOURCE, "", len(rows), choose_seeds(rows, task.seeds, 0), None, "", nothing, SOURCE, "", nothing, None, nothing)
 
 
 def translora(*arguments: str, allowed: tuple[int, ...] = (0,)) -> None:

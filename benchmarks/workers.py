@@ -20,7 +20,7 @@ from translora_ray.reading import load_task
 from translora_ray.records import Candidate, read_rows
 from translora_ray.storage import RunStore
 from translora_ray.stream.requests import Desk
-from translora_ray.training.trainer import Job, train_target
+from translora_ray.training.trainer import Job, fit_on_ray_train, train_target
 
 SETTINGS = Training(epochs=2)
 
@@ -35,7 +35,7 @@ def trained(workers: int, base: str, count: int, turn: int) -> tuple[float, int,
         store.write_shard(0, 0, rows, {})
         steps = Desk.remote([], 0)  # type: ignore[attr-defined]
         job = Job(task, base, LORA, SETTINGS, turn, cluster, steps, frozenset(row.index for row in rows))
-        facts = train_target(job, store, cluster, CPUS / workers, 0)
+        facts = train_target(job, store, lambda trial, name: fit_on_ray_train(trial, name, store, CPUS / workers, 0))
     return facts["seconds"], facts["tokens"], facts
 
 

@@ -26,6 +26,8 @@ BY_EXCESS: set[Method] = {"excess", "both"}
 """Methods that ask how much more the adapter says than its base."""
 CHOOSING: set[Method] = {"importance", "excess", "both"}
 """Methods that choose when all candidates are answered."""
+MOST_RANK, MOST_TEMPERATURE = 512, 2.0
+"""What vLLM takes."""
 
 
 class Section(BaseModel):
@@ -275,7 +277,7 @@ class Vllm(Section):
     """Most tokens of a prompt and its answer. None: the base's own, or what the memory holds."""
     adapters: int | None = Field(None, ge=1)
     """Most different adapters in one batch. None: as many as the engine's roles name, at most 8."""
-    rank: int | None = Field(None, ge=1, le=512)
+    rank: int | None = Field(None, ge=1, le=MOST_RANK)
     """Largest rank of an adapter. None: the largest that the engine's roles name."""
     packs: int = Field(2, ge=1)
     """Packs that one engine computes at the same time, in one batch: while one is read, another is written."""

@@ -12,8 +12,13 @@ import random
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
+
+import numpy
+from rapidfuzz import process
+from rapidfuzz.distance import Indel
 
 from translora_ray import adapters
 from translora_ray.config import Task
@@ -29,6 +34,8 @@ DISCRIMINATOR = "discriminator"
 GENERATOR = "generator"
 HELD_OUT = 0.1
 ROWS_PER_LABEL = 4
+LOOKED_AT = 1000
+"""Most rows of a target among which seeds are chosen: the work grows with the square."""
 
 
 @dataclass(frozen=True)
@@ -131,18 +138,28 @@ def _hop(folder: Path) -> Kit:
 
 
 def choose_seeds(rows: Sequence[TaskRow], count: int, seed: int) -> list[TaskRow]:
-    """`count` rows drawn by `seed`, taking turns between targets, so that seeds cover as many classes as they can."""
+    """`count` rows, taking turns between targets, so that seeds cover as many classes as they can, and of each target the rows that stand best for the others:
+    what no seed resembles, no generator writes. Where there are more targets than seeds, all rows are one group. `seed` draws the order of the targets."""
     draw = random.Random(derive_seed(seed, "seeds"))
     by_target: dict[str, list[TaskRow]] = defaultdict(list)
     for row in draw.sample(list(rows), len(rows)):
         by_target[row.target].append(row)
-    queues = list(by_target.values())
-    chosen: list[TaskRow] = []
-    while len(chosen) < count:
-        for queue in queues:
-            if queue and len(chosen) < count:
-                chosen.append(queue.pop())
-    return chosen
+    groups = list(by_target.values()) if len(by_target) <= count else [draw.sample(list(rows), len(rows))]
+    queues = [_by_coverage(group[:LOOKED_AT], count) for group in groups]
+    return [row for turn in zip_longest(*queues) for row in turn if row][:count]
+
+
+def _by_coverage(rows: Sequence[TaskRow], count: int) -> list[TaskRow]:
+    """At most `count` of the rows, each the one that brings all of them nearest to one of those before it or to itself (greedy facility location,
+    Nemhauser, Wolsey and Fisher, 1978), by the normalised Indel similarity of their inputs."""
+    alike = process.cdist([row.input for row in rows], [row.input for row in rows], scorer=Indel.normalized_similarity)
+    covered, chosen = numpy.zeros(len(rows)), list[int]()
+    for _ in range(min(count, len(rows))):
+        gains = numpy.maximum(alike, covered).sum(axis=1)
+        gains[chosen] = -1.0
+        chosen.append(int(gains.argmax()))
+        covered = numpy.maximum(covered, alike[chosen[-1]])
+    return [rows[i] for i in chosen]
 
 
 def find_labels(task: Task, rows: Sequence[TaskRow]) -> Task:

@@ -68,7 +68,7 @@ def computes_in_bf16(device: str) -> bool:
     """Whether the hardware behind a torch device computes in bf16; where it does not, bf16 is many times slower than float32."""
     import torch
 
-    return bool(torch.cuda.is_bf16_supported() if device.startswith("cuda") else torch.cpu._is_avx512_bf16_supported())
+    return bool(torch.cuda.is_bf16_supported(including_emulation=False) if device.startswith("cuda") else torch.cpu._is_avx512_bf16_supported())
 
 
 def require_bits(bits: int | None) -> None:

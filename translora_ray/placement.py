@@ -71,6 +71,11 @@ def ray_failures() -> Iterator[None]:
         raise RunFailed(ours[-1] if ours else f"{type(error).__name__}: {lines[-1]} ({logs})") from error
 
 
+def has_gpu() -> bool:
+    """Whether this task or actor has been given a GPU, or a share of one: Ray hides none from those that asked for none."""
+    return bool(ray.get_gpu_ids())
+
+
 def cpus() -> int:
     return len(os.sched_getaffinity(0))
 

@@ -15,7 +15,7 @@ import ray
 from translora_ray import adapters, adapting, kit, models
 from translora_ray.background import beside
 from translora_ray.config import Adapter, Config, EngineKind, Recipe
-from translora_ray.engines.select import choose_engine, engine_for
+from translora_ray.engines.select import choose_engine, engine_for, require_limits
 from translora_ray.errors import RunFailed, UsageError, first_line
 from translora_ray.evaluation import page
 from translora_ray.finishing import finish
@@ -96,7 +96,9 @@ def check(kit_path: str, target: str, out: str, config: Config, engine: EngineKi
     if config.recipe.training.base_bits and config.cluster.spread_base:
         raise UsageError("A base in few bits can not be spread over workers: leave training.base_bits or cluster.spread_base out.")
     _check_models(loaded, target, config.recipe)
-    _target_adapter(loaded, target, config.recipe)
+    adapter = _target_adapter(loaded, target, config.recipe)
+    if engine == "vllm":
+        _check_limits(loaded, adapter, config)
     return checked
 
 
@@ -106,7 +108,10 @@ def planned(checked: Checked, local: bool) -> tuple[Plan, Resources]:
     plan = _plan(checked.kit, checked.target, checked.config, checked.engine, local)
     plan.check()
     parts = cluster.workers[1] + (_engines(plan) if overlap else 0)
-    return plan, Resources(cluster.worker_cpus or share("CPU", local, parts), given(cluster.worker_gpus, share("GPU", local, parts)))
+    worker = Resources(cluster.worker_cpus or share("CPU", local, parts), given(cluster.worker_gpus, share("GPU", local, parts)))
+    if cluster.workers[1] > 1 and 0 < worker.gpus < 1:
+        raise UsageError("Several training workers can not share a GPU: set cluster.workers to no more than there are GPUs, and cluster.worker_gpus to 1.")
+    return plan, worker
 
 
 def begin(checked: Checked) -> None:
@@ -148,6 +153,19 @@ def _target_adapter(loaded: kit.Kit, target: str, recipe: Recipe) -> Adapter:
     adapter = adapters.inherit(adapters.inspect(loaded.adapter.path), recipe.adapter, models.linear_shapes(target))
     adapting.require_family(adapter, models.family(target))
     return adapter
+
+
+def _check_limits(loaded: kit.Kit, target: Adapter, config: Config) -> None:
+    """Raise `UsageError` for what vLLM would refuse in the stream, or at the gate when all is trained."""
+    recipe = config.recipe
+    named = {"source adapter": loaded.adapter, "discriminator": loaded.discriminator_adapter, "generator adapter": loaded.generator_adapter}
+    asked = {"source adapter": True, "discriminator": loaded.discriminator is not None, "generator adapter": "adapter" in recipe.synthesis.generator}
+    found = {name: adapters.inspect(adapter.path) for name, adapter in named.items() if asked[name]}
+    ranks = {name: info.rank for name, info in found.items() if info.type in adapters.SERVED_BY_VLLM}
+    if recipe.gate.held_out and target.type in adapters.SERVED_BY_VLLM:
+        ranks["target adapter"] = target.rank or 0
+    temperatures = {"synthesis.temperature": recipe.synthesis.temperature or 0.0, "selection.vote_temperature": recipe.selection.vote_temperature}
+    require_limits(ranks, temperatures, config.cluster.vllm)
 
 
 def _plan(loaded: kit.Kit, target: str, config: Config, engine: EngineKind, local: bool) -> Plan:
@@ -210,6 +228,8 @@ def train(plan: Plan, store: RunStore, worker: Resources, steps: Any, display: D
         facts = train_target(
             job, store, lambda trial, name: fit_alone(trial, name, store, run) if run else fit_on_ray_train(trial, name, store, worker.cpus, worker.gpus)
         )
+    if facts["rows_at_once"] < min(plan.cluster.rows_at_once or job.training.batch_size, job.training.batch_size):
+        display.say(f"Memory held {facts['rows_at_once']} rows of training at once: set cluster.rows_at_once to that, so that none is tried in vain.")
     PhaseMeasures().spent(TRAINING, facts["seconds"], facts["tokens"])
     facts["adapter"] = adapter.model_dump()
     store.write_json(f"{TRAIN}.json", facts)

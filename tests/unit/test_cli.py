@@ -111,6 +111,8 @@ def test_adapters_that_do_not_fit(tmp_path: Path, tiny_kit: Path, tiny_llama: st
     ("override", "message"),
     [
         ("training.epoch=3", "unknown key training.epoch"),
+        ("adapter.type=lokr", "adapter.type: Input should be 'lora', 'rslora', 'dora', 'prompt_tuning' or 'ia3', not 'lokr'"),
+        ("adapter.rank=0", "adapter.rank: Input should be greater than or equal to 1"),
         ("training.epochs=many", "training.epochs: Input should be a valid integer, not 'many'"),
         ("training", "write key=value"),
         ("seed.x.y=1", "seed: Input should be a valid integer"),

@@ -1,17 +1,23 @@
 """Test rows and arms that tell little or nothing: what `evaluate` says of them, without a run."""
 
+import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
-from tests.conftest import task_rows
-from translora_ray import kit
-from translora_ray.config import Gate, Recipe, Selection
+from tests.conftest import lora, task_rows
+from translora_ray import adapters, adapting, kit, models
+from translora_ray.config import Adapter, Gate, Recipe, Selection, Vllm
+from translora_ray.engines.base import AdapterRef
+from translora_ray.engines.select import opener
 from translora_ray.engines.transformers import TransformersEngine
 from translora_ray.errors import UsageError
+from translora_ray.evaluation import page
 from translora_ray.evaluation.arms import Arms
-from translora_ray.evaluation.compare import _check_rows
+from translora_ray.evaluation.compare import _check_rows, evaluate
 from translora_ray.evaluation.statistics import wilson
 from translora_ray.progress import Display
 from translora_ray.records import Candidate, TaskRow
@@ -85,3 +91,31 @@ def test_a_method_without_a_cut_chooses_from_what_comes_not_from_what_the_discri
     assert found["discriminator"] == [8, 9, 10, 11]
     assert found["unfiltered"] == [0, 1, 2, 3]
     assert all(len(found[name]) == 4 and max(found[name]) < 8 for name in ("importance", "excess")), found  # of 2 x 4
+
+
+def test_an_ia3_teacher_is_asked_apart_from_the_discriminators_lora(
+    loaded: kit.Kit, tiny_llama: str, tiny_gemma: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ia3 = adapting.create(models.load_base(tiny_llama), Adapter(type="ia3", rank=1, alpha=1.0, dropout=0.0, modules="all-linear"), 0)
+    with torch.no_grad():
+        for weight in ia3.parameters():
+            weight.add_(float(weight.requires_grad))
+    adapting.save(ia3, tmp_path / "ia3", tiny_llama)
+    transferred = adapting.create(models.load_base(tiny_gemma), lora(), 0)
+    with torch.no_grad():
+        for weight in transferred.parameters():
+            weight.add_(0.1 * weight.requires_grad)
+    adapting.save(transferred, tmp_path / "run" / "adapter", tiny_gemma)
+    store = RunStore(str(tmp_path / "run"))
+    written = [Candidate(i, i, row.input, target="a") for i, row in enumerate(rows(0, 20))]
+    store.write_shard(0, 0, written, {"attempt": "a", "loads": [], "tokens": {}, "seconds": {}})
+    recipe = Recipe(selection=Selection(quota=20), gate=Gate(held_out=0)).model_dump()
+    facts = {"target_base": tiny_gemma, "source_base": tiny_llama, "recipe": recipe, "adapter_digest": adapters.digest(tmp_path / "run" / "adapter")}
+    store.write_json("manifest.json", {**facts, "training": {"learning_rate": 1e-3, "adapter": lora().model_dump()}})
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in task_rows(90)[60:]))
+    monkeypatch.setattr(kit, "behind", lambda manifest, run: replace(loaded, adapter=AdapterRef("teacher", str(tmp_path / "ia3"))))
+    monkeypatch.setattr(page, "write", lambda *_: None)
+    with Display() as display:
+        result = evaluate(str(tmp_path / "run"), str(tmp_path / "test.jsonl"), None, [], opener("transformers", Vllm(), None, display.say), display)
+    assert len(result["verdicts"]["real"]) == 30
+    assert set(result["arms"]) == {"source_base", "source_adapter", "target_base", "target_few_shot", "transferred"}

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from tests.conftest import lora
 from translora_ray import kit
-from translora_ray.config import Cluster, Recipe
+from translora_ray.config import Cluster, Config, Gate, Recipe, Synthesis, Vllm
 from translora_ray.errors import UsageError
 from translora_ray.placement import Resources, check_resources, nodes_of, ray_failures
 from translora_ray.reading import load_config
+from translora_ray.storage import RunStore
 from translora_ray.stream.plan import Plan
+from translora_ray.workflow import Checked, _check_limits, planned
 
 
 def expecting(value: str) -> Cluster:
@@ -52,6 +56,32 @@ def test_what_overlaps_needs_its_sum(tiny_kit: Path, tiny_gemma: str) -> None:
     check_resources(plan, Resources(1, 0))
     with pytest.raises(UsageError, match="together more than the 1 that the cluster can grow to"):
         check_resources(replace(plan, cluster=expecting("{CPU: 1}")), Resources(1, 0))
+
+
+@pytest.mark.parametrize("gpus", [0.5, 1.0])
+def test_several_workers_are_not_put_on_one_gpu(tiny_kit: Path, tiny_gemma: str, tmp_path: Path, gpus: float) -> None:
+    config = Config(cluster=Cluster(workers=(1, 2), worker_gpus=gpus))
+    checked = Checked(kit.load(tiny_kit), tiny_gemma, config, "transformers", RunStore(str(tmp_path / "run")), {})
+    if gpus == 1.0:
+        assert planned(checked, local=False)[1] == Resources(1.0, 1.0)
+    else:
+        with pytest.raises(UsageError, match="Several training workers can not share a GPU"):
+            planned(checked, local=False)
+
+
+@pytest.mark.parametrize(
+    ("config", "target", "problem"),
+    [
+        (Config(), 512, None),
+        (Config(), 513, "The target adapter has rank 513, and vLLM is to take 512 at most: take a lower one, or use --engine transformers"),
+        (Config(recipe=Recipe(gate=Gate(held_out=0))), 513, None),
+        (Config(cluster=Cluster(vllm=Vllm(rank=8))), 4, "The source adapter has rank 16, and vLLM is to take 8 at most: raise cluster.vllm.rank"),
+        (Config(recipe=Recipe(synthesis=Synthesis(temperature=2.5))), 4, "synthesis.temperature is 2.5, and vLLM takes 2 at most: lower it"),
+    ],
+)
+def test_what_vllm_would_refuse_later_is_refused_before_anything_is_made(tiny_kit: Path, config: Config, target: int, problem: str | None) -> None:
+    with pytest.raises(UsageError, match=re.escape(problem)) if problem else contextlib.nullcontext():
+        _check_limits(kit.load(tiny_kit), lora(target), config)
 
 
 def test_what_a_task_raised_is_said_without_where() -> None:

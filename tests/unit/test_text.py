@@ -118,7 +118,17 @@ def test_seeds_take_turns_between_targets() -> None:
     rows = [TaskRow(str(i), "often" if i else "rare") for i in range(50)]
     chosen = choose_seeds(rows, 4, seed=0)
     assert sorted(row.target for row in chosen) == ["often", "often", "often", "rare"]
-    assert chosen == choose_seeds(rows, 4, seed=0) != choose_seeds(rows, 4, seed=1)
+    assert chosen == choose_seeds(rows, 4, seed=0)
+
+
+def test_seeds_stand_for_each_kind_of_row_and_not_for_what_is_like_no_other() -> None:
+    kinds = {"how": ["how do I share {}", "where do I find {}", "what is new in {}"], "bug": ["{} crashes", "the button of {} does nothing", "{} is blank"]}
+    of = {kind.format(name): kind for found in kinds.values() for kind in found for name in ("Quill", "Orbit", "Tandem", "Lumen")}
+    rows = [TaskRow(text, next(target for target, found in kinds.items() if kind in found)) for text, kind in of.items()]
+    rows.append(TaskRow("xyzzy 0123456789 xyzzy 0123456789", "how"))
+    chosen = choose_seeds(rows, 6, seed=3)
+    assert {of.get(row.input) for row in chosen} == set(of.values())
+    assert len(choose_seeds(rows, 1, seed=3)) == 1  # fewer than targets
 
 
 def test_repetition() -> None:

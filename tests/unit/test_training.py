@@ -2,6 +2,7 @@
 
 import contextlib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,11 +12,12 @@ from torch.nn import functional
 
 from tests.conftest import lora, save_model
 from translora_ray import adapters, adapting, models
-from translora_ray.config import Adapter, AdapterType, Training
-from translora_ray.errors import Diverged, RunFailed, UsageError
+from translora_ray.config import Adapter, AdapterType, Cluster, Task, Training
+from translora_ray.errors import Diverged, RunFailed, StreamEnded, UsageError
 from translora_ray.prompts import Prompt
 from translora_ray.records import Step
-from translora_ray.training import loop
+from translora_ray.storage import RunStore
+from translora_ray.training import loop, trainer
 from translora_ray.training.task import encode, start, train_adapter
 
 PAIRS = [(Prompt(f"Q: {word}\nA:"), answer) for word, answer in (("red", "a"), ("blue", "b"), ("green", "c"), ("grey one", "a"), ("pink", "b"))] * 3
@@ -177,21 +179,22 @@ def test_gradients_that_add_up_are_those_of_all_rows_together(tiny_llama: str, m
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6)
 
 
-def test_memory_that_runs_out_halves_the_rows_at_once_until_one_is_too_many(tiny_llama: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 9 bytes")])
+def test_memory_that_runs_out_halves_the_rows_at_once_until_one_is_too_many(tiny_llama: str, monkeypatch: pytest.MonkeyPatch, error: RuntimeError) -> None:
     monkeypatch.setattr(loop, "autocast", lambda device: contextlib.nullcontext())
     calm, poor = fresh(tiny_llama, ROWS * 3), fresh(tiny_llama, ROWS * 3)
     room = 2
 
     def refuse(_module: torch.nn.Module, _args: object, kwargs: dict[str, torch.Tensor]) -> None:
         if len(kwargs["input_ids"]) > room:
-            raise torch.OutOfMemoryError
+            raise error
 
     poor.model.register_forward_pre_hook(refuse, with_kwargs=True)
     losses = [[step.loss for step in one.run_epoch()] for one in (calm, poor)]
     assert poor.at_once == 2
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     room = 0
-    with pytest.raises(RunFailed, match="does not hold 1 rows"):
+    with pytest.raises(RunFailed, match=r"does not hold 1 rows of training at once: spread the base"):
         poor._step([0])
 
 
@@ -205,6 +208,28 @@ def test_a_step_whose_loss_is_not_a_number_names_its_rows_and_changes_nothing(ti
         loop.train(training)
     for ours, theirs in zip(training.model.parameters(), before, strict=True):
         torch.testing.assert_close(ours, theirs, equal_nan=True)
+
+
+def test_a_rate_that_diverges_leaves_the_others_and_all_that_do_are_an_error(tiny_llama: str, tmp_path: Path) -> None:
+    rates = Training(epochs=2, batch_size=4, learning_rates=[1e30, 0.01], held_out=0.2)
+    assert train_adapter(tiny_llama, PAIRS, lora(), rates, 0, tmp_path / "one", lambda step: None) < 10
+    with pytest.raises(Diverged):
+        train_adapter(tiny_llama, PAIRS, lora(), rates.model_copy(update={"learning_rates": [1e30, 1e31]}), 0, tmp_path / "none", lambda step: None)
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_run_that_is_stopped_in_its_second_rate_does_not_commit_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer.ray, "get", lambda answer: answer)
+    stopped = SimpleNamespace(why_ended=SimpleNamespace(remote=lambda: "somebody asked for it"))
+    settings, store = Training(learning_rates=[1e-4, 1e-3], held_out=0.1), RunStore(str(tmp_path))
+    job = trainer.Job(Task(name="t", prompt="{input}", train="-"), "target", lora(), settings, 0, Cluster(), stopped, frozenset())
+
+    def fit(_trial: trainer.Job, name: str) -> trainer.Result:
+        return trainer.Result("ended" if name == "target1" else None, {"held_out_losses": [1.0]}, lambda folder: tmp_path)
+
+    with pytest.raises(StreamEnded, match="somebody asked for it"):
+        trainer.train_target(job, store, fit)
+    assert not store.exists("adapter")
 
 
 def test_recomputed_activations_give_the_same_step(tiny_llama: str) -> None:

@@ -186,10 +186,25 @@ def test_a_configuration_that_vllm_refuses_says_why(tiny_llama: str) -> None:
         VllmEngine(tiny_llama, settings=Vllm(dtype="float32", cpu_cache_gib=0.1, context=10**6))
 
 
-def test_an_engine_does_not_start_with_an_adapter_that_is_not_live(tiny_llama: str, adapter: Path) -> None:
+def test_an_adapter_that_is_not_live_fails_those_that_name_it_and_no_others(tiny_llama: str, tiny_kit: Path, adapter: Path) -> None:
     rename_modules(adapter, "layers.1.", "layers.9.")
-    with pytest.raises(RunFailed, match="not live"):
-        VllmEngine(tiny_llama, [AdapterRef("renamed", str(adapter))], Vllm(**SMALL))
+    renamed, sound = AdapterRef("renamed", str(adapter)), AdapterRef("sound", str(tiny_kit / "adapter"))
+    mixed = VllmEngine(tiny_llama, [renamed, sound], Vllm(**SMALL))
+    assert len(mixed.score([Score(PROMPTS[0], ("a", "b"), sound)])) == 1
+    for _ in range(2):
+        with pytest.raises(RunFailed, match="not live"):
+            mixed.score([Score(PROMPTS[0], ("a", "b"), renamed)])
+    mixed.close()
+
+
+def test_a_beginning_that_was_read_is_not_read_again(engine: VllmEngine) -> None:
+    from vllm import SamplingParams
+
+    ids = list(range(5, 45)) * 4
+    asked = [([*ids, last], SamplingParams(max_tokens=1, temperature=0), None) for last in (5, 6)]
+    (first,), (second,) = (engine._all([one]) for one in asked)
+    assert first.num_cached_tokens == 0
+    assert second.num_cached_tokens >= 128
 
 
 def test_a_dead_process_is_an_error_and_no_endless_wait(engine: VllmEngine) -> None:

@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -43,7 +44,7 @@ def texts(run: Path) -> list[tuple[object, ...]]:
     return [facts(row) for row in rows(run)]
 
 
-def facts_of(run: Path) -> tuple[dict[str, object], list[str]]:
+def facts_of(run: Path) -> tuple[dict[str, Any], list[str]]:
     manifest = json.loads((run / "manifest.json").read_text())
     (loads,) = manifest["counts"]["engine_loads"].values()
     return manifest, loads
@@ -133,10 +134,12 @@ def test_the_real_models_from_rows_to_a_comparison(tmp_path: Path) -> None:
     kit, run = tmp_path / "kit", tmp_path / "run"
     engine = ("--engine", "vllm")
     assert main(["prepare", str(tmp_path / "task.yaml"), "--base", SOURCE, "--out", str(kit), *engine]) == 0
-    settings = ["selection.quota=12", "selection.threshold=-100", "training.epochs=1", "synthesis.pack_size=16", "gate.held_out=0"]
+    settings = ["selection.quota=12", "selection.threshold=-100", "training.epochs=1", "synthesis.pack_size=16"]
     words = [part for setting in settings for part in ("--set", setting)]
-    assert main(["transfer", str(kit), "--target", TARGET, "--out", str(run), *words, *engine]) == 0
-    assert facts_of(run)[1] == [SOURCE]
+    code = main(["transfer", str(kit), "--target", TARGET, "--out", str(run), *words, *engine])
+    manifest, loads = facts_of(run)
+    assert code == int(manifest["gate"]["verdict"] == "refuse")
+    assert loads == [SOURCE]
     assert main(["evaluate", str(run), "--data", str(tmp_path / "test.jsonl"), "--json", str(tmp_path / "result.json"), *engine]) == 0
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["n"] == 16

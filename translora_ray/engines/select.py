@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 
 from translora_ray import adapters
-from translora_ray.config import EngineKind, Vllm
+from translora_ray.config import MOST_RANK, MOST_TEMPERATURE, EngineKind, Vllm
 from translora_ray.engines.base import AdapterRef, Engine, OpenEngine
 from translora_ray.errors import UsageError
 
@@ -28,6 +28,18 @@ def engine_for(kind: EngineKind, used: Sequence[AdapterRef], say: Callable[[str]
             say(f"vLLM does not take {adapters.NAMES[found]} adapters: the transformers engine serves the {adapter.name}.")
             return "transformers"
     return kind
+
+
+def require_limits(ranks: Mapping[str, int], temperatures: Mapping[str, float], settings: Vllm) -> None:
+    """Raise `UsageError` where vLLM would refuse an adapter's rank or a temperature, which it does when it is asked, hours later maybe."""
+    most = settings.rank or MOST_RANK
+    for name, rank in ranks.items():
+        if rank > most:
+            more = f"raise cluster.vllm.rank, which may be {MOST_RANK}" if rank <= MOST_RANK else "take a lower one"
+            raise UsageError(f"The {name} has rank {rank}, and vLLM is to take {most} at most: {more}, or use --engine transformers.")
+    for key, temperature in temperatures.items():
+        if temperature > MOST_TEMPERATURE:
+            raise UsageError(f"{key} is {temperature:g}, and vLLM takes {MOST_TEMPERATURE:g} at most: lower it, or use --engine transformers.")
 
 
 def open_engine(kind: EngineKind, base: str, used: Sequence[AdapterRef] = (), settings: Vllm | None = None, gpus: float | None = None) -> Engine:

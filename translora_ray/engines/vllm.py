@@ -12,7 +12,7 @@ import os
 import re
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from concurrent.futures import wait
 from pathlib import Path
 from typing import Any
@@ -20,14 +20,14 @@ from typing import Any
 from pydantic import ValidationError
 
 from translora_ray import adapters
-from translora_ray.config import Vllm
+from translora_ray.config import MOST_RANK, Vllm
 from translora_ray.engines.base import AdapterRef, Complete, Generate, Generation, Sampling, Score
-from translora_ray.errors import EngineDied, RunFailed, UsageError, first_line
+from translora_ray.errors import EngineDied, RunFailed, TransLoraError, UsageError, first_line
 from translora_ray.models import computes_in_bf16, context_of, linear_shapes, load_tokenizer, skeleton
 from translora_ray.prompts import Prompt, answer_ids, distinct_tokens, prompt_ids
 from translora_ray.references import resolve
 
-RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, MOST_RANK)
 """Ranks that vLLM makes room for."""
 ADAPTERS_AT_ONCE = 8
 CONFIGURATION = "VLLM_LOGGING_CONFIG_PATH"
@@ -84,7 +84,8 @@ def largest_rank(used: Sequence[AdapterRef], settings: Vllm) -> int:
 
 
 class VllmEngine:
-    """A base loaded in vLLM. `used` are the adapters to come: they decide how many fit in a batch, and the largest rank, and are proved live at once.
+    """A base loaded in vLLM. `used` are the adapters to come: they decide how many fit in a batch, and the largest rank, and are proved live at once. One
+    that is not live fails the requests that name it, and no others.
 
     `gpus` is the share of a GPU that the engine may take, or the number of GPUs it spreads over; unused where vLLM computes on CPUs.
     """
@@ -108,12 +109,14 @@ class VllmEngine:
             cause = self._log.cause(_message(error))
             raise RunFailed(f"vLLM did not start with {base} ({cause}): change cluster.vllm, or use --engine transformers.") from None
         self.context: int = self.llm.model_config.max_model_len
-        try:
-            for adapter in used:  # while nothing else is in the batch, whose rounding could pass for a change
-                asyncio.run_coroutine_threadsafe(self._lora(adapter), self.loop).result()
-        except BaseException:
-            self.close()
-            raise
+        for adapter in used:  # while nothing else is in the batch, whose rounding could pass for a change
+            try:
+                self._result(self._lora(adapter))
+            except EngineDied:
+                self.close()
+                raise
+            except TransLoraError:
+                continue  # the requests that name it are told
 
     def generate(self, requests: Sequence[Generate]) -> list[Generation]:
         ids = [prompt_ids(self.tokenizer, request.prompt) for request in requests]
@@ -164,10 +167,15 @@ class VllmEngine:
             raise UsageError(f"A prompt of {len(ids)} tokens and {new_tokens} new ones exceed the context of {self.context}: shorten it.")
 
     def _all(self, asked: Sequence[tuple[list[int], Any, AdapterRef | None]]) -> list[Any]:
-        """What vLLM answers to (prompt, sampling, adapter), or `EngineDied`: a request that arrives while vLLM's process is dying is never answered."""
+        """What vLLM answers to (prompt, sampling, adapter)."""
+        found: list[Any] = self._result(self._gather(asked))
+        return found
+
+    def _result(self, work: Coroutine[Any, Any, Any]) -> Any:
+        """What comes of work on vLLM's loop, or `EngineDied`: a request that arrives while vLLM's process is dying is never answered."""
         from vllm.v1.engine.exceptions import EngineDeadError
 
-        future = asyncio.run_coroutine_threadsafe(self._gather(asked), self.loop)
+        future = asyncio.run_coroutine_threadsafe(work, self.loop)
         while not wait([future], timeout=1.0).done:
             if self.llm.errored:
                 future.cancel()

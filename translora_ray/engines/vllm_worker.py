@@ -64,20 +64,20 @@ if current_platform.is_cpu():
     current_platform.get_punica_wrapper = lambda: f"{__name__}.{GroupedLora.__name__}"
 
 
-def _end_with(owner: int) -> None:
-    """End vLLM's processes when their owner is gone: this one, and the one that started it where a worker has a process of its own."""
+def _end_with(owner: int, parent: int) -> None:
+    """End vLLM's processes when their owner is gone: this one, and its `parent` where that is vLLM's, too, and not whoever adopts orphans here."""
     while True:
         time.sleep(1)
         try:
             os.kill(owner, 0)
         except ProcessLookupError:
-            if os.getppid() not in (1, owner):
-                os.kill(os.getppid(), signal.SIGKILL)
+            if parent not in (1, owner) and os.getppid() == parent:
+                os.kill(parent, signal.SIGKILL)
             os.kill(os.getpid(), signal.SIGKILL)
 
 
 if owner := os.environ.get("TRANSLORA_ENGINE_OWNER"):
-    threading.Thread(target=_end_with, args=(int(owner),), daemon=True).start()
+    threading.Thread(target=_end_with, args=(int(owner), os.getppid()), daemon=True).start()
 
 
 class AppliedModules:

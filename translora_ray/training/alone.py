@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from translora_ray.models import release
-from translora_ray.placement import Run
+from translora_ray.placement import Run, has_gpu
 from translora_ray.storage import TRAIN, RunStore
 from translora_ray.training.trainer import METRICS, Job, Result, work
 
@@ -41,7 +41,7 @@ class AlonePost:
 
     def __init__(self, store: RunStore, name: str) -> None:
         self.store, self.place = store, f"{TRAIN}/{name}-alone"
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = "cuda" if torch.cuda.is_available() and has_gpu() else "cpu"
         self.metrics: dict[str, Any] = {}
 
     def rows(self) -> Iterator[dict[str, Any]]:

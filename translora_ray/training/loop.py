@@ -256,11 +256,14 @@ class Loop:
             parts = [rows[i : i + self.at_once] for i in range(0, len(rows), self.at_once)]
             try:
                 return sum((self._part(part, labels) for part in parts), torch.zeros((), device=self.device))
-            except torch.OutOfMemoryError:
+            except RuntimeError as error:
+                if not (isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)):
+                    raise
                 self.optimizer.zero_grad(set_to_none=True)
                 held = min(self.at_once, len(rows))
                 if held == 1 or self.world > 1:
-                    raise RunFailed(f"Memory does not hold {held} rows of training at once: lower cluster.rows_at_once, or add workers.") from None
+                    fewer = f"set cluster.rows_at_once to {held // 2}, or" if held > 1 else "spread the base (cluster.spread_base), or"
+                    raise RunFailed(f"Memory does not hold {held} rows of training at once: {fewer} set cluster.recompute.") from None
                 self.at_once = held // 2
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()

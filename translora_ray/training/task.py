@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from translora_ray import adapters, adapting, models
 from translora_ray.config import Adapter, Task, Training
-from translora_ray.errors import UsageError
+from translora_ray.errors import Diverged, UsageError
 from translora_ray.prompts import Prompt, answer_ids, prompt_ids, task_prompt
 from translora_ray.records import Step, TaskRow, derive_seed
 from translora_ray.token_weights import answer_spans, weigh
@@ -115,15 +115,21 @@ def _spread(model: Any, device: str, world: int) -> None:
 
 def train_adapter(base: str, pairs: Sequence[AnyPair], adapter: Adapter, settings: Training, seed: int, out: Path, on_step: Callable[[Step], None]) -> float:
     """Train an adapter on `base` and save it at `out`; returns the last epoch's mean loss. Of several learning rates the rows held out choose one."""
-    best, loss = float("inf"), float("nan")
+    best, loss, failure = float("inf"), float("nan"), None
     for trial in settings.trials:
         training = start(base, pairs, adapter, trial, seed)
-        last = loop.train(training, on_step)
-        if not out.exists() or min(training.held_out_losses) < best:
-            best, loss = min(training.held_out_losses, default=0.0), last
-            adapting.save(training.model, out, base)
+        try:
+            last = loop.train(training, on_step)
+        except Diverged as diverged:
+            failure = diverged
+        else:
+            if not out.exists() or min(training.held_out_losses) < best:
+                best, loss = min(training.held_out_losses, default=0.0), last
+                adapting.save(training.model, out, base)
         del training
         models.release()
+    if failure and not out.exists():
+        raise failure
     return loss
 
 

@@ -99,9 +99,14 @@ def train_target(job: Job, store: RunStore, fit: Fit) -> dict[str, Any]:
 
     With several learning rates to try, each is a run of its own, and the one with the least held-out loss is committed.
     """
-    results = [fit(replace(job, training=trial), f"target{number}") for number, trial in enumerate(job.training.trials)]
+    results = []
+    for number, trial in enumerate(job.training.trials):
+        results.append(fit(replace(job, training=trial), f"target{number}"))
+        if results[-1].failure and (reason := ray.get(job.steps.why_ended.remote())):
+            raise StreamEnded(reason)  # it was stopped, which says nothing of its learning rate
     if not (sound := [result for result in results if not result.failure]):
-        raise RunFailed(f"{results[0].failure} The last good checkpoint is in {store.path(TRAIN)}.")
+        kept = f" The last good checkpoint is in {store.path(TRAIN)}." if results[0].metrics else ""
+        raise RunFailed(f"{results[0].failure}{kept}")
     best = min(sound, key=lambda result: min(result.metrics["held_out_losses"], default=0.0))
     with tempfile.TemporaryDirectory() as scratch:
         adapter = Path(scratch) / ADAPTER
