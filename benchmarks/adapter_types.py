@@ -13,7 +13,11 @@ from typing import Any
 
 import results
 import yaml
-from rounds import EXAMPLE, SOURCE, TARGET, translora
+from rounds import EXAMPLE, SOURCE, TARGET, accuracy_of, translora
+
+from translora_ray.engines.base import AdapterRef
+from translora_ray.kit import Kit, load
+from translora_ray.records import read_rows
 
 WORK = results.ROOT / "runs" / "types"
 TYPES: dict[str, dict[str, Any]] = {
@@ -27,7 +31,7 @@ ENGINE = ("--engine", "transformers")
 """It serves every type."""
 
 
-def kit(source: str) -> str:
+def made(source: str) -> Kit:
     place = WORK / source / "kit"
     if not place.exists():
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -35,12 +39,12 @@ def kit(source: str) -> str:
         task |= {"train": str(EXAMPLE / "train.jsonl"), "source_adapter": {"type": source}, "source_training": TYPES[source]}
         (place.parent / "task.yaml").write_text(yaml.safe_dump(task))
         translora("prepare", str(place.parent / "task.yaml"), "--base", SOURCE, "--out", str(place), "--no-discriminator", *ENGINE)
-    return str(place)
+    return load(place)
 
 
-def moved(source: str, target: str) -> dict[str, Any]:
-    """The evaluation of a transfer from one type to another."""
-    run, result = WORK / source / target, WORK / source / f"{target}.json"
+def moved(kit: Kit, source: str, target: str) -> AdapterRef:
+    """The adapter of a transfer from one type to another."""
+    run = WORK / source / target
     recipe = {
         "selection": {"quota": QUOTA, "method": "none"},
         "gate": {"held_out": 0.0},
@@ -49,12 +53,16 @@ def moved(source: str, target: str) -> dict[str, Any]:
         "cluster": {"engines": [2, 2]},
     }
     (WORK / source / f"{target}.yaml").write_text(yaml.safe_dump(recipe))
-    translora("transfer", kit(source), "--target", TARGET, "--out", str(run), "--recipe", str(WORK / source / f"{target}.yaml"), *ENGINE)
+    translora("transfer", kit.path, "--target", TARGET, "--out", str(run), "--recipe", str(WORK / source / f"{target}.yaml"), *ENGINE)
+    return AdapterRef(target, str(run / "adapter"))
+
+
+def measured(name: str, kit: Kit, base: str, adapter: AdapterRef | None) -> list[float]:
+    """Accuracy with its interval; what was found before is read."""
+    result = WORK / f"{name}.json"
     if not result.exists():
-        rows = WORK / "test.jsonl"
-        rows.write_text("\n".join((EXAMPLE / "test.jsonl").read_text().splitlines()[:TESTED]) + "\n")
-        translora("evaluate", str(run), "--data", str(rows), "--json", str(result), *ENGINE)
-    found: dict[str, Any] = json.loads(result.read_text())
+        result.write_text(json.dumps(accuracy_of(kit, base, adapter, read_rows(EXAMPLE / "test.jsonl")[:TESTED])))
+    found: list[float] = json.loads(result.read_text())
     return found
 
 
@@ -62,11 +70,10 @@ def main() -> None:
     lines = [f"Commit {results.commit()}; {QUOTA} examples a transfer, no discriminator, n = {TESTED} test rows, one run each.", ""]
     lines += [f"| source adapter | on {SOURCE} | bare target | to LoRA | to DoRA | to prompt tuning |", "|---|---|---|---|---|---|"]
     for source in TYPES:
-        kit(source)
-        arms = [moved(source, target)["arms"] for target in TYPES]
-        cells = [f"{arms[0][arm]['accuracy']:.2f}" for arm in ("source_adapter", "target_base")]
-        cells += [results.interval(*(one["transferred"][figure] for figure in ("accuracy", "low", "high")), digits=2) for one in arms]
-        lines.append(f"| {source.replace('_', ' ')} | {' | '.join(cells)} |")
+        kit = made(source)
+        arms = [measured(source, kit, SOURCE, kit.adapter), measured("bare", kit, TARGET, None)]
+        arms += [measured(f"{source}-{target}", kit, TARGET, moved(kit, source, target)) for target in TYPES]
+        lines.append(f"| {source.replace('_', ' ')} | {' | '.join(results.interval(*arm, digits=2) for arm in arms)} |")
         results.replace("types", "\n".join(lines))
     print("\n".join(lines))
 

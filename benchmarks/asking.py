@@ -16,7 +16,7 @@ from translora_ray.stream.plan import Plan, Pool
 from translora_ray.stream.synthesize import ROLE
 
 LIST = Synthesis().settled(())
-VARIANTS: dict[str, tuple[bool, dict[str, float]]] = {
+VARIANTS: dict[str, tuple[bool, dict[str, float | None]]] = {
     "as the stream does it": (True, {"temperature": LIST.temperature, "min_p": LIST.min_p}),
     "seeds shuffled for every request": (False, {"temperature": LIST.temperature, "min_p": LIST.min_p}),
     "temperature alone": (True, {"temperature": LIST.temperature}),
@@ -25,7 +25,7 @@ VARIANTS: dict[str, tuple[bool, dict[str, float]]] = {
 """How seeds are shown and tokens drawn: (one order of seeds for a pack, sampling)."""
 
 
-Requests = Callable[[Pack, bool, dict[str, float]], list[tuple[list[int], dict[str, Any]]]]
+Requests = Callable[[Pack, bool, dict[str, float | None]], list[tuple[list[int], dict[str, Any]]]]
 """(pack, one order of seeds for all of it, sampling) -> token ids and `SamplingParams` of each request, as the stream has them."""
 
 
@@ -34,7 +34,7 @@ def asked(base: str) -> Requests:
     longest = 2 * max(len(tokenizer(seed, add_special_tokens=False)["input_ids"]) for seed in kit.seed_inputs) + 8
     stops = list(synthesis_stops(kit.seed_inputs))
 
-    def requests(pack: Pack, alike: bool, drawn: dict[str, float]) -> list[tuple[list[int], dict[str, Any]]]:
+    def requests(pack: Pack, alike: bool, drawn: dict[str, float | None]) -> list[tuple[list[int], dict[str, Any]]]:
         found = []
         for candidate in pack.candidates:
             shown = synthesis_prompt(kit.seed_inputs, LIST.shots, (pack.candidates[0] if alike else candidate).seed)

@@ -14,15 +14,10 @@ import statistics
 from typing import Any
 
 import results
-from rounds import EXAMPLE, TARGET, judged_kit, translora
+from rounds import EXAMPLE, TARGET, accuracy_of, judged_kit, translora
 
 from translora_ray.engines.base import AdapterRef
-from translora_ray.engines.select import open_engine
-from translora_ray.evaluation.compare import answer_all
-from translora_ray.evaluation.statistics import wilson
 from translora_ray.kit import Kit
-from translora_ray.progress import Display
-from translora_ray.prompts import task_prompt
 from translora_ray.records import read_rows
 
 SEEDS = 3
@@ -58,19 +53,8 @@ def transferred(kit: Kit, engine: str, seed: int) -> tuple[list[float], dict[str
     options = ("--recipe", str(EXAMPLE / "recipe.yaml"), "--engine", engine, "--set", SIDES[engine], "--set", f"seed={seed}")
     translora("transfer", kit.path, "--target", TARGET, "--out", str(run), *options, allowed=(0, 1))
     if not result.exists():
-        result.write_text(json.dumps(accuracy_of(kit, AdapterRef("transferred", str(run / "adapter")))))
+        result.write_text(json.dumps(accuracy_of(kit, TARGET, AdapterRef("transferred", str(run / "adapter")), read_rows(EXAMPLE / "test.jsonl"))))
     return json.loads(result.read_text()), json.loads((run / "manifest.json").read_text())
-
-
-def accuracy_of(kit: Kit, adapter: AdapterRef) -> list[float]:
-    """Accuracy on the test rows and its 95 % interval, as `translora evaluate` finds them, without the arms that all transfers have in common."""
-    rows = read_rows(EXAMPLE / "test.jsonl")
-    prompts = [task_prompt(kit.task.prompt, row.input, kit.task.format) for row in rows]
-    engine = open_engine("transformers", TARGET, [adapter])
-    with Display() as display:
-        scores = answer_all(engine, {"transferred": (prompts, adapter)}, kit.task, kit.seeds, rows, display)["transferred"].scores
-    engine.close()
-    return [sum(scores) / len(scores), *wilson(sum(scores), len(scores))]
 
 
 if __name__ == "__main__":

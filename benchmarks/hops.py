@@ -38,8 +38,7 @@ def hop(seed: int, chosen: argparse.Namespace, threads: int) -> tuple[dict[str, 
     arms = transfer.run(TASK, seed, data, work, threads)["evaluation"]["arms"]
     here = work / f"{TASK.split('/')[1]}-{seed}"
     back, result = here / "back", here / "back.json"
-    there = ("--target", transfer.SOURCE, "--out", str(back), "--recipe", str(here / "recipe.yaml"))
-    transfer.translora(here, threads, "transfer", str(here / "run"), *there, allowed=(0, 1))
+    transfer.transferred(here, threads, back, str(here / "run"), "--target", transfer.SOURCE, "--recipe", str(here / "recipe.yaml"))
     if not result.exists():
         transfer.translora(here, threads, "evaluate", str(back), "--data", str(data / TASK / "test.jsonl"), "--json", str(result))
     return arms, json.loads(result.read_text())["arms"]

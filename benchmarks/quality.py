@@ -22,6 +22,7 @@ import yaml
 
 from translora_ray.evaluation import compare
 from translora_ray.evaluation.statistics import paired_interval
+from translora_ray.reading import load_task
 from translora_ray.records import read_rows
 from translora_ray.stream.dedup import normal
 
@@ -34,7 +35,10 @@ TASKS: dict[str, dict[str, Any]] = {
         "task": {"prompt": "Message: {input}\nSlots:", "max_new_tokens": 48, "seeds": 15, "source_training": {"epochs": 4}},
         "recipe": {"training": {"epochs": 4}},
     },
-    "bbh/boolean_expressions": transfer.TASKS["bbh/boolean_expressions"],
+    "bbh/boolean_expressions": {  # as many examples as rows, like the others, so that the oracle takes as many steps
+        "task": transfer.TASKS["bbh/boolean_expressions"]["task"],
+        "recipe": {"training": {"epochs": 6}, "synthesis": {"temperature": 1.0}},
+    },
 }
 QUICK = list(TASKS)[:3]
 WAYS: dict[str, dict[str, dict[str, Any]]] = {
@@ -45,7 +49,8 @@ WAYS: dict[str, dict[str, dict[str, Any]]] = {
     "adapter": {"synthesis": {"generator": "adapter"}},
 }
 """A recipe's sections that turn the default into each transfer's way."""
-ARMS = {way: [] for way in WAYS} | {"default": ["excess"], "paper": ["unfiltered", "seeds_only", "importance", "excess", "both"]}
+ARMS: dict[str, list[str]] = {way: [] for way in WAYS}
+ARMS |= {"default": ["unfiltered", "excess"], "paper": ["unfiltered", "seeds_only", "importance", "excess", "both"]}
 """Arms that are made from the candidates of each transfer."""
 QUICK_ARMS = {"default": [], "paper": ["unfiltered"]}
 SHOWN: dict[str, tuple[str, str]] = {
@@ -58,6 +63,7 @@ SHOWN: dict[str, tuple[str, str]] = {
     "list, excess (no discriminator)": ("paper", "excess"),
     "list, both": ("paper", "both"),
     "default": ("default", "transferred"),
+    "default's candidates, unfiltered": ("default", "unfiltered"),
     "default's candidates, excess (no discriminator)": ("default", "excess"),
     "default, the target base writes": ("target", "transferred"),
     "default, source and target base write in turn": ("turns", "transferred"),
@@ -67,7 +73,7 @@ SHOWN: dict[str, tuple[str, str]] = {
 }
 """Rows of the table: (transfer, arm of its evaluation)."""
 Chain = dict[str, dict[str, Any]]
-"""{transfer: {"evaluation", "manifest"}} of a chain."""
+"""{transfer: {"evaluation", "manifest"}} of a chain; nothing in it where the transfer failed."""
 
 
 def write_task(name: str, here: Path, data: Path, tested: int | None = None, **keys: object) -> Path:
@@ -86,6 +92,7 @@ def run(name: str, seed: int, data: Path, work: Path, threads: int, arms: dict[s
     """One chain, on `threads` cores."""
     here = work / f"{name.split('/')[1]}-{seed}"
     task = write_task(name, here, data, seed=seed, generator_adapter=True, **TASKS[name]["task"])
+    transfer.keep_to(here, {"commit": results.commit(), "task": load_task(task).model_dump()})
     if not (here / "kit").exists():
         transfer.translora(here, threads, "prepare", str(task), "--base", transfer.SOURCE, "--out", str(here / "kit"))
     found: Chain = {}
@@ -94,27 +101,38 @@ def run(name: str, seed: int, data: Path, work: Path, threads: int, arms: dict[s
         for section, keys in WAYS[way].items():
             recipe[section] = {**recipe.get(section, {}), **keys}
         (here / f"{way}.yaml").write_text(yaml.safe_dump(recipe))
-        made = ("--target", transfer.TARGET, "--out", str(here / way), "--recipe", str(here / f"{way}.yaml"))
-        transfer.translora(here, threads, "transfer", str(here / "kit"), *made, allowed=(0, 1))  # what the gate refuses is evaluated, too
+        try:
+            made = (str(here / "kit"), "--target", transfer.TARGET, "--recipe", str(here / f"{way}.yaml"))
+            manifest = transfer.transferred(here, threads, here / way, *made)
+        except transfer.Failed:
+            if way == "paper":  # its arms are those that the others are compared with
+                raise
+            found[way] = {}
+            continue
         result = here / f"{way}-{'-'.join(extra)}.json"
         if not result.exists():
             asked = ["--data", str(here / "test.jsonl"), "--json", str(result), *(["--oracle", str(data / name / "train.jsonl")] if way == "paper" else [])]
             transfer.translora(here, threads, "evaluate", str(here / way), *asked, *(["--arms", *extra] if extra else []))
-        found[way] = {"evaluation": json.loads(result.read_text()), "manifest": json.loads((here / way / "manifest.json").read_text())}
+        found[way] = {"evaluation": json.loads(result.read_text()), "manifest": manifest}
     return found
 
 
 def accuracy(chain: Chain, arm: str) -> float | None:
     way, name = SHOWN[arm]
-    found = chain[way]["evaluation"]["arms"].get(name) if way in chain else None
+    found = _arms(chain, way).get(name)
     return None if found is None else float(found["accuracy"])
 
 
 def recovery(chain: Chain, arm: str) -> float | None:
     """Of an arm, whichever transfer it belongs to; None where it was not made."""
     way, name = SHOWN[arm]
-    found = chain[way]["evaluation"]["arms"] if way in chain else {}
-    return compare.recovery({**chain["paper"]["evaluation"]["arms"], name: found[name]}, name) if name in found else None
+    found = _arms(chain, way)
+    return compare.recovery({**_arms(chain, "paper"), name: found[name]}, name) if name in found else None
+
+
+def _arms(chain: Chain, way: str) -> dict[str, Any]:
+    arms: dict[str, Any] = chain.get(way, {}).get("evaluation", {}).get("arms", {})
+    return arms
 
 
 def interval(ours: Sequence[float], theirs: Sequence[float] = ()) -> str:
@@ -137,16 +155,20 @@ def table(finished: dict[str, dict[int, Chain]]) -> str:
     for other in ("list, unfiltered", "list, discriminator (paper)"):
         pairs = [(recovery(chain, "default"), recovery(chain, other)) for chain in chains]
         sides = list(zip(*[(a, b) for a, b in pairs if a is not None and b is not None], strict=True))
-        lines += ["", f"Default less {other}, chain by chain: {interval(*sides)} of recovery."]
+        if sides:
+            lines += ["", f"Default less {other}, chain by chain: {interval(*sides)} of recovery."]
+    failed = [way for chain in chains for way, parts in chain.items() if not parts]
+    lines += ["", *(f"Failed, and in no mean: {way}, {failed.count(way)} of {len(chains)}." for way in sorted(set(failed)))]
     return "\n".join([*lines, "", *verdicts(chains)])
 
 
 def verdicts(chains: Sequence[Chain]) -> list[str]:
-    """The gate's verdict without real rows beside the one on the test rows."""
-    pairs = [(found["manifest"]["gate"]["verdict"], found["evaluation"]["gate"]["verdict"]) for chain in chains for found in chain.values()]
+    """The gate's verdict without real rows beside the one on the test rows. They contradict each other where one ships what the other refuses."""
+    pairs = [(found["manifest"]["gate"]["verdict"], found["evaluation"]["gate"]["verdict"]) for chain in chains for found in chain.values() if found]
     counted = {pair: pairs.count(pair) for pair in sorted(set(pairs))}
     lines = ["| gate without real rows | on the test rows | transfers |", "|---|---|---|"]
-    return lines + [f"| {before} | {after} | {count} |" for (before, after), count in counted.items()]
+    lines += [f"| {before} | {after} | {count} |" for (before, after), count in counted.items()]
+    return [*lines, "", f"Contradictions: {sum(set(pair) == {'ship', 'refuse'} for pair in pairs)} of {len(pairs)}."]
 
 
 def _mean(values: Sequence[float | None]) -> str:
@@ -187,8 +209,8 @@ def main() -> None:
 
     def show(finished: dict[str, dict[int, Chain]]) -> None:
         if any(finished.values()):
-            results.replace("quality", table(finished))
-            plot(finished, results.ROOT / "benchmarks" / "quality.svg")
+            results.replace("quality-quick" if chosen.quick else "quality", table(finished))
+            plot(finished, results.ROOT / "benchmarks" / f"quality{'-quick' if chosen.quick else ''}.svg")
 
     transfer.run_all(chosen, names, work, show)
 

@@ -30,7 +30,7 @@ def replace(part: str, text: str) -> None:
     path.write_text(f"{before}{begin}\n{text}\n{end}{rest.partition(end)[2]}")
 
 
-def interval(value: float, low: float, high: float, digits: int = 3) -> str:
+def interval(value: float, low: float, high: float, *, digits: int = 3) -> str:
     return f"{value:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 

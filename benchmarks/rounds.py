@@ -7,16 +7,21 @@ import multiprocessing
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import results
 
 from translora_ray.config import Adapter, Recipe, Vllm
 from translora_ray.engines.base import AdapterRef
+from translora_ray.engines.select import open_engine
+from translora_ray.evaluation.compare import answer_all
+from translora_ray.evaluation.statistics import wilson
 from translora_ray.kit import Kit, choose_seeds, load
+from translora_ray.progress import Display
+from translora_ray.prompts import task_prompt
 from translora_ray.reading import load_task
-from translora_ray.records import Pack, read_rows, request_pack
+from translora_ray.records import Pack, TaskRow, read_rows, request_pack
 
 SOURCE, TARGET = "packaged:smollm2-135m-instruct", "packaged:gemma-3-270m"
 EXAMPLE = results.ROOT / "examples" / "support_routing"
@@ -26,6 +31,8 @@ LORA = Adapter(type="lora", rank=16, alpha=32.0, dropout=0.0, modules="all-linea
 """The usual adapter, for benchmarks in which what it has learnt does not matter."""
 Round = Callable[[int], tuple[float, int, int]]
 """Round number -> (seconds, tokens, candidates that are kept)."""
+Found = TypeVar("Found", bound=tuple[Any, ...])
+"""What a side's round comes to: (seconds, tokens, ...)."""
 Part = Callable[[int, int, str], list[str]]
 """(rounds, prompts a round, base) -> lines of RESULTS.md."""
 
@@ -42,11 +49,10 @@ class Side:
         self.ready = self.pipe.recv()
         """What the side said when it was ready."""
 
-    def round(self, variant: str) -> Round:
-        def run(turn: int) -> tuple[float, int, int]:
+    def round(self, variant: str) -> Callable[[int], Any]:
+        def run(turn: int) -> Any:
             self.pipe.send((variant, turn))
-            answer: tuple[float, int, int] = self.pipe.recv()
-            return answer
+            return self.pipe.recv()
 
         return run
 
@@ -78,6 +84,16 @@ def judged_kit() -> Kit:
     return load(place)
 
 
+def accuracy_of(kit: Kit, base: str, adapter: AdapterRef | None, rows: Sequence[TaskRow]) -> list[float]:
+    """Accuracy on the rows and its 95 % interval, as `translora evaluate` finds them, of one arm alone, on the transformers engine, which serves every type."""
+    prompts = [task_prompt(kit.task.prompt, row.input, kit.task.format) for row in rows]
+    engine = open_engine("transformers", base, [adapter] if adapter else [])
+    with Display() as display:
+        scores = answer_all(engine, {"accuracy": (prompts, adapter)}, kit.task, kit.seeds, list(rows), display)["accuracy"].scores
+    engine.close()
+    return [sum(scores) / len(scores), *wilson(sum(scores), len(scores))]
+
+
 def packs_of(turn: int, packs: int, size: int) -> list[Pack]:
     """Requests of a round, others in every round: those that a stream makes, whose pack 0 comes before the first round."""
     return [request_pack(Recipe().seed, 1 + turn * packs + number, size) for number in range(packs)]
@@ -88,9 +104,9 @@ def kept(packs: Sequence[Pack]) -> int:
     return len({candidate.input for pack in packs for candidate in pack.open()})
 
 
-def alternate(sides: dict[str, Round], rounds: int) -> dict[str, list[tuple[float, int, int]]]:
+def alternate(sides: Mapping[str, Callable[[int], Found]], rounds: int) -> dict[str, list[Found]]:
     """All sides in turn, round after round, the first of each round changing."""
-    measured: dict[str, list[tuple[float, int, int]]] = {name: [] for name in sides}
+    measured: dict[str, list[Found]] = {name: [] for name in sides}
     for turn in range(rounds + 1):
         for name in list(sides)[:: 1 if turn % 2 else -1]:
             found = sides[name](turn)
@@ -100,7 +116,7 @@ def alternate(sides: dict[str, Round], rounds: int) -> dict[str, list[tuple[floa
     return measured
 
 
-def table(measured: dict[str, list[tuple[float, int, int]]], against: str) -> list[str]:
+def table(measured: Mapping[str, Sequence[tuple[Any, ...]]], against: str) -> list[str]:
     """Tokens and kept candidates per second, and their ratio to the side `against` round by round."""
     lines = ["| | tokens/s | kept candidates/s | tokens/s, ratio | candidates/s, ratio |", "|---|---|---|---|---|"]
     for name, rounds in measured.items():

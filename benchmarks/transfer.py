@@ -45,6 +45,10 @@ TASKS: dict[str, dict[str, Any]] = {
 }
 
 
+class Failed(RuntimeError):
+    """A command of a chain that did not come to its end."""
+
+
 def translora(here: Path, threads: int, *arguments: str, allowed: tuple[int, ...] = (0,)) -> None:
     """One command of a chain, on `threads` cores, its output in the chain's log; it must end with one of the codes that are `allowed`."""
     began = time.monotonic()
@@ -52,8 +56,25 @@ def translora(here: Path, threads: int, *arguments: str, allowed: tuple[int, ...
         command = [sys.executable, "-m", "translora_ray.cli", *arguments]
         code = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": str(threads)}, stdout=log, stderr=log, check=False).returncode
     if code not in allowed:
-        raise RuntimeError(f"{arguments[0]} failed: see {here / 'log.txt'}")
+        raise Failed(f"{arguments[0]} failed: see {here / 'log.txt'}")
     print(f"{here.name}: {arguments[0]} {time.monotonic() - began:.0f} s", flush=True)
+
+
+def transferred(here: Path, threads: int, run: Path, *arguments: str) -> dict[str, Any]:
+    """The manifest of a transfer. What the gate refuses counts like the rest; what ends with the same code and without a manifest has failed."""
+    translora(here, threads, "transfer", *arguments, "--out", str(run), allowed=(0, 1))
+    if not (run / "manifest.json").exists():
+        raise Failed(f"transfer failed: see {here / 'log.txt'}")
+    manifest: dict[str, Any] = json.loads((run / "manifest.json").read_text())
+    return manifest
+
+
+def keep_to(here: Path, settings: dict[str, Any]) -> None:
+    """Write down what the chain in `here` is made with; exits where it was made with something else, so that a table does not mix them."""
+    stored = here / "settings.json"
+    if stored.exists() and json.loads(stored.read_text()) != settings:
+        sys.exit(f"{here} was made with other settings or defaults: remove it, so that the table does not mix them")
+    stored.write_text(json.dumps(settings))
 
 
 def run(name: str, seed: int, data: Path, work: Path, threads: int) -> dict[str, Any]:
@@ -66,20 +87,16 @@ def run(name: str, seed: int, data: Path, work: Path, threads: int) -> dict[str,
     cluster = {"engine_cpus": threads, "worker_cpus": threads}
     (here / "recipe.yaml").write_text(yaml.safe_dump({"seed": seed, "cluster": cluster, **TASKS[name]["recipe"]}))
     settings = {"task": load_task(here / "task.yaml").model_dump(), "recipe": load_config(here / "recipe.yaml", []).recipe.model_dump()}
-    stored = here / "settings.json"
-    if stored.exists() and json.loads(stored.read_text()) != settings:
-        raise RuntimeError(f"{here} was made with other settings or defaults: remove it, so that the table does not mix them")
-    stored.write_text(json.dumps(settings))
+    keep_to(here, settings)
     if not (here / "kit").exists():
         translora(here, threads, "prepare", str(here / "task.yaml"), "--base", SOURCE, "--out", str(here / "kit"))
-    transfer = (str(here / "kit"), "--target", TARGET, "--out", str(here / "run"), "--recipe", str(here / "recipe.yaml"))
-    translora(here, threads, "transfer", *transfer, allowed=(0, 1))  # what the gate refuses counts like the rest
+    manifest = transferred(here, threads, here / "run", str(here / "kit"), "--target", TARGET, "--recipe", str(here / "recipe.yaml"))
     if not (here / "result.json").exists():
         extra = ("--oracle", str(rows / "train.jsonl"), "--json", str(here / "result.json"))
         translora(here, threads, "evaluate", str(here / "run"), "--data", str(rows / "test.jsonl"), *extra)
     return {
         "evaluation": json.loads((here / "result.json").read_text()),
-        "manifest": json.loads((here / "run" / "manifest.json").read_text()),
+        "manifest": manifest,
         "kit": json.loads((here / "kit" / "kit.json").read_text()),
     }
 
@@ -145,7 +162,7 @@ def run_all(chosen: argparse.Namespace, tasks: Sequence[str], work: Callable[[st
             name, seed = chains[chain]
             try:
                 finished[name][seed] = chain.result()
-            except RuntimeError as failure:
+            except Failed as failure:
                 print(f"{name}, seed {seed}: {failure}", file=sys.stderr, flush=True)
             show(finished)
     if any(len(found) < chosen.seeds for found in finished.values()):

@@ -9,6 +9,7 @@ may run on the machine.
 from __future__ import annotations
 
 import tempfile
+from functools import partial
 from typing import Any
 
 import results
@@ -41,7 +42,7 @@ def trained(workers: int, base: str, count: int, turn: int) -> tuple[float, int,
 
 def workers(rounds: int, requests: int, base: str) -> list[str]:
     with ray_session(Cluster()):
-        sides = {f"{count} worker{'s' * (count > 1)}": lambda turn, count=count: trained(count, base, requests, turn) for count in (1, 2)}
+        sides = {f"{count} worker{'s' * (count > 1)}": partial(trained, count, base, requests) for count in (1, 2)}
         measured: dict[str, list[Any]] = alternate(sides, rounds)
     lines = [f"Rows of {EXAMPLE.name}, {SETTINGS.epochs} epochs, batches of {SETTINGS.batch_size}, LoRA of rank {LORA.rank}.", ""]
     lines += ["| | tokens/s | ratio | final loss | difference of the loss |", "|---|---|---|---|---|"]
