@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import shutil
+import tempfile
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -25,7 +27,8 @@ from translora_ray.config import Task
 from translora_ray.engines.base import AdapterRef
 from translora_ray.errors import UsageError, first_line
 from translora_ray.records import TaskRow, derive_seed, read_rows
-from translora_ray.storage import MANIFEST, RunStore
+from translora_ray.references import cache_root
+from translora_ray.storage import MANIFEST, RunStore, commit_folder
 
 FACTS = "kit.json"
 SEEDS = "seeds.jsonl"
@@ -71,18 +74,36 @@ class Kit:
     def seed_inputs(self) -> list[str]:
         return [seed.input for seed in self.seeds]
 
+    def here(self) -> Kit:
+        """This kit on another machine, which has no copy of it yet where it lies on an object store."""
+        return load(self.path) if "://" in self.path else self
+
 
 def load(path: str | Path) -> Kit:
-    """Read a kit, or a finished run in its place, and check the adapters against the digests that are written there."""
-    folder = Path(path)
+    """Read a kit, or a finished run in its place, and check the adapters against the digests that are written there.
+
+    Of a URI (s3://, gs://) a copy is made in the cache of this machine.
+    """
+    if "://" not in str(path):
+        return _read(Path(path).resolve(), str(Path(path).resolve()))
+    folder = _fetched(str(path))
+    try:
+        return _read(folder, str(path).rstrip("/"))
+    except UsageError:
+        shutil.rmtree(folder, ignore_errors=True)  # the next try copies it anew
+        raise
+
+
+def _read(folder: Path, place: str) -> Kit:
+    """What lies in `folder`, which users call `place`."""
     if (folder / MANIFEST).exists():
-        return _hop(folder)
+        return _hop(folder, place)
     if not (folder / FACTS).exists():
-        raise UsageError(f"{folder} is not a transfer kit: it has no {FACTS}; make one with `translora prepare`.")
+        raise UsageError(f"{place} is not a transfer kit: it has no {FACTS}; make one with `translora prepare`.")
     try:
         facts = json.loads((folder / FACTS).read_text())
         kit = Kit(
-            path=str(folder.resolve()),
+            path=place,
             task=Task.model_validate(facts["task"]),
             base=facts["base"],
             base_fingerprint=facts["base_fingerprint"],
@@ -90,23 +111,45 @@ def load(path: str | Path) -> Kit:
             seeds=read_rows(folder / SEEDS),
             discriminator=facts["discriminator"],
             digest=facts["digest"],
-            adapter=AdapterRef("teacher", str(folder.resolve() / ADAPTER)),
+            adapter=AdapterRef("teacher", str(folder / ADAPTER)),
             teacher_base=facts["base"],
             teacher_fingerprint=facts["base_fingerprint"],
-            discriminator_adapter=AdapterRef("discriminator", str(folder.resolve() / DISCRIMINATOR)),
+            discriminator_adapter=AdapterRef("discriminator", str(folder / DISCRIMINATOR)),
             generator=facts.get("generator"),
-            generator_adapter=AdapterRef("generator", str(folder.resolve() / GENERATOR)),
+            generator_adapter=AdapterRef("generator", str(folder / GENERATOR)),
         )
         digests = facts["adapters"]
         whole = digest_of(facts, (folder / SEEDS).read_text(encoding="utf-8")) == facts["digest"]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UsageError(f"{folder / FACTS} is damaged ({type(error).__name__}: {first_line(error)}): prepare the kit again.") from None
+        raise UsageError(f"{place}/{FACTS} is damaged ({type(error).__name__}: {first_line(error)}): prepare the kit again.") from None
     if not whole:
-        raise UsageError(f"{folder} was changed after it was made: copy the kit again.")
+        raise UsageError(f"{place} was changed after it was made: copy the kit again.")
     for name, wanted in digests.items():
         if adapters.inspect(folder / name).digest != wanted:
-            raise UsageError(f"{folder / name} is not the adapter that {FACTS} describes: copy the kit again.")
+            raise UsageError(f"{place}/{name} is not the adapter that {FACTS} describes: copy the kit again.")
     return kit
+
+
+def _fetched(uri: str) -> Path:
+    """The copy of a kit, or of what stands for one in a finished run. It is made once for each content of the file that was written last."""
+    store = RunStore(uri)
+    last = next((name for name in (MANIFEST, FACTS) if store.exists(name)), None)
+    if last is None:
+        raise UsageError(f"{uri} is not a transfer kit: it has no {FACTS}; make one with `translora prepare`, and copy it there.")
+    content = store.read(last)
+    copy = cache_root() / "kits" / hashlib.sha256(f"{store.uri}\n".encode() + content).hexdigest()[:16]
+    with RunStore(str(copy.parent)).lock(wait=True):
+        if copy.exists():
+            return copy
+        with tempfile.TemporaryDirectory(prefix="translora-kit-") as scratch:
+            for name in (SEEDS, last):
+                if store.exists(name):
+                    (Path(scratch) / name).write_bytes(store.read(name))
+            for name in (ADAPTER, DISCRIMINATOR, GENERATOR):
+                if store.exists(name):
+                    store.fetch_folder(name, Path(scratch) / name)
+            commit_folder(Path(scratch), copy)
+    return copy
 
 
 def behind(manifest: dict[str, Any], run: str | Path) -> Kit:
@@ -117,18 +160,18 @@ def behind(manifest: dict[str, Any], run: str | Path) -> Kit:
     return found
 
 
-def _hop(folder: Path) -> Kit:
+def _hop(folder: Path, place: str) -> Kit:
     """The kit of a finished run, with the run's adapter as the teacher (Trans-LoRA, section 4.4: the discriminator serves every later transfer)."""
     manifest = RunStore(str(folder)).read_json(MANIFEST)
-    before = behind(manifest, folder)
-    adapter = AdapterRef("teacher", str(folder.resolve() / ADAPTER))
+    before = behind(manifest, place)
+    adapter = AdapterRef("teacher", str(folder / ADAPTER))
     if adapters.inspect(adapter.path).digest != manifest["adapter_digest"]:
-        raise UsageError(f"The adapter in {folder} is not the one its manifest describes: remove the run, and transfer again.")
+        raise UsageError(f"The adapter in {place} is not the one its manifest describes: remove the run, and transfer again.")
     lineage = (*before.lineage, adapters.digest(before.adapter.path))
     digest = hashlib.sha256(json.dumps([before.digest, manifest["adapter_digest"], manifest["target"]]).encode()).hexdigest()[:16]
     return replace(
         before,
-        path=str(folder.resolve()),
+        path=place,
         digest=digest,
         adapter=adapter,
         teacher_base=manifest["target_base"],

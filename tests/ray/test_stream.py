@@ -13,6 +13,7 @@ import pyarrow as pa
 import pytest
 import ray
 
+from tests.unit.test_kit import put
 from translora_ray import kit
 from translora_ray.config import Cluster, Gate, Recipe, Selection, Synthesis
 from translora_ray.placement import ray_session
@@ -96,14 +97,16 @@ def test_packs_of_an_actor_that_does_not_come_back_go_to_another(tiny_kit: Path,
     assert found >= {*range(PACKS)}
 
 
-def test_transfers_that_share_engines_accept_what_each_would_alone(tiny_kit: Path, tiny_gemma: str, tmp_path: Path) -> None:
+def test_transfers_that_share_engines_accept_what_each_would_alone(s3: str, tiny_kit: Path, tiny_gemma: str, tmp_path: Path) -> None:
+    """One of the kits lies on an object store."""
+    there = put(tiny_kit, RunStore(f"{s3}/kit")).uri
     selection = Selection(threshold=-100, near_duplicate=1.0, max_candidates=200)
     synthesis = Synthesis(pack_size=16, temperature=1.0, min_p=0.0, max_tokens=60)
     cluster = Cluster(commit_seconds=0)
     plans = []
-    for seed, quota in ((0, 8), (1, 20), (2, 12)):
+    for seed, quota, place in ((0, 8, tiny_kit), (1, 20, tiny_kit), (2, 12, there)):
         recipe = Recipe(seed=seed, gate=Gate(held_out=0), synthesis=synthesis, selection=selection.model_copy(update={"quota": quota}))
-        plans.append(Plan(kit.load(tiny_kit), tiny_gemma, recipe, cluster, "transformers", 1.0, 0.0))
+        plans.append(Plan(kit.load(place), tiny_gemma, recipe, cluster, "transformers", 1.0, 0.0))
     stores = {name: [RunStore(str(tmp_path / f"{name}{plan.recipe.seed}")) for plan in plans] for name in ("together", "alone")}
     with ray_session(cluster), Display() as display:
         totals = pipeline.run_stream(plans, stores["together"], display)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -43,7 +44,7 @@ class StageActor:
     """What Ray Data keeps in an actor: one engine, and each transfer's stages, which use it. Called from as many threads as packs go at once."""
 
     def __init__(self, plans: Sequence[Plan], pool: Pool, desk: Any) -> None:
-        self.plans, self.pool, self.desk = plans, pool, desk
+        self.plans, self.pool, self.desk = [replace(plan, kit=plan.kit.here()) for plan in plans], pool, desk
         self._replacing = threading.Lock()
         self._deaths = 0
         self._open()

@@ -1,0 +1,78 @@
+"""A kit on an object store: a real server on loopback. Each machine reads it from a copy in its cache."""
+
+import json
+import uuid
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from translora_ray import adapters, kit
+from translora_ray.errors import UsageError
+from translora_ray.storage import RunStore
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("TRANSLORA_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "kits"
+
+
+@pytest.fixture
+def there(s3: str, tiny_kit: Path) -> RunStore:
+    return put(tiny_kit, RunStore(f"{s3}/{uuid.uuid4().hex}"))
+
+
+def put(folder: Path, store: RunStore) -> RunStore:
+    for file in folder.rglob("*"):
+        if file.is_file():
+            store.write(str(file.relative_to(folder)), file.read_bytes())
+    return store
+
+
+def test_a_kit_is_read_from_a_copy_that_is_made_once(there: RunStore, tiny_kit: Path, cache: Path) -> None:
+    found, local = kit.load(f"{there.uri}/"), kit.load(tiny_kit)
+    (copy,) = (path for path in cache.iterdir() if path.name != ".lock")
+    assert found.path == there.uri and found.adapter.path == str(copy / "adapter")
+    assert (
+        replace(found, path=local.path, adapter=local.adapter, discriminator_adapter=local.discriminator_adapter, generator_adapter=local.generator_adapter)
+        == local
+    )
+    before = (copy / "kit.json").stat().st_mtime_ns
+    assert found.here() == found and (copy / "kit.json").stat().st_mtime_ns == before
+    assert local.here() is local
+
+
+def test_a_kit_that_is_not_whole_there_is_copied_again_when_it_is(there: RunStore, tiny_kit: Path, cache: Path) -> None:
+    name = f"discriminator/{adapters.WEIGHTS}"
+    there.write(name, (tiny_kit / "adapter" / adapters.WEIGHTS).read_bytes())
+    with pytest.raises(UsageError, match=f"{there.uri}/discriminator is not the adapter that kit.json describes: copy the kit again"):
+        kit.load(there.uri)
+    there.write(name, (tiny_kit / name).read_bytes())
+    assert kit.load(there.uri).discriminator is not None
+    assert [path.name for path in cache.iterdir() if path.name != ".lock"]
+
+
+def test_a_finished_run_there_stands_for_a_kit(s3: str, tiny_kit: Path, tmp_path: Path, cache: Path) -> None:
+    store, before = RunStore(f"{s3}/{uuid.uuid4().hex}"), kit.load(tiny_kit)
+    manifest = {
+        "kit_path": str(tiny_kit),
+        "kit": before.digest,
+        "adapter_digest": adapters.digest(tiny_kit / "adapter"),
+        "target": "mark",
+        "target_base": "target",
+    }
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "manifest.json").write_text(json.dumps(manifest))
+    put(tmp_path / "run", store)
+    put(tiny_kit / "adapter", RunStore(f"{store.uri}/adapter"))
+    found = kit.load(store.uri)
+    assert (found.path, found.teacher_base, found.lineage) == (store.uri, "target", (manifest["adapter_digest"],))
+    assert Path(found.adapter.path).is_relative_to(cache)
+    assert found.discriminator_adapter == before.discriminator_adapter
+
+
+def test_what_is_no_kit_there_is_told(s3: str, cache: Path) -> None:
+    with pytest.raises(UsageError, match=r"/nothing is not a transfer kit: it has no kit\.json"):
+        kit.load(f"{s3}/nothing")
+    assert not cache.exists()
