@@ -104,15 +104,15 @@ def run(name: str, seed: int, data: Path, work: Path, threads: int, arms: dict[s
         try:
             made = (str(here / "kit"), "--target", transfer.TARGET, "--recipe", str(here / f"{way}.yaml"))
             manifest = transfer.transferred(here, threads, here / way, *made)
+            result = here / f"{way}-{'-'.join(extra)}.json"
+            if not result.exists():
+                asked = ["--data", str(here / "test.jsonl"), "--json", str(result), *(["--oracle", str(data / name / "train.jsonl")] if way == "paper" else [])]
+                transfer.translora(here, threads, "evaluate", str(here / way), *asked, *(["--arms", *extra] if extra else []))
         except transfer.Failed:
             if way == "paper":  # its arms are those that the others are compared with
                 raise
             found[way] = {}
             continue
-        result = here / f"{way}-{'-'.join(extra)}.json"
-        if not result.exists():
-            asked = ["--data", str(here / "test.jsonl"), "--json", str(result), *(["--oracle", str(data / name / "train.jsonl")] if way == "paper" else [])]
-            transfer.translora(here, threads, "evaluate", str(here / way), *asked, *(["--arms", *extra] if extra else []))
         found[way] = {"evaluation": json.loads(result.read_text()), "manifest": manifest}
     return found
 

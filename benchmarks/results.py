@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 import subprocess
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 
 
+@functools.cache
 def commit() -> str:
     """The commit that is measured, said to be changed where files differ from it."""
 

@@ -70,10 +70,10 @@ def transferred(here: Path, threads: int, run: Path, *arguments: str) -> dict[st
 
 
 def keep_to(here: Path, settings: dict[str, Any]) -> None:
-    """Write down what the chain in `here` is made with; exits where it was made with something else, so that a table does not mix them."""
+    """Write down what the chain in `here` is made with. Raises `Failed` where it was made with something else, so that a table does not mix them."""
     stored = here / "settings.json"
     if stored.exists() and json.loads(stored.read_text()) != settings:
-        sys.exit(f"{here} was made with other settings or defaults: remove it, so that the table does not mix them")
+        raise Failed(f"{here} was made with other settings or defaults: remove it, so that the table does not mix them")
     stored.write_text(json.dumps(settings))
 
 

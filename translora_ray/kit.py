@@ -39,6 +39,8 @@ HELD_OUT = 0.1
 ROWS_PER_LABEL = 4
 LOOKED_AT = 1000
 """Most rows of a target among which seeds are chosen: the work grows with the square."""
+COMPARED = 500
+"""Characters of an input by which it is compared with others, for the same reason."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,7 @@ class Kit:
     generator: dict[str, Any] | None
     generator_adapter: AdapterRef
     lineage: tuple[str, ...] = ()
+    rows_digest: str = ""
 
     @property
     def bases(self) -> dict[str, str]:
@@ -117,6 +120,7 @@ def _read(folder: Path, place: str) -> Kit:
             discriminator_adapter=AdapterRef("discriminator", str(folder / DISCRIMINATOR)),
             generator=facts.get("generator"),
             generator_adapter=AdapterRef("generator", str(folder / GENERATOR)),
+            rows_digest=facts.get("rows_digest", ""),
         )
         digests = facts["adapters"]
         whole = digest_of(facts, (folder / SEEDS).read_text(encoding="utf-8")) == facts["digest"]
@@ -182,26 +186,28 @@ def _hop(folder: Path, place: str) -> Kit:
 
 def choose_seeds(rows: Sequence[TaskRow], count: int, seed: int) -> list[TaskRow]:
     """`count` rows, taking turns between targets, so that seeds cover as many classes as they can, and of each target the rows that stand best for the others:
-    what no seed resembles, no generator writes. Where there are more targets than seeds, all rows are one group. `seed` draws the order of the targets."""
+    what no seed resembles, no generator writes. Of more targets than seeds each has one at most. `seed` draws the order of the targets."""
     draw = random.Random(derive_seed(seed, "seeds"))
     by_target: dict[str, list[TaskRow]] = defaultdict(list)
     for row in draw.sample(list(rows), len(rows)):
         by_target[row.target].append(row)
-    groups = list(by_target.values()) if len(by_target) <= count else [draw.sample(list(rows), len(rows))]
-    queues = [_by_coverage(group[:LOOKED_AT], count) for group in groups]
+    if len(by_target) > count:
+        return _by_coverage([row for turn in zip_longest(*by_target.values()) for row in turn if row][:LOOKED_AT], count, apart=True)
+    queues = [_by_coverage(group[:LOOKED_AT], count) for group in by_target.values()]
     return [row for turn in zip_longest(*queues) for row in turn if row][:count]
 
 
-def _by_coverage(rows: Sequence[TaskRow], count: int) -> list[TaskRow]:
+def _by_coverage(rows: Sequence[TaskRow], count: int, apart: bool = False) -> list[TaskRow]:
     """At most `count` of the rows, each the one that brings all of them nearest to one of those before it or to itself (greedy facility location,
-    Nemhauser, Wolsey and Fisher, 1978), by the normalised Indel similarity of their inputs."""
-    alike = process.cdist([row.input for row in rows], [row.input for row in rows], scorer=Indel.normalized_similarity)
-    covered, chosen = numpy.zeros(len(rows)), list[int]()
-    for _ in range(min(count, len(rows))):
-        gains = numpy.maximum(alike, covered).sum(axis=1)
-        gains[chosen] = -1.0
-        chosen.append(int(gains.argmax()))
-        covered = numpy.maximum(covered, alike[chosen[-1]])
+    Nemhauser, Wolsey and Fisher, 1978), by the normalised Indel similarity of their inputs; with different targets where they are to be `apart`."""
+    texts, targets = [row.input[:COMPARED] for row in rows], numpy.asarray([row.target for row in rows])
+    alike = process.cdist(texts, texts, scorer=Indel.normalized_similarity, workers=-1)
+    covered, free, chosen = numpy.zeros(len(rows)), numpy.ones(len(rows), dtype=bool), list[int]()
+    while len(chosen) < count and free.any():
+        best = int(numpy.where(free, numpy.maximum(alike, covered).sum(axis=1), -1.0).argmax())
+        covered = numpy.maximum(covered, alike[best])
+        free &= targets != targets[best] if apart else numpy.arange(len(rows)) != best
+        chosen.append(best)
     return [rows[i] for i in chosen]
 
 
@@ -227,6 +233,11 @@ def order_for_discriminator(task: Task, rows: Sequence[TaskRow]) -> tuple[list[s
     held = max(1, round(len(rows) * HELD_OUT))
     inputs = [row.input for row in random.Random(derive_seed(task.seed, "held out")).sample(list(rows), len(rows))]
     return inputs[:held], inputs[held:]
+
+
+def rows_digest(rows: Sequence[TaskRow]) -> str:
+    """Of the rows in their order: by it an audit knows the file that a kit was made from."""
+    return hashlib.sha256(json.dumps([[row.input, row.target] for row in rows]).encode()).hexdigest()[:16]
 
 
 def digest_of(facts: dict[str, Any], seeds: str) -> str:

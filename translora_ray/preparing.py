@@ -13,7 +13,7 @@ from translora_ray import __version__, adapters, adapting, models
 from translora_ray.config import Adapter, Synthesis, Task, Training
 from translora_ray.engines.base import AdapterRef, Engine, OpenEngine, Score
 from translora_ray.errors import RunFailed, UsageError
-from translora_ray.kit import ADAPTER, DISCRIMINATOR, FACTS, GENERATOR, SEEDS, choose_seeds, digest_of, find_labels, order_for_discriminator
+from translora_ray.kit import ADAPTER, DISCRIMINATOR, FACTS, GENERATOR, SEEDS, choose_seeds, digest_of, find_labels, order_for_discriminator, rows_digest
 from translora_ray.progress import Display, Phase
 from translora_ray.prompts import NO, YES, Prompt, discriminator_prompt, learnt_prompt
 from translora_ray.records import TaskRow, derive_seed, read_rows, request_pack
@@ -82,6 +82,7 @@ def prepare(task: Task, base: str, out: str | Path, adapter: str | None, discrim
             "base": base,
             "base_fingerprint": models.fingerprint(base),
             "rows": len(rows),
+            "rows_digest": rows_digest(rows),
             "adapters": {name: adapters.digest(scratch / name) for name in names},
         }
         facts["digest"] = digest_of(facts, (scratch / SEEDS).read_text(encoding="utf-8"))

@@ -25,6 +25,7 @@ from translora_ray.placement import Resources, Run, check_resources, given, ray_
 from translora_ray.progress import Display
 from translora_ray.reading import differing_field
 from translora_ray.storage import ADAPTER, IDENTITY, MANIFEST, REPORT, TRAIN, RunStore
+from translora_ray.stream import teach
 from translora_ray.stream.collect import Totals
 from translora_ray.stream.pipeline import run_stream
 from translora_ray.stream.plan import Plan
@@ -96,9 +97,9 @@ def check(kit_path: str, target: str, out: str, config: Config, engine: EngineKi
     if config.recipe.training.base_bits and config.cluster.spread_base:
         raise UsageError("A base in few bits can not be spread over workers: leave training.base_bits or cluster.spread_base out.")
     _check_models(loaded, target, config.recipe)
-    adapter = _target_adapter(loaded, target, config.recipe)
-    if engine == "vllm":
-        _check_limits(loaded, adapter, config)
+    plan = Plan(loaded, target, config.recipe, config.cluster, engine, 1.0, 0.0)
+    plan.check()
+    _check_limits(plan, _target_adapter(loaded, target, config.recipe))
     return checked
 
 
@@ -106,7 +107,6 @@ def planned(checked: Checked, local: bool) -> tuple[Plan, Resources]:
     """What the stream has to do, and what a training worker takes."""
     cluster, overlap = checked.config.cluster, checked.config.recipe.overlap
     plan = _plan(checked.kit, checked.target, checked.config, checked.engine, local)
-    plan.check()
     parts = cluster.workers[1] + (_engines(plan) if overlap else 0)
     worker = Resources(cluster.worker_cpus or share("CPU", local, parts), given(cluster.worker_gpus, share("GPU", local, parts)))
     if cluster.workers[1] > 1 and 0 < worker.gpus < 1:
@@ -155,17 +155,16 @@ def _target_adapter(loaded: kit.Kit, target: str, recipe: Recipe) -> Adapter:
     return adapter
 
 
-def _check_limits(loaded: kit.Kit, target: Adapter, config: Config) -> None:
+def _check_limits(plan: Plan, target: Adapter) -> None:
     """Raise `UsageError` for what vLLM would refuse in the stream, or at the gate when all is trained."""
-    recipe = config.recipe
-    named = {"source adapter": loaded.adapter, "discriminator": loaded.discriminator_adapter, "generator adapter": loaded.generator_adapter}
-    asked = {"source adapter": True, "discriminator": loaded.discriminator is not None, "generator adapter": "adapter" in recipe.synthesis.generator}
-    found = {name: adapters.inspect(adapter.path) for name, adapter in named.items() if asked[name]}
-    ranks = {name: info.rank for name, info in found.items() if info.type in adapters.SERVED_BY_VLLM}
-    if recipe.gate.held_out and target.type in adapters.SERVED_BY_VLLM:
-        ranks["target adapter"] = target.rank or 0
-    temperatures = {"synthesis.temperature": recipe.synthesis.temperature or 0.0, "selection.vote_temperature": recipe.selection.vote_temperature}
-    require_limits(ranks, temperatures, config.cluster.vllm)
+    pools, recipe = [pool for pool in plan.pools() if pool.engine == "vllm"], plan.recipe
+    ranks = {adapter.name: adapters.inspect(adapter.path).rank for pool in pools for adapter in plan.adapters(pool)}
+    if plan.engine == "vllm" and recipe.gate.held_out and target.type in adapters.SERVED_BY_VLLM:
+        ranks["target"] = target.rank or 0
+    temperatures = {"synthesis.temperature": recipe.synthesis.temperature or 0.0} if pools else {}
+    if recipe.selection.votes > 1 and any(teach.ROLE in pool.roles for pool in pools):
+        temperatures["selection.vote_temperature"] = recipe.selection.vote_temperature
+    require_limits(ranks, temperatures, plan.cluster.vllm)
 
 
 def _plan(loaded: kit.Kit, target: str, config: Config, engine: EngineKind, local: bool) -> Plan:
@@ -229,7 +228,7 @@ def train(plan: Plan, store: RunStore, worker: Resources, steps: Any, display: D
             job, store, lambda trial, name: fit_alone(trial, name, store, run) if run else fit_on_ray_train(trial, name, store, worker.cpus, worker.gpus)
         )
     if facts["rows_at_once"] < min(plan.cluster.rows_at_once or job.training.batch_size, job.training.batch_size):
-        display.say(f"Memory held {facts['rows_at_once']} rows of training at once: set cluster.rows_at_once to that, so that none is tried in vain.")
+        display.say(f"Memory held {facts['rows_at_once']} rows of training at once: set cluster.rows_at_once to that, and no time goes into more.")
     PhaseMeasures().spent(TRAINING, facts["seconds"], facts["tokens"])
     facts["adapter"] = adapter.model_dump()
     store.write_json(f"{TRAIN}.json", facts)

@@ -73,15 +73,18 @@ def test_several_workers_are_not_put_on_one_gpu(tiny_kit: Path, tiny_gemma: str,
     ("config", "target", "problem"),
     [
         (Config(), 512, None),
-        (Config(), 513, "The target adapter has rank 513, and vLLM is to take 512 at most: take a lower one, or use --engine transformers"),
+        (Config(), 513, "The target's adapter has rank 513, and vLLM is to take 512 at most: take a lower one, or use --engine transformers"),
         (Config(recipe=Recipe(gate=Gate(held_out=0))), 513, None),
-        (Config(cluster=Cluster(vllm=Vllm(rank=8))), 4, "The source adapter has rank 16, and vLLM is to take 8 at most: raise cluster.vllm.rank"),
+        (Config(cluster=Cluster(vllm=Vllm(rank=8))), 4, "The discriminator's adapter has rank 16, and vLLM is to take 8 at most: raise cluster.vllm.rank"),
         (Config(recipe=Recipe(synthesis=Synthesis(temperature=2.5))), 4, "synthesis.temperature is 2.5, and vLLM takes 2 at most: lower it"),
     ],
 )
-def test_what_vllm_would_refuse_later_is_refused_before_anything_is_made(tiny_kit: Path, config: Config, target: int, problem: str | None) -> None:
+def test_what_vllm_would_refuse_later_is_refused_before_anything_is_made(
+    tiny_kit: Path, tiny_gemma: str, config: Config, target: int, problem: str | None
+) -> None:
+    plan = Plan(kit.load(tiny_kit), tiny_gemma, config.recipe, config.cluster, "vllm", 1.0, 0.0)
     with pytest.raises(UsageError, match=re.escape(problem)) if problem else contextlib.nullcontext():
-        _check_limits(kit.load(tiny_kit), lora(target), config)
+        _check_limits(plan, lora(target))
 
 
 def test_what_a_task_raised_is_said_without_where() -> None:

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from translora_ray.config import Gate
 from translora_ray.errors import UsageError
 from translora_ray.evaluation.compare import recovery, summary
+from translora_ray.evaluation.gate import on_rows
 from translora_ray.evaluation.metrics import choice, code, exact_match, number, rouge_l
 from translora_ray.evaluation.statistics import flips, mcnemar, paired_interval, wilson
 from translora_ray.kit import choose_seeds
@@ -128,7 +130,13 @@ def test_seeds_stand_for_each_kind_of_row_and_not_for_what_is_like_no_other() ->
     rows.append(TaskRow("xyzzy 0123456789 xyzzy 0123456789", "how"))
     chosen = choose_seeds(rows, 6, seed=3)
     assert {of.get(row.input) for row in chosen} == set(of.values())
-    assert len(choose_seeds(rows, 1, seed=3)) == 1  # fewer than targets
+    assert len(choose_seeds(rows, 1, seed=3)) == 1
+
+
+def test_of_more_targets_than_seeds_each_has_one_at_most() -> None:
+    rows = [TaskRow(f"{word} {i}", word) for word, count in (("often", 90), ("rare", 2), ("seldom", 3), ("never", 1)) for i in range(count)]
+    assert len({row.target for row in choose_seeds(rows, 3, seed=0)}) == 3
+    assert len(choose_seeds(rows[:2], 5, seed=0)) == 2
 
 
 def test_repetition() -> None:
@@ -172,9 +180,7 @@ def test_intervals() -> None:
     assert difference == pytest.approx(0.1)
     assert (low, high) == pytest.approx((0.05, 0.16), abs=0.011)  # 10 of 100 rows differ, all one way: a binomial's 2.5 % tails are 0.05 and 0.16
     assert paired_interval(ours, theirs) == (difference, low, high)
-    assert paired_interval(ours, ours) == pytest.approx((0.0, -0.0370, 0.0370), abs=1e-4)  # 3.8415 / (100 + 3.8415)
-    assert paired_interval([1.0], [1.0])[1] < -0.7  # one row proves nothing
-    assert paired_interval([0.0, 0.0], [1.0, 1.0])[2] > -0.4
+    assert paired_interval(ours, ours) == (0.0, 0.0, 0.0)
 
 
 def test_mcnemar_and_flips() -> None:
@@ -191,6 +197,14 @@ def test_a_summary_compares_with_the_better_of_source_adapter_and_bare_target() 
     assert (result["against"]["arm"], result["against"]["difference"], result["negative_flips"]) == ("source_adapter", -0.25, 1)
     scores["target_base"] = [1.0] * 4
     assert summary(scores, "exact_match")["against"]["arm"] == "target_base"
+
+
+@pytest.mark.parametrize(("rows", "gained", "low"), [(1, 0, -0.7935), (5, 1, -0.2345), (100, 0, -0.0370)])
+def test_a_few_rows_without_a_loss_do_not_prove_that_there_is_none(rows: int, gained: int, low: float) -> None:
+    arm = [1.0] * (rows - gained) + [0.0] * gained
+    paired = summary({"source_base": [0.0] * rows, "source_adapter": arm, "target_base": [0.0] * rows, "transferred": [1.0] * rows}, "exact_match")["against"]
+    assert paired["low"] == pytest.approx(low, abs=1e-3)  # Wilson's for 0 of 1, of 5 and of 100: 0.7935, 0.4345 and 0.0370
+    assert on_rows(Gate(loss=0.05), paired)["verdict"] == ("ship" if rows == 100 else "review")
 
 
 def test_recovery() -> None:

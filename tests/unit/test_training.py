@@ -194,7 +194,7 @@ def test_memory_that_runs_out_halves_the_rows_at_once_until_one_is_too_many(tiny
     assert poor.at_once == 2
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     room = 0
-    with pytest.raises(RunFailed, match=r"does not hold 1 rows of training at once: spread the base"):
+    with pytest.raises(RunFailed, match=r"does not hold 1 rows of training at once: spread the base over workers"):
         poor._step([0])
 
 

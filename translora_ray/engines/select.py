@@ -36,7 +36,7 @@ def require_limits(ranks: Mapping[str, int], temperatures: Mapping[str, float], 
     for name, rank in ranks.items():
         if rank > most:
             more = f"raise cluster.vllm.rank, which may be {MOST_RANK}" if rank <= MOST_RANK else "take a lower one"
-            raise UsageError(f"The {name} has rank {rank}, and vLLM is to take {most} at most: {more}, or use --engine transformers.")
+            raise UsageError(f"The {name}'s adapter has rank {rank}, and vLLM is to take {most} at most: {more}, or use --engine transformers.")
     for key, temperature in temperatures.items():
         if temperature > MOST_TEMPERATURE:
             raise UsageError(f"{key} is {temperature:g}, and vLLM takes {MOST_TEMPERATURE:g} at most: lower it, or use --engine transformers.")

@@ -109,14 +109,17 @@ class VllmEngine:
             cause = self._log.cause(_message(error))
             raise RunFailed(f"vLLM did not start with {base} ({cause}): change cluster.vllm, or use --engine transformers.") from None
         self.context: int = self.llm.model_config.max_model_len
-        for adapter in used:  # while nothing else is in the batch, whose rounding could pass for a change
-            try:
-                self._result(self._lora(adapter))
-            except EngineDied:
-                self.close()
-                raise
-            except TransLoraError:
-                continue  # the requests that name it are told
+        try:
+            for adapter in used:  # while nothing else is in the batch, whose rounding could pass for a change
+                try:
+                    self._result(self._lora(adapter))
+                except EngineDied:
+                    raise
+                except TransLoraError:
+                    continue  # the requests that name it are told
+        except BaseException:
+            self.close()
+            raise
 
     def generate(self, requests: Sequence[Generate]) -> list[Generation]:
         ids = [prompt_ids(self.tokenizer, request.prompt) for request in requests]

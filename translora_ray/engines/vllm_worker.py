@@ -9,6 +9,7 @@ vLLM's processes do not notice that the process they work for was killed, and wo
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import threading
@@ -64,20 +65,21 @@ if current_platform.is_cpu():
     current_platform.get_punica_wrapper = lambda: f"{__name__}.{GroupedLora.__name__}"
 
 
-def _end_with(owner: int, parent: int) -> None:
-    """End vLLM's processes when their owner is gone: this one, and its `parent` where that is vLLM's, too, and not whoever adopts orphans here."""
+def _end_with(owner: int, parent: int | None) -> None:
+    """End vLLM's processes when their owner is gone: this one, and the one that started it, where that is vLLM's, too, and not gone itself."""
     while True:
         time.sleep(1)
         try:
             os.kill(owner, 0)
         except ProcessLookupError:
-            if parent not in (1, owner) and os.getppid() == parent:
+            if parent and parent != owner and os.getppid() == parent:
                 os.kill(parent, signal.SIGKILL)
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+started = multiprocessing.parent_process()
 if owner := os.environ.get("TRANSLORA_ENGINE_OWNER"):
-    threading.Thread(target=_end_with, args=(int(owner), os.getppid()), daemon=True).start()
+    threading.Thread(target=_end_with, args=(int(owner), started.pid if started else None), daemon=True).start()
 
 
 class AppliedModules:

@@ -43,7 +43,7 @@ WRITTEN = {None, OFF_TASK, UNSURE, ILL_FORMED, OTHER_LABEL, LABEL_FULL, NOT_NEED
 class Arms:
     """Makes arms for one run. Every adapter is trained on the target as the transferred one was, on as many rows where there are so many.
 
-    A run stops when its own method has enough: of one by `discriminator`, `both` has hardly more to choose from than that took.
+    A run by `discriminator` stops when that has taken enough, so `both` chooses among hardly more prompts than it is to find.
     """
 
     kit: Kit
@@ -68,7 +68,7 @@ class Arms:
                 raise UsageError(f"--arms copy: {error}") from None
 
     def sets(self, names: Sequence[str], engine: Engine) -> dict[str, Sequence[TaskRow]]:
-        """The rows that each arm trains on. `engine` holds the teacher, and the discriminator where it is on the same base."""
+        """The rows that each arm trains on. `engine` holds the teacher."""
         found: dict[str, Sequence[TaskRow]] = {"seeds_only": self.kit.seeds} if "seeds_only" in names else {}
         wanted = [name for name in names if name == "unfiltered" or name in SELECTED]
         by_excess = any(self._plan(name).by_excess for name in wanted if name in SELECTED)

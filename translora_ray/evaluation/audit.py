@@ -99,7 +99,7 @@ def split(loaded: kit.Kit, rows: Sequence[TaskRow], other_rows: Sequence[TaskRow
     members = {key: text for key, text in mine.items() if key not in seeds}
     if not members:
         raise UsageError(f"{data} has no row but the kit's seeds, which are members that anyone can read: give the rows that the kit was made from.")
-    known = len(rows) == loaded.rows and kit.choose_seeds(rows, len(loaded.seeds), loaded.task.seed) == loaded.seeds
+    known = kit.rows_digest(rows) == loaded.rows_digest
     unseen = {normal(text) for text in kit.order_for_discriminator(loaded.task, rows)[0]} if known else set()
     judged = [text for key, text in members.items() if key not in unseen]
     return Sides(_drawn(list(members.values())), _drawn(list(theirs.values())), _drawn(judged), len(mine) - len(members), known)

@@ -131,7 +131,8 @@ def summary(scores: dict[str, list[float]], metric: str) -> dict[str, Any]:
     """The stable `--json` output from scores per arm and row.
 
     `against` compares transferred with the better of source adapter and bare target, row by row: the mean difference with its 95 % interval, and
-    McNemar's p. `negative_flips` counts rows that the bare target got right and the transferred adapter gets wrong.
+    McNemar's p. Where no row is lost, or none is gained, a bootstrap finds none either: that end of the interval is then Wilson's for none of so many rows.
+    `negative_flips` counts rows that the bare target got right and the transferred adapter gets wrong.
     """
     found = {}
     for arm, values in scores.items():
@@ -140,6 +141,9 @@ def summary(scores: dict[str, list[float]], metric: str) -> dict[str, Any]:
     ours = scores["transferred"]
     against = max(("source_adapter", "target_base"), key=lambda arm: found[arm]["accuracy"])
     difference, low, high = paired_interval(ours, scores[against])
+    unseen, apart = wilson(0, len(ours))[1], [a - b for a, b in zip(ours, scores[against], strict=True)]
+    low = max(-1.0, min(low, difference - unseen)) if min(apart) >= 0 else low
+    high = min(1.0, max(high, difference + unseen)) if max(apart) <= 0 else high
     paired = {"arm": against, "difference": difference, "low": low, "high": high, "p": mcnemar(ours, scores[against])}
     flipped = len(flips(scores["target_base"], ours))
     return {"n": len(ours), "metric": metric, "arms": found, "recovery": recovery(found), "against": paired, "negative_flips": flipped}

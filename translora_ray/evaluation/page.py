@@ -194,7 +194,7 @@ def _map(run: Run) -> Html:
     content = [figure(plots.plane(run.map["points"], run.map["variance"]), "Hidden states of the source base, on the two directions in which they vary most.")]
     if run.result and "distance" in run.result:
         far = run.result["distance"]
-        told = f"Distance to the real rows (squared MMD, 0 for prompts of the same kind): accepted {far['filtered']:.3f}, all {far['unfiltered']:.3f}."
+        told = f"Distance to the real rows (squared MMD, 0 for prompts of the same kind): trained on {far['filtered']:.3f}, all {far['unfiltered']:.3f}."
         content.append(tag("p", told))
     return section(title, *content)
 

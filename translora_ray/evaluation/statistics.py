@@ -24,17 +24,13 @@ def wilson(successes: float, n: int) -> tuple[float, float]:
 def paired_interval(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float, float]:
     """(mean of ours minus theirs, low, high): 95 % percentile bootstrap over rows, the same rows drawn for both (Efron and Tibshirani, 1993).
 
-    The draws are the same ones every time, so the same scores give the same interval. Where all rows differ alike, or none does, there is no spread to draw
-    from: the interval is as wide as Wilson's is for none of so many rows, so that a few rows without a loss do not prove that there is none.
+    The draws are the same ones every time, so the same scores give the same interval.
     """
     differences = numpy.asarray(ours, dtype=float) - numpy.asarray(theirs, dtype=float)
     generator, n = numpy.random.default_rng(0), len(differences)
     means = [differences[generator.integers(0, n, size=n)].mean() for _ in range(DRAWS)]
-    mean, (low, high) = float(differences.mean()), map(float, numpy.percentile(means, [2.5, 97.5]))
-    if numpy.ptp(differences) == 0:
-        unseen = wilson(0, n)[1]
-        low, high = mean - unseen, mean + unseen
-    return mean, low, high
+    low, high = numpy.percentile(means, [2.5, 97.5])
+    return float(differences.mean()), float(low), float(high)
 
 
 def mcnemar(ours: Sequence[float], theirs: Sequence[float]) -> float:

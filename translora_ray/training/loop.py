@@ -262,8 +262,8 @@ class Loop:
                 self.optimizer.zero_grad(set_to_none=True)
                 held = min(self.at_once, len(rows))
                 if held == 1 or self.world > 1:
-                    fewer = f"set cluster.rows_at_once to {held // 2}, or" if held > 1 else "spread the base (cluster.spread_base), or"
-                    raise RunFailed(f"Memory does not hold {held} rows of training at once: {fewer} set cluster.recompute.") from None
+                    fewer = f"set cluster.rows_at_once to {held // 2}" if held > 1 else "spread the base over workers (cluster.workers, cluster.spread_base)"
+                    raise RunFailed(f"Memory does not hold {held} rows of training at once: {fewer}, or set cluster.recompute.") from None
                 self.at_once = held // 2
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()

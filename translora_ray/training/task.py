@@ -121,7 +121,7 @@ def train_adapter(base: str, pairs: Sequence[AnyPair], adapter: Adapter, setting
         try:
             last = loop.train(training, on_step)
         except Diverged as diverged:
-            failure = diverged
+            failure = diverged.with_traceback(None)  # whose frames would keep the model
         else:
             if not out.exists() or min(training.held_out_losses) < best:
                 best, loss = min(training.held_out_losses, default=0.0), last
