@@ -10,6 +10,7 @@ runs/engines/; what is there is not computed again.
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from typing import Any
 
@@ -30,7 +31,7 @@ SIDES = {"transformers": "cluster.engines=[2,2]", "vllm": "cluster.engines=[1,1]
 def main() -> None:
     kit = judged_kit()
     lines = ["| | seed | accuracy (95 % interval) | accepted | candidates | gate |", "|---|---|---|---|---|---|"]
-    means = []
+    means, accuracies = [], []
     for engine in SIDES:
         arms = []
         for seed in range(SEEDS):
@@ -38,12 +39,15 @@ def main() -> None:
             arms.append(accuracy)
             counts, gate = manifest["counts"], manifest["gate"]["verdict"]
             lines.append(f"| {engine} | {seed} | {results.interval(*arms[-1])} | {counts['accepted']} | {counts['candidates']} | {gate} |")
+        accuracies.append([arm[0] for arm in arms])
         means.append([statistics.mean(figures) for figures in zip(*arms, strict=True)])
         lines.append(f"| {engine} | mean | {results.interval(*means[-1])} | | | |")
     (first, low, high), (second, least, most) = means
     within = low <= second <= high and least <= first <= most
     head = f"Commit {results.commit()}; {SEEDS} transfers each. Wanted: each mean within the other's interval; it is{'' if within else ' not'} so."
-    results.replace("engines", "\n".join([head, "", *lines]))
+    error = math.sqrt(sum(statistics.variance(found) / SEEDS for found in accuracies))
+    foot = f"Transfers of one engine differ, too: the difference of the means is {second - first:+.3f}, its standard error by them {error:.3f}."
+    results.replace("engines", "\n".join([head, "", *lines, "", foot]))
     print("\n".join(lines))
 
 
