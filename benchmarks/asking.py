@@ -17,16 +17,16 @@ from translora_ray.stream.synthesize import ROLE
 
 LIST = Synthesis().settled(())
 VARIANTS: dict[str, tuple[bool, dict[str, float | None]]] = {
-    "as the stream does it": (True, {"temperature": LIST.temperature, "min_p": LIST.min_p}),
-    "seeds shuffled for every request": (False, {"temperature": LIST.temperature, "min_p": LIST.min_p}),
-    "temperature alone": (True, {"temperature": LIST.temperature}),
-    "top_p 0.95": (True, {"temperature": LIST.temperature, "top_p": 0.95}),
+    "as the stream does it": (False, {"temperature": LIST.temperature, "min_p": LIST.min_p}),
+    "one draw of seeds for a pack": (True, {"temperature": LIST.temperature, "min_p": LIST.min_p}),
+    "temperature alone": (False, {"temperature": LIST.temperature}),
+    "top_p 0.95": (False, {"temperature": LIST.temperature, "top_p": 0.95}),
 }
-"""How seeds are shown and tokens drawn: (one order of seeds for a pack, sampling)."""
+"""How seeds are shown and tokens drawn: (one draw of seeds for a pack, sampling)."""
 
 
 Requests = Callable[[Pack, bool, dict[str, float | None]], list[tuple[list[int], dict[str, Any]]]]
-"""(pack, one order of seeds for all of it, sampling) -> token ids and `SamplingParams` of each request, as the stream has them."""
+"""(pack, one draw of seeds for all of it, sampling) -> token ids and `SamplingParams` of each request, as the stream has them."""
 
 
 def asked(base: str) -> Requests:

@@ -140,7 +140,8 @@ class Synthesis(Section):
     """Who writes candidates. `source`: the source base continues the seeds, on the engine of discriminator and teacher. `target`: the target base does, as in
     the paper. `adapter`: the kit's generator adapter, which is shown no seeds. Of several, as a list, each writes a pack in turn."""
     shots: int = Field(5, ge=1)
-    """Seeds shown in one request, drawn anew for each pack (paper: 5)."""
+    """Seeds shown in one request, drawn anew for each (paper: 5). With one draw for a pack, which an engine reads once, fewer candidates differ from each other
+    (`benchmarks/generation.py choices`)."""
     by_label: bool | None = None
     """Whether each request asks for an input of one of the task's labels, all of them in turn: seeds stand after the name of their label, and the name alone
     is to be continued. Few seeds can not cover many classes; their names can. None: where the task has labels, as the generator adapter always does."""

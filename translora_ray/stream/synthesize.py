@@ -29,10 +29,10 @@ class Synthesizer:
         self.max_tokens = settings.max_tokens or 2 * max(map(engine.count_tokens, self.inputs)) + 8
 
     def _prompts(self, pack: Pack) -> list[Prompt]:
-        shots, seed = self.settings.shots, pack.candidates[0].seed
+        shots = self.settings.shots
         if not self.settings.by_label:
-            return [synthesis_prompt(self.inputs, shots, seed)] * len(pack.candidates)
-        return [labelled_prompt(self.seeds, shots, seed, candidate.label_of(self.classes)) for candidate in pack.candidates]
+            return [synthesis_prompt(self.inputs, shots, candidate.seed) for candidate in pack.candidates]
+        return [labelled_prompt(self.seeds, shots, candidate.seed, candidate.label_of(self.classes)) for candidate in pack.candidates]
 
     def _read(self, text: str) -> str:
         return parse_synthesis(text)
