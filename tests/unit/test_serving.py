@@ -17,6 +17,7 @@ from translora_ray.engines.base import AdapterRef, Generate, Sampling
 from translora_ray.engines.transformers import TransformersEngine
 from translora_ray.prompts import Prompt
 from translora_ray.registry import Registry
+from translora_ray.serving.app import Service, plan
 from translora_ray.serving.batches import Batches, settled
 from translora_ray.serving.gateway import Gateway, _Frame, _Seen
 from translora_ray.serving.index import Index
@@ -184,6 +185,29 @@ def test_names_lead_to_releases_and_a_failure_keeps_them(tiny_llama: str, tmp_pa
     index.refresh()
     stable = index.find("colours")
     assert index.age() is None and stable and stable.id == "colours@2"
+
+
+def test_a_damaged_file_is_its_own_names_business(tiny_llama: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    registry = Registry(str(tmp_path / "registry"))
+    run = finished_run(tmp_path / "run", tiny_llama, "colours", 1)
+    for name in ("colours", "numbers", "tones"):
+        registry.promote(registry.publish(run, name).id)
+    index = Index(Registry(registry.uri))
+    index.refresh()
+    broken = [tmp_path / "registry" / place for place in ("releases/tones@2/release.json", "channels/colours/stable/000002.json")]
+    for file in broken:
+        file.parent.mkdir(exist_ok=True)
+        file.write_text('{"release": 3}')
+    registry.publish(finished_run(tmp_path / "next", tiny_llama, "numbers", 2))
+    registry.promote("numbers@2")
+    for reader in (index, Index(Registry(registry.uri))):
+        for _ in range(2):
+            reader.refresh()
+        found = {name: reader.find(name) for name in ("numbers", "tones", "tones@2", "colours")}
+        stable = "colours@1" if reader is index else None
+        assert [release and release.id for release in found.values()] == ["numbers@2", "tones@1", None, stable] and reader.age() is None
+    assert [record.message.count(str(file)) for record in caplog.records for file in broken] == [0, 1, 1, 0] * 2, "each is said once"
+    assert plan(Service(registry=registry.uri))[1] == (tiny_llama,), "and a service starts"
 
 
 def test_damaged_weights_are_said_without_a_path_and_mended_ones_load(tiny_llama: str, tmp_path: Path) -> None:

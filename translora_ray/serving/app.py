@@ -6,6 +6,7 @@ Which engine answers is decided here. vLLM is served by `ray.serve.llm` (`servin
 
 from __future__ import annotations
 
+import logging
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -21,6 +22,7 @@ from translora_ray.serving.auth import read_keys
 from translora_ray.serving.gateway import Gateway
 from translora_ray.serving.routing import Serves
 
+logger = logging.getLogger("ray.serve")
 NAME = "translora"
 
 
@@ -86,7 +88,7 @@ def plan(service: Service) -> tuple[list[Release], tuple[str, ...]]:
         read_keys(service.keys)
     registry = Registry(service.registry)
     registry.check()
-    releases = registry.releases()
+    releases = registry.releases(skip=logger.warning)
     return releases, service.bases or only_base(releases, registry.uri)
 
 
