@@ -6,23 +6,28 @@ import asyncio
 import copy
 import json
 import random
+from collections import deque
 from collections.abc import AsyncIterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from tests.conftest import save_run
 from tests.serving import TEMPLATE, finished_run
 from translora_ray.engines.base import AdapterRef, Generate, Sampling
 from translora_ray.engines.transformers import TransformersEngine
+from translora_ray.models import fingerprint
 from translora_ray.prompts import Prompt
 from translora_ray.registry import Registry
 from translora_ray.serving.app import Service, plan
+from translora_ray.serving.auth import OPEN
 from translora_ray.serving.batches import Batches, settled
 from translora_ray.serving.gateway import Gateway, _Frame, _Seen
 from translora_ray.serving.index import Index
 from translora_ray.serving.loading import Loader
 from translora_ray.serving.protocol import ChatRequest, CompletionRequest, Piece, ServiceError, asked, parse
+from translora_ray.serving.routing import Router, Serves
 
 CHAT = {"model": "a", "messages": [{"role": "user", "content": "x"}]}
 COMPLETION = {"model": "a", "prompt": "x"}
@@ -158,9 +163,39 @@ def test_an_answer_ends_when_nobody_listens_and_an_adapter_can_leave(tiny_llama:
         return round(asyncio.get_running_loop().time() - began)
 
     assert asyncio.run(leave()) < 5
-    batches.call(lambda: engine.drop(path))
+    batches.drop(path)
     assert asyncio.run(collect(batches, request, False)) == before, "read again, it answers as before"
-    assert engine._names == {path: "adapter1"}
+    asyncio.run(collect(batches, Generate(Prompt("x"), Sampling(1)), False))
+    assert engine._names == {}, "for that batch alone"
+    batches.hold(path)
+    assert asyncio.run(collect(batches, request, False)) == before and engine._names == {path: "adapter2"}
+
+
+def test_adapters_that_leave_while_requests_wait_with_them_do_not_stay_in_memory(tiny_llama: str, tmp_path: Path) -> None:
+    """Eight adapters where two are held: whoever is third makes the first one leave, whose requests may still wait."""
+    paths = [f"{finished_run(tmp_path / str(seed), tiny_llama, 'x', seed)}/adapter" for seed in range(8)]
+    engine, plain = TransformersEngine(tiny_llama, device="cpu"), TransformersEngine(tiny_llama, device="cpu")
+    batches, held, most = Batches(engine, batch_size=4), deque[str](), 0
+    requests = [Generate(Prompt(f"question {number}"), Sampling(4), AdapterRef(str(number % 8), paths[number % 8])) for number in range(24)]
+
+    async def ask(request: Generate) -> str:
+        nonlocal most
+        path = request.adapter.path  # type: ignore[union-attr]
+        if path not in held:
+            if len(held) == 2:
+                batches.drop(held.popleft())
+            batches.hold(path)
+            held.append(path)
+        (piece,) = await collect(batches, request, False)
+        most = max(most, len(engine._names))
+        return piece.text
+
+    async def everything() -> list[str]:
+        return await asyncio.gather(*map(ask, requests))
+
+    assert asyncio.run(everything()) == [plain.generate([request])[0].text for request in requests]
+    asyncio.run(collect(batches, Generate(Prompt("x"), Sampling(1)), False))
+    assert set(engine._names) <= set(held) and most <= 3
 
 
 def test_names_lead_to_releases_and_a_failure_keeps_them(tiny_llama: str, tmp_path: Path) -> None:
@@ -212,7 +247,9 @@ def test_a_damaged_file_is_its_own_names_business(tiny_llama: str, tmp_path: Pat
 
 def test_damaged_weights_are_said_without_a_path_and_mended_ones_load(tiny_llama: str, tmp_path: Path) -> None:
     registry = Registry(str(tmp_path / "registry"))
-    registry.publish(finished_run(tmp_path / "run", tiny_llama, "colours", 1))
+    run = finished_run(tmp_path / "run", tiny_llama, "colours", 1)
+    for name in ("colours", "numbers"):
+        registry.publish(run, name)
     weights = next((tmp_path / "registry").rglob("colours@1/adapter_model.safetensors"))
     sound = weights.read_bytes()
     loader = Loader(str(tmp_path / "registry"), tiny_llama)
@@ -223,11 +260,46 @@ def test_damaged_weights_are_said_without_a_path_and_mended_ones_load(tiny_llama
         assert refused.value.status == 503 and refused.value.retry_after and str(tmp_path) not in refused.value.message
     weights.write_bytes(sound)
     path = loader.load("colours@1")
-    (tmp_path / "registry").rename(tmp_path / "away")
-    assert loader.load("colours@1") == path, "what was fetched needs no registry"
+    assert loader.registry.release("numbers@1"), "its release.json is known, its weights were not fetched"
     with pytest.raises(ServiceError) as refused:
         loader.load("colours@2")
-    assert refused.value.status in (404, 503)
+    assert refused.value.status == 404
+    (tmp_path / "registry").rename(tmp_path / "away")
+    assert loader.load("colours@1") == path, "what was fetched needs no registry"
+    for release in ("colours@2", "numbers@1"):
+        with pytest.raises(ServiceError) as refused:
+            loader.load(release)
+        assert (refused.value.status, refused.value.code) == (503, "registry_unreachable") and refused.value.retry_after
+
+
+def test_an_adapter_that_does_not_fit_its_base_is_not_loaded(tiny_llama: str, tiny_gemma: str, tmp_path: Path) -> None:
+    """Whatever its release says of its base."""
+    run = finished_run(tmp_path / "run", tiny_gemma, "colours", 1)
+    manifest = json.loads(Path(run, "manifest.json").read_text())
+    Path(run, "manifest.json").write_text(json.dumps(manifest | {"target": fingerprint(tiny_llama), "target_base": tiny_llama}))
+    registry = Registry(str(tmp_path / "registry"))
+    registry.publish(run)
+    with pytest.raises(ServiceError, match="do not fit the base"):
+        Loader(registry.uri, tiny_llama).load("colours@1")
+
+
+def test_while_the_registry_is_away_no_name_is_said_to_be_unknown(tmp_path: Path) -> None:
+    registry = Registry(str(tmp_path / "registry"))
+    registry.publish(save_run(tmp_path / "run"))
+    router = Router(registry, [Serves("base", "fingerprint", ("lora",))])
+
+    async def look() -> list[tuple[int, str]]:
+        await router.refresh()
+        found = []
+        for place in ("registry", "away"):
+            assert (await router.resolve("colours@1", OPEN)).id == "colours@1"
+            with pytest.raises(ServiceError) as refused:
+                await router.resolve("colours@2", OPEN)
+            found.append((refused.value.status, refused.value.code))
+            (tmp_path / place).rename(tmp_path / "away")
+        return found
+
+    assert asyncio.run(look()) == [(404, "model_not_found"), (503, "registry_unreachable")]
 
 
 def test_the_chat_template_gets_all_messages(tiny_llama: str) -> None:

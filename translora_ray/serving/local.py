@@ -1,4 +1,4 @@
-"""The deployment on the transformers engine: one base, adapters by request, wherever torch runs. The default where vLLM is not installed."""
+"""The deployment on the transformers engine: one base, adapters by request, wherever torch runs. The default."""
 
 from __future__ import annotations
 
@@ -38,7 +38,9 @@ class TransformersBackend:
         async def load(release: str) -> _Loaded:
             with self.measures.load(release):
                 path = await asyncio.to_thread(self.loader.load, release)
-            return _Loaded(lambda: self._evict(release, path), path, adapters.inspect(path).virtual_tokens)
+            virtual_tokens = adapters.inspect(path).virtual_tokens
+            self.batches.hold(str(path))
+            return _Loaded(lambda: self._evict(release, path), path, virtual_tokens)
 
         self._load = serve.multiplexed(max_num_models_per_replica=adapters_at_once)(load)
 
@@ -63,7 +65,7 @@ class TransformersBackend:
 
     def _evict(self, release: str, path: Path) -> None:
         self.measures.evicted(release)
-        self.batches.call(lambda: self.engine.drop(str(path)))
+        self.batches.drop(str(path))
 
     def _check(self, asked: Asked, virtual_tokens: int) -> tuple[Prompt, int]:
         """The prompt, and how many tokens may follow it. Raises `ServiceError` 400."""
