@@ -34,6 +34,7 @@ class Service(BaseModel):
     bases: tuple[str, ...] = ()
     """References of the bases to load, an engine each. None: the one that all releases are for."""
     engine: EngineKind = "auto"
+    """`auto` is transformers, which serves all kinds of adapters."""
     keys: str | None = None
     """File of keys (`translora keys`). None: no keys; whoever reaches the port is let in."""
     replicas: Annotated[int, Field(ge=1)] | tuple[int, int] = 1
