@@ -12,21 +12,27 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import yaml
+from starlette.requests import Request
 
 from tests.conftest import save_run
 from tests.serving import TEMPLATE, finished_run
 from translora_ray.engines.base import AdapterRef, Generate, Sampling
 from translora_ray.engines.transformers import TransformersEngine
+from translora_ray.errors import UsageError
 from translora_ray.models import fingerprint
 from translora_ray.prompts import Prompt
 from translora_ray.registry import Registry
-from translora_ray.serving.app import Service, plan
-from translora_ray.serving.auth import OPEN
+from translora_ray.serving.app import Service, build, plan
+from translora_ray.serving.auth import OPEN, add_key
 from translora_ray.serving.batches import Batches, settled
 from translora_ray.serving.gateway import Gateway, _Frame, _Seen
 from translora_ray.serving.index import Index
 from translora_ray.serving.loading import Loader
+from translora_ray.serving.local import TransformersBackend
+from translora_ray.serving.prompting import Prompter
 from translora_ray.serving.protocol import ChatRequest, CompletionRequest, Piece, ServiceError, asked, parse
+from translora_ray.serving.reading import read_body
 from translora_ray.serving.routing import Router, Serves
 
 CHAT = {"model": "a", "messages": [{"role": "user", "content": "x"}]}
@@ -302,6 +308,22 @@ def test_while_the_registry_is_away_no_name_is_said_to_be_unknown(tmp_path: Path
     assert asyncio.run(look()) == [(404, "model_not_found"), (503, "registry_unreachable")]
 
 
+def test_tokens_that_may_follow_are_those_that_the_context_has_room_for(tiny_llama: str) -> None:
+    prompter = Prompter(tiny_llama, context=100)
+
+    def room(prompt: str, max_tokens: int | None, virtual_tokens: int = 0) -> int:
+        wanted = asked(parse(CompletionRequest, json.dumps(COMPLETION | {"prompt": prompt, "max_tokens": max_tokens}).encode(), 1024), "a@1", 1024)
+        return asyncio.run(prompter.read(wanted, virtual_tokens))[1]
+
+    assert [room("x" * 80, 20), room("x" * 80, None), room("x" * 80, None, 5)] == [20, 20, 15]
+    for prompt, max_tokens, virtual_tokens in (("x" * 80, 21, 0), ("x" * 80, 20, 1), ("x" * 100, None, 0)):
+        with pytest.raises(ServiceError, match="the context has 100") as refused:
+            room(prompt, max_tokens, virtual_tokens)
+        assert (refused.value.status, refused.value.code) == (400, "context_length_exceeded")
+    with pytest.raises(ServiceError, match="no chat template"):
+        asyncio.run(prompter.read(asked(parse(ChatRequest, json.dumps(CHAT).encode(), 64), "a@1", 64)))
+
+
 def test_the_chat_template_gets_all_messages(tiny_llama: str) -> None:
     from translora_ray.models import load_tokenizer
     from translora_ray.prompts import prompt_ids
@@ -329,3 +351,72 @@ def test_a_client_that_leaves_with_the_whole_answer_had_an_answer(events: int, s
 
     asyncio.run(listen())
     assert (seen.status, found) == (status, compared) and (seen.tokens == 2) == bool(compared)
+
+
+@pytest.mark.parametrize(("failure", "status"), [(ServiceError(503, "engine_failed", "It failed.", 1), 503), (RuntimeError("nobody foresaw this"), 500)])
+def test_a_stream_that_fails_on_the_way_ends_with_the_error_and_counts_as_one(failure: Exception, status: int) -> None:
+    seen = _Seen(0.0, status=200)
+
+    async def rest() -> AsyncIterator[Piece]:
+        yield Piece("b")
+        raise failure
+
+    async def listen() -> list[str]:
+        gateway = SimpleNamespace(_say=lambda _: None)
+        return [event async for event in Gateway._events(gateway, seen, _Frame("cmpl-1", 0, "a@1", False), Piece("a"), rest(), False, None)]  # type: ignore[arg-type]
+
+    *pieces, last = asyncio.run(listen())
+    assert len(pieces) == 2 and seen.status == status
+    said = json.loads(last.removeprefix("data: "))["error"]
+    assert said["type"] == "server_error" and "nobody" not in said["message"]
+
+
+def request(*parts: bytes) -> Request:
+    """One whose body comes in parts, without a word on its length."""
+    messages = [{"type": "http.request", "body": part, "more_body": number < len(parts)} for number, part in enumerate(parts, 1)]
+    coming = iter(messages)
+
+    async def receive() -> dict[str, object]:
+        return next(coming)
+
+    return Request({"type": "http", "headers": []}, receive)
+
+
+@pytest.mark.parametrize(("failure", "status"), [(asyncio.CancelledError, 499), (RuntimeError, 500)])
+def test_a_client_that_does_not_wait_for_its_answer_is_no_failure_of_the_service(failure: type[BaseException], status: int) -> None:
+    """Serve cancels the request of a client that has gone."""
+    said: list[_Seen] = []
+
+    async def resolve(*_: object) -> object:
+        return SimpleNamespace(id="a@1")
+
+    async def begin(*_: object) -> object:
+        raise failure
+
+    router = SimpleNamespace(resolve=resolve, trial=lambda *_: None)
+    gateway = SimpleNamespace(_admit=lambda _: OPEN, router=router, _begin=begin, _say=said.append)
+    with pytest.raises(failure):
+        asyncio.run(Gateway._answer(gateway, request(json.dumps(COMPLETION).encode()), CompletionRequest))  # type: ignore[arg-type]
+    assert [(seen.release, seen.status) for seen in said] == [("a@1", status)]
+
+
+def test_a_body_that_does_not_say_its_length_is_measured() -> None:
+    assert asyncio.run(read_body(request(b"ab", b"c"), 3)) == b"abc"
+    with pytest.raises(ServiceError) as refused:
+        asyncio.run(read_body(request(b"ab", b"cd", b"ef"), 3))
+    assert refused.value.status == 413
+
+
+def test_the_application_of_serve_deploy_is_built_from_the_example(tiny_llama: str, tmp_path: Path) -> None:
+    example = yaml.safe_load((Path(__file__).parents[2] / "examples" / "serve.yaml").read_text())["applications"][0]["args"]
+    registry = Registry(str(tmp_path / "registry"))
+    registry.publish(finished_run(tmp_path / "run", tiny_llama, "colours", 1))
+    add_key(tmp_path / "keys.yaml", "a", ("*",))
+    mine = {"registry": registry.uri, "keys": str(tmp_path / "keys.yaml"), "engine": "auto", "bases": []}
+    gateway = build(example | mine)._bound_deployment
+    where, keys, serves, engine = gateway.init_args
+    assert (gateway.name, where, keys, [each.base for each in serves]) == ("gateway", registry.uri, mine["keys"], [tiny_llama])
+    assert gateway.num_replicas == example["ingresses"]
+    assert engine._bound_deployment.func_or_class is TransformersBackend, "auto is transformers"
+    with pytest.raises(UsageError, match="no registry"):
+        build(example | mine | {"registry": str(tmp_path / "absent")})

@@ -36,6 +36,8 @@ from translora_ray.serving.trials import DRAWN, Shadows
 
 logger = logging.getLogger("ray.serve")
 app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+CLIENT_GONE = 499
+UNFORESEEN = ServiceError(500, "internal_error", "The service failed: its log says why.")
 
 
 @dataclass
@@ -75,7 +77,7 @@ async def _no_route(request: Request, error: Exception) -> Response:
 @app.exception_handler(Exception)
 async def _unforeseen(request: Request, error: Exception) -> Response:
     logger.error(f"unforeseen: {type(error).__name__}: {error}", exc_info=error)
-    return await _refused(request, ServiceError(500, "internal_error", "The service failed: its log says why."))
+    return await _refused(request, UNFORESEEN)
 
 
 @serve.ingress(app)
@@ -147,7 +149,8 @@ class Gateway:
             seen.status = error.status
             self._say(seen)
             raise
-        except BaseException:
+        except BaseException as error:
+            seen.status = CLIENT_GONE if isinstance(error, asyncio.CancelledError) else UNFORESEEN.status
             self._say(seen)
             raise
         seen.status, seen.first = 200, time.monotonic() - seen.began
@@ -213,8 +216,12 @@ class Gateway:
             yield protocol.sent(error.body())
         except (asyncio.CancelledError, GeneratorExit):
             if not piece.finish:
-                seen.status = 499  # the client has gone before it had the answer
+                seen.status = CLIENT_GONE  # before it had the answer
             raise
+        except Exception as error:
+            logger.error(f"unforeseen in a stream: {type(error).__name__}: {error}", exc_info=error)
+            seen.status = UNFORESEEN.status
+            yield protocol.sent(UNFORESEEN.body())
         finally:
             seen.prompt_tokens, seen.tokens = piece.prompt_tokens, piece.tokens
             if piece.finish and compare:
