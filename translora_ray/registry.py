@@ -154,6 +154,8 @@ class Registry:
         check_name(channel, "channel")
         with self._ledger.writing():
             self._change(name, channel, down)
+            if now := self._current(name, channel):
+                self._unretire(now["release"])  # as in `_name`
             return self.release(f"{name}:{channel}")
 
     def retire(self, reference: str) -> None:
