@@ -6,10 +6,13 @@ import asyncio
 import copy
 import json
 import random
+import time
 from collections import deque
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import yaml
@@ -251,6 +254,12 @@ def test_a_damaged_file_is_its_own_names_business(tiny_llama: str, tmp_path: Pat
     assert plan(Service(registry=registry.uri))[1] == (tiny_llama,), "and a service starts"
 
 
+def test_an_error_nobody_foresaw_ends_one_reading_of_the_registry_and_not_all() -> None:
+    index = Index(SimpleNamespace(check=lambda: {}["x"]))  # type: ignore[arg-type]
+    index.refresh()
+    assert index.error == "KeyError: 'x'" and not index.loaded and index.age() is not None
+
+
 def test_damaged_weights_are_said_without_a_path_and_mended_ones_load(tiny_llama: str, tmp_path: Path) -> None:
     registry = Registry(str(tmp_path / "registry"))
     run = finished_run(tmp_path / "run", tiny_llama, "colours", 1)
@@ -343,7 +352,7 @@ def test_a_client_that_leaves_with_the_whole_answer_had_an_answer(events: int, s
         yield Piece("b", "stop", 3, 2)
 
     async def listen() -> None:
-        gateway = SimpleNamespace(_say=lambda _: None)
+        gateway = SimpleNamespace(_end=lambda _: None)
         said = Gateway._events(gateway, seen, _Frame("cmpl-1", 0, "a@1", False), Piece("a"), rest(), False, found.append)  # type: ignore[arg-type]
         for _ in range(events):
             await anext(said)
@@ -362,7 +371,7 @@ def test_a_stream_that_fails_on_the_way_ends_with_the_error_and_counts_as_one(fa
         raise failure
 
     async def listen() -> list[str]:
-        gateway = SimpleNamespace(_say=lambda _: None)
+        gateway = SimpleNamespace(_end=lambda _: None)
         return [event async for event in Gateway._events(gateway, seen, _Frame("cmpl-1", 0, "a@1", False), Piece("a"), rest(), False, None)]  # type: ignore[arg-type]
 
     *pieces, last = asyncio.run(listen())
@@ -394,10 +403,29 @@ def test_a_client_that_does_not_wait_for_its_answer_is_no_failure_of_the_service
         raise failure
 
     router = SimpleNamespace(resolve=resolve, trial=lambda *_: None)
-    gateway = SimpleNamespace(_admit=lambda _: OPEN, router=router, _begin=begin, _say=said.append)
+    gateway = SimpleNamespace(_admit=lambda _: OPEN, router=router, _begin=begin, _end=said.append, _running=0)
     with pytest.raises(failure):
         asyncio.run(Gateway._answer(gateway, request(json.dumps(COMPLETION).encode()), CompletionRequest))  # type: ignore[arg-type]
     assert [(seen.release, seen.status) for seen in said] == [("a@1", status)]
+
+
+def test_a_gateway_that_is_to_end_refuses_what_comes_and_waits_for_what_runs() -> None:
+    gateway: Any = SimpleNamespace(_running=1, _ending=False, _say=lambda _: None)
+    for name in ("_admit", "_end", "_require_open"):
+        setattr(gateway, name, partial(getattr(Gateway, name), gateway))
+
+    async def end() -> float:
+        began = time.monotonic()
+        asyncio.get_running_loop().call_later(0.3, gateway._end, _Seen(0.0))
+        await Gateway.drain(gateway, 20)
+        return time.monotonic() - began
+
+    assert 0.2 < asyncio.run(end()) < 10
+    with pytest.raises(ServiceError, match="is ending") as refused:
+        asyncio.run(Gateway._answer(gateway, request(b"{}"), CompletionRequest))
+    assert refused.value.status == 503 and refused.value.retry_after and gateway._running == 0
+    gateway._running = 1
+    asyncio.run(Gateway.drain(gateway, 0.1))
 
 
 def test_a_body_that_does_not_say_its_length_is_measured() -> None:

@@ -13,6 +13,8 @@ import urllib.request
 from collections.abc import Callable, Iterator
 
 from ray import serve
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
 
 from translora_ray.config import Cluster
 from translora_ray.errors import RunFailed, UsageError
@@ -21,7 +23,7 @@ from translora_ray.registry import Registry
 from translora_ray.serving.app import NAME, Service, application, count, plan
 
 logger = logging.getLogger("ray.serve")
-START_SECONDS = 600
+START_SECONDS, END_SECONDS = 600, 30
 
 
 def run(service: Service, host: str | None, port: int, say: Callable[[str], None]) -> None:
@@ -44,12 +46,22 @@ def run(service: Service, host: str | None, port: int, say: Callable[[str], None
                 while not ending.wait(1):
                     pass
                 say("ending: requests that run may finish")
-                serve.delete(NAME)
+                _end(service.drain_seconds)
         finally:
             if own:
                 serve.shutdown()
             else:
-                serve.delete(NAME)
+                serve.delete(NAME, _blocking=False)
+
+
+def _end(drain_seconds: float) -> None:
+    """Have the gateway refuse new requests until those that run have ended, then Serve end the service: told to wait for that, it raises after a minute."""
+    with contextlib.suppress(RayError, RayServeException, TimeoutError):  # a gateway that is gone has nothing to finish
+        serve.get_app_handle(NAME).drain.remote(drain_seconds).result(timeout_s=drain_seconds + END_SECONDS)
+    serve.delete(NAME, _blocking=False)
+    until = time.monotonic() + drain_seconds + END_SECONDS
+    while NAME in serve.status().applications and time.monotonic() < until:
+        time.sleep(0.2)
 
 
 @contextlib.contextmanager
