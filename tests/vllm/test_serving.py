@@ -18,6 +18,7 @@ import pytest
 
 from tests.conftest import free_port, processes
 from tests.serving import Running, chat_base, expected, finished_run, post, running
+from translora_ray.references import resolve
 from translora_ray.registry import Registry
 
 pytestmark = [pytest.mark.vllm, pytest.mark.ray]
@@ -163,3 +164,21 @@ def test_told_to_end_it_leaves_nothing_behind(world: World) -> None:
     """The last test here: it ends the service."""
     assert world.service.end() == 0, world.service.output()
     assert not processes(b"ray::ServeReplica:translora") and not processes(b"VLLM::EngineCore")
+
+
+def test_a_packaged_model_is_served(tmp_path: Path) -> None:
+    base = resolve("packaged:smollm2-135m-instruct")
+    found = World(tmp_path, base, Registry(str(tmp_path / "registry")))
+    for seed in (1, 2):
+        found.registry.promote(found.publish("support", seed))
+    settings = ["--set", "cluster.vllm.dtype=float32", "--set", "cluster.vllm.cpu_cache_gib=0.5"]
+    with running(found.registry.uri, "--engine", "vllm", "--port", str(free_port()), *settings) as service:
+        found.client = openai.OpenAI(base_url=f"{service.url()}/v1", api_key="none", max_retries=0, timeout=120)
+        prompt = "Customer: my order has not arrived.\nAgent:"
+        with ThreadPoolExecutor(4) as clients:
+            answers = list(clients.map(lambda model: found.asks(model, prompt), ["support@1", "support@2", "support@1", "support"]))
+        wanted = {release: found.says(release, prompt) for release in ("support@1", "support@2")}
+        whole = [(release, text.rstrip("\ufffd")) for release, text in answers]  # a character may lack its last bytes
+        assert whole == [(release, wanted[release].rstrip("\ufffd")) for release in ("support@1", "support@2", "support@1", "support@2")]
+        chat = found.client.chat.completions.create(model="support", messages=[{"role": "user", "content": "Hello"}], max_tokens=8, temperature=0)
+        assert chat.usage and chat.usage.completion_tokens <= 8 and chat.model == "support@2"
