@@ -24,10 +24,10 @@ MODEL = "base"
 
 def main() -> None:
     base, adapters, port = sys.argv[1:]
-    ending = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: ending.set())
     ray.init(address="local", num_cpus=cpus() + 1, include_dashboard=False, log_to_driver=False, logging_level="error")
+    ending = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):  # after `ray.init`, which has a handler of its own
+        signal.signal(number, lambda *_: ending.set())
     arguments = engine_arguments(base, (), Vllm(rank=16, adapters=8, cpu_cache_gib=1.0), 0)
     folder = arguments.pop("model")
     arguments.pop("distributed_executor_backend")

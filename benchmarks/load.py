@@ -38,6 +38,8 @@ def round_of(url: str, models: Sequence[str], requests: int, clients: int, turn:
             began = time.perf_counter()
             answer = _ask(connection, models[number % len(models)], PROMPT.format(f"{turn}-{number}"))
             found.append((time.perf_counter() - began, answer["usage"]["completion_tokens"]))
+            if found[-1][1] != TOKENS:
+                raise SystemExit(f"{models[number % len(models)]} ended after {found[-1][1]} of {TOKENS} tokens: rounds would not be alike")
         connection.close()
         return found
 

@@ -12,7 +12,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tests.conftest import save_model
@@ -126,12 +126,26 @@ def running(*arguments: str) -> Iterator[Running]:
         service.end()
 
 
+def eventually(holds: Callable[[], bool], seconds: float = 180) -> bool:
+    """Whether it comes to hold: metrics are exported every few seconds, on a busy machine every minute."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        if holds():
+            return True
+        time.sleep(0.5)
+    return False
+
+
 def post(url: str, body: bytes | dict[str, object], key: str | None = None) -> tuple[int, dict[str, str], bytes]:
     """(status, headers, body) of a POST, whatever the status."""
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
-    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+    return fetch(url, "POST", data, {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {}))
+
+
+def fetch(url: str, method: str = "GET", data: bytes | None = None, headers: dict[str, str] | None = None) -> tuple[int, dict[str, str], bytes]:
+    """(status, headers, body), whatever the status."""
     try:
-        with urllib.request.urlopen(urllib.request.Request(url, data, headers), timeout=120) as answer:
+        with urllib.request.urlopen(urllib.request.Request(url, data, headers or {}, method=method), timeout=120) as answer:
             return answer.status, dict(answer.headers), answer.read()
     except urllib.error.HTTPError as error:
         return error.code, dict(error.headers), error.read()

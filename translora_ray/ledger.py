@@ -11,9 +11,10 @@ import itertools
 import json
 import random
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from functools import partial
+from typing import Any, NoReturn
 
 from translora_ray.errors import RunFailed, UsageError, first_line
 from translora_ray.storage import RunStore
@@ -30,6 +31,17 @@ class Unreachable(RunFailed):
 
 class Unsound(UsageError):
     """What lies in the registry is not what was published."""
+
+
+Check = Callable[[str, dict[str, Any]], object]
+"""Raises LookupError, TypeError or ValueError where the content of the file at a path is not what is written there."""
+Skip = Callable[[Unsound], object]
+"""Is told of a file that is damaged, which is then left out."""
+
+
+def refuse(error: Unsound) -> NoReturn:
+    """The `Skip` that leaves nothing out."""
+    raise error
 
 
 class Ledger:
@@ -82,28 +94,29 @@ class Ledger:
                 time.sleep(random.uniform(0.05, 0.5))  # two who met must not meet again
         raise AssertionError
 
-    def load(self, paths: Iterable[str]) -> dict[str, dict[str, Any]]:
-        """The JSON files that are there of those at `paths`. Each is read once, because it never changes. Raises `Unsound` where one is damaged."""
+    def load(self, paths: Iterable[str], check: Check, skip: Skip = refuse) -> dict[str, dict[str, Any]]:
+        """The JSON files that are there of those at `paths`. Each is read once, because it never changes, but for those that are damaged."""
         wanted = list(paths)
         missing = [path for path in wanted if path not in self._read]
+        load = partial(self._load, check=check, skip=skip)
         if self.store.local or len(missing) < 2:
-            found: Iterator[dict[str, Any] | None] = map(self._load, missing)
+            found: Iterator[dict[str, Any] | None] = map(load, missing)
         else:
             with ThreadPoolExecutor(READERS) as readers:
-                found = readers.map(self._load, missing)
+                found = readers.map(load, missing)
         self._read.update((path, content) for path, content in zip(missing, found, strict=True) if content is not None)
         return {path: self._read[path] for path in wanted if path in self._read}
 
-    def damaged(self, path: str) -> Unsound:
-        return Unsound(f"{self.uri}/{path} is damaged: bring it back from a copy, or retire its release.")
-
-    def _load(self, path: str) -> dict[str, Any] | None:
+    def _load(self, path: str, check: Check, skip: Skip) -> dict[str, Any] | None:
         try:
-            return dict(json.loads(self.store.read(path)).items())
+            content = dict(json.loads(self.store.read(path)).items())
+            check(path, content)
+            return content
         except FileNotFoundError:
             return None
-        except (ValueError, AttributeError):
-            raise self.damaged(path) from None
+        except (LookupError, TypeError, ValueError, AttributeError, PermissionError):
+            skip(Unsound(f"{self.uri}/{path} is damaged or may not be read: bring it back from a copy, or retire its release."))
+            return None
 
     def _refuse_other(self) -> None:
         """Raise `UsageError` where there is something else."""

@@ -32,7 +32,8 @@ def parser() -> argparse.ArgumentParser:
     for command in (prepare, evaluate, inspect, serve):
         command.add_argument("--set", action="append", default=[], metavar="cluster.key=value", help="how engines are loaded, e.g. cluster.vllm.dtype=float32")
     for command in (prepare, transfer, evaluate, inspect, fleet, serve):
-        command.add_argument("--engine", choices=ENGINES, default="auto", help="auto: vllm where it is installed")
+        auto = "transformers" if command is serve else "vllm where it is installed"
+        command.add_argument("--engine", choices=ENGINES, default="auto", help=f"auto: {auto}")
     return root
 
 

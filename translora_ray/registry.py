@@ -20,17 +20,18 @@ import os
 import re
 import tempfile
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pyarrow.fs as pafs
+from pydantic import TypeAdapter
 
 from translora_ray import adapters
 from translora_ray.errors import UsageError
-from translora_ray.ledger import Ledger, Unreachable, Unsound
+from translora_ray.ledger import Ledger, Skip, Unreachable, Unsound, refuse
 from translora_ray.releases import STABLE, NotFound, Release, Trial, check_name, of_kit, of_run, parse_channel, parse_id, some
 from translora_ray.storage import MANIFEST
 
@@ -41,7 +42,7 @@ RELEASES, CHANNELS, RETIRED = "releases", "channels", "retired"
 FILES = (adapters.CONFIG, adapters.WEIGHTS)
 """The files of a release: those that its digest covers, nothing else."""
 _CHANGE = re.compile(r"[0-9]{6}\.json")
-_STORED = [field.name for field in fields(Release) if field.name != "uri"]
+_RELEASE = TypeAdapter(Release)
 Change = dict[str, Any]
 """A change of a channel: `change`, `release`, `earlier`, `time`, and `trial` where a release is tried beside the one it names."""
 
@@ -87,29 +88,29 @@ class Registry:
                 return release
             raise NotFound(f"{self.uri} has no release {reference!r}: {self._there(reference)}.")
 
-    def releases(self, base: str | None = None) -> list[Release]:
+    def releases(self, base: str | None = None, skip: Skip = refuse) -> list[Release]:
         """Releases that are not retired, by name and version; those for one `base`, a target base's reference or fingerprint, where it is given."""
         with self._ledger.reaching():
-            found = self._releases(self._store.names(RELEASES))
+            found = self._releases(self._store.names(RELEASES), skip)
         return [release for release in found if base is None or base in (release.target_base, release.base_fingerprint)]
 
     def channels(self) -> dict[str, str]:
         """What each channel names: {"name:channel": "name@version"}, sorted."""
         return {channel: change["release"] for channel, change in self.changes().items()}
 
-    def changes(self) -> dict[str, Change]:
+    def changes(self, skip: Skip = refuse) -> dict[str, Change]:
         """The change that counts of each channel, {"name:channel": change}, sorted. `trial_in` reads a trial from it."""
         with self._ledger.reaching():
             selector = pafs.FileSelector(self._store.path(CHANNELS), allow_not_found=True, recursive=True)
             paths = sorted(info.path.removeprefix(f"{self._store.root}/") for info in self._store.fs.get_file_info(selector) if info.is_file)
             latest = {path[:-12]: path for path in paths if _CHANGE.fullmatch(path[-11:])}
-            named = self._ledger.load(latest.values())
+            named = self._ledger.load(latest.values(), _check_change, skip)
         return {":".join(path.split("/")[1:3]): change for path, change in named.items()}
 
     def history(self, name: str, channel: str = STABLE) -> list[dict[str, Any]]:
         """Every change of a channel, the first one first: `change` (promote, try or roll back), `release`, the releases `earlier` on it, `trial`, `time`."""
         with self._ledger.reaching():
-            return list(self._ledger.load(self._changes(check_name(name), check_name(channel, "channel"))).values())
+            return list(self._ledger.load(self._changes(check_name(name), check_name(channel, "channel")), _check_change).values())
 
     def promote(self, reference: str, channel: str = STABLE) -> Release:
         """Let the channel of the release's name name it, which ends a trial there; nothing changes where it does already."""
@@ -153,6 +154,8 @@ class Registry:
         check_name(channel, "channel")
         with self._ledger.writing():
             self._change(name, channel, down)
+            if now := self._current(name, channel):
+                self._unretire(now["release"])  # as in `_name`
             return self.release(f"{name}:{channel}")
 
     def retire(self, reference: str) -> None:
@@ -199,7 +202,7 @@ class Registry:
         return [f"{place}/{file}" for file in self._store.names(place) if _CHANGE.fullmatch(file)]
 
     def _current(self, name: str, channel: str) -> Change | None:
-        return next(iter(self._ledger.load(self._changes(name, channel)[-1:]).values()), None)
+        return next(iter(self._ledger.load(self._changes(name, channel)[-1:], _check_change).values()), None)
 
     def _change(self, name: str, channel: str, make: Callable[[Change | None], Change | None]) -> None:
         """Commit what `make` makes of the channel's last change, unless that is None."""
@@ -232,20 +235,22 @@ class Registry:
         if named := [channel for channel, now in changes if release in (now["release"], (now.get("trial") or {}).get("release"))]:
             raise UsageError(f"{release} can not be retired while {some(named)} names it: promote another release there first.")
 
-    def _releases(self, ids: Iterable[str]) -> list[Release]:
+    def _releases(self, ids: Iterable[str], skip: Skip = refuse) -> list[Release]:
         """Those of the releases that are visible, in order."""
         retired = set(self._store.names(RETIRED))
         wanted = {f"{RELEASES}/{each}/{RELEASE}": each for each in ids if parse_id(each) and each not in retired}
-        found = [self._as_release(path, facts) for path, facts in self._ledger.load(wanted).items()]
+        found = [self._as_release(path, facts) for path, facts in self._ledger.load(wanted, self._as_release, skip).items()]
         return sorted(found, key=lambda release: (release.name, release.version))
 
     def _as_release(self, path: str, facts: dict[str, Any]) -> Release:
+        """Raises LookupError, TypeError or ValueError where the facts are no release's, or those of another than the folder's."""
         head, mark, query = self.uri.partition("?")
-        uri = f"{head}/{path.removesuffix(f'/{RELEASE}')}{mark}{query}"
-        try:
-            return Release(**{**{name: facts[name] for name in _STORED}, "lineage": tuple(facts["lineage"]), "uri": uri})
-        except (KeyError, TypeError):
-            raise self._ledger.damaged(path) from None
+        place = path.removesuffix(f"/{RELEASE}")
+        release = _RELEASE.validate_python({**facts, "uri": f"{head}/{place}{mark}{query}"})
+        if place != f"{RELEASES}/{release.id}":
+            raise ValueError
+        _ = release.adapter["type"], release.adapter["rank"], release.verdict, datetime.fromisoformat(release.created)  # what readers rely on
+        return release
 
     def _there(self, reference: str) -> str:
         """What there is instead, for messages."""
@@ -253,9 +258,9 @@ class Registry:
             return "write name@version, name:channel, or name for its channel stable"
         if parse_id(reference) and self._store.exists(f"{RETIRED}/{reference}"):
             return "it is retired"
-        name, releases = re.split("[@:]", reference)[0], self.releases()
+        name, releases = re.split("[@:]", reference)[0], self.releases(skip=_leave_out)
         mine = [release.id for release in releases if release.name == name]
-        mine += [channel for channel in self.channels() if mine and channel.split(":")[0] == name]
+        mine += [channel for channel in self.changes(_leave_out) if mine and channel.split(":")[0] == name]
         return f"there are {some(mine or {release.name for release in releases})}" if releases else "it has none"
 
 
@@ -263,6 +268,18 @@ def trial_in(change: Change) -> Trial | None:
     """The trial that a change began."""
     found = change.get("trial")
     return Trial(str(found["release"]), float(found["share"]), bool(found["shadow"])) if found else None
+
+
+def _check_change(path: str, change: Change) -> None:
+    """Raises LookupError, TypeError or ValueError where the change is none, or names a release of another name than its channel's."""
+    _, name, _, _ = path.split("/")
+    named = [change["release"], *change["earlier"], *([trial.release] if (trial := trial_in(change)) else [])]
+    if not all(parse_id(release) and release.startswith(f"{name}@") for release in named):
+        raise ValueError
+
+
+def _leave_out(_: Unsound) -> None:
+    """The `Skip` where it does not matter."""
 
 
 def _is_kit(path: str) -> bool:

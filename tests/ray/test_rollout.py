@@ -9,7 +9,7 @@ import signal
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +19,8 @@ import openai
 import pytest
 
 from tests.conftest import free_port, processes
-from tests.serving import Running, chat_base, expected, finished_run, post, running
+from tests.serving import Running, chat_base, eventually, expected, finished_run, post, running
+from tests.unreliable import Unreliable, unreliable
 from translora_ray import adapters
 from translora_ray.registry import Registry, Trial
 from translora_ray.serving.trials import takes_part
@@ -27,6 +28,7 @@ from translora_ray.storage import RunStore
 
 pytestmark = pytest.mark.ray
 PROMPT = "question 1"
+NEVER = 1 << 60
 ENGINE = b"ray::ServeReplica:translora:engine-"
 
 
@@ -38,6 +40,7 @@ class World:
     runs: dict[str, tuple[str, str]] = field(default_factory=dict)
     service: Running = None  # type: ignore[assignment]
     url: str = ""
+    store: Unreliable = None  # type: ignore[assignment]
 
     def publish(self, name: str, seed: int, base: str = "new", **facts: object) -> str:
         """A release of a random adapter; the same seed is the same adapter."""
@@ -91,19 +94,9 @@ def world(tmp_path_factory: pytest.TempPathFactory, s3: str) -> Iterator[World]:
     found = World(folder, bases, Registry(f"{s3}/{uuid.uuid4().hex}/registry"))
     found.publish("colours", 1, "old")
     options = [part for base in bases.values() for part in ("--base", base)]
-    with running(found.registry.uri, "--engine", "transformers", "--port", str(free_port()), *options) as service:
+    with unreliable(NEVER) as found.store, running(found.registry.uri, "--engine", "transformers", "--port", str(free_port()), *options) as service:
         found.service, found.url = service, service.url()
         yield found
-
-
-def eventually(holds: Callable[[], bool], seconds: float = 180) -> bool:
-    """Whether it comes to hold: metrics are exported every few seconds, on a busy machine every minute."""
-    until = time.monotonic() + seconds
-    while time.monotonic() < until:
-        if holds():
-            return True
-        time.sleep(0.5)
-    return False
 
 
 def test_a_registry_on_an_object_store_is_served(world: World) -> None:
@@ -113,6 +106,31 @@ def test_a_registry_on_an_object_store_is_served(world: World) -> None:
     world.damage(broken := world.publish("broken", 8))
     with pytest.raises(openai.InternalServerError, match="damaged"):
         world.asks(broken)
+
+
+def test_while_the_object_store_is_away_what_is_loaded_answers_and_the_rest_is_told_to_come_back(world: World) -> None:
+    name = f"r{uuid.uuid4().hex[:8]}"
+    new = world.publish(name, 9)
+    world.registry.promote(new)
+    world.settle(name, new)
+
+    def ask(model: str) -> tuple[int, dict[str, str], dict[str, Any]]:
+        status, headers, content = post(f"{world.url}/v1/completions", {"model": model, "prompt": PROMPT, "max_tokens": 6, "temperature": 0})
+        return status, headers, json.loads(content)
+
+    assert ask("colours@1")[0] == 200
+    world.store.every = 1  # refuses whatever is asked
+    try:
+        assert eventually(lambda: "x-translora-registry" in ask("colours@1")[1])
+        status, _, answer = ask("colours@1")
+        assert status == 200 and answer["choices"][0]["text"] == world.says("colours@1")
+        for model in (new, name, "colours@99"):
+            status, headers, answer = ask(model)
+            assert (status, answer["error"]["code"]) == (503, "registry_unreachable") and "retry-after" in headers, model
+    finally:
+        world.store.every = NEVER
+    assert eventually(lambda: "x-translora-registry" not in ask("colours@1")[1])
+    assert world.asks(name) == (new, world.says(new)) and ask("colours@99")[0] == 404
 
 
 def test_a_canary_answers_its_share_and_the_same_requests_every_time(world: World) -> None:
@@ -181,16 +199,27 @@ def test_a_replica_that_is_killed_under_load_loses_no_request(world: World, vict
             assert "retry-after" in headers and json.loads(content)["error"]["message"], (status, content)
         return status, content.decode()
 
+    def streamed(_: int) -> None:
+        """All of it, or an error that the client raises: nothing is cut off in silence."""
+        try:
+            pieces = list(world.client().completions.create(**body, stream=True))  # type: ignore[call-overload]
+        except openai.APIError:
+            return
+        assert "".join(piece.choices[0].text for piece in pieces) == said
+
     def patiently(_: int) -> str:
         return world.client(retries=12).completions.create(**body).choices[0].text  # type: ignore[call-overload,no-any-return]
 
     with ThreadPoolExecutor(16) as clients:
+        streams = [clients.submit(streamed, number) for number in range(8)] if victim.startswith(ENGINE) else []
         raw, retried = ([clients.submit(work, number) for number in range(24)] for work in (once, patiently))
         time.sleep(0.2)
         with contextlib.suppress(ProcessLookupError):
             os.kill(before, signal.SIGKILL)
         found = [each.result() for each in raw]
         texts = [each.result() for each in retried]
+        for each in streams:
+            each.result()
     assert {status for status, _ in found} <= {200, *errors}, found
     assert texts == [said] * len(texts)
     assert eventually(lambda: processes(victim) not in ([], [before])) and world.asks("colours@1") == ("colours@1", world.says("colours@1"))

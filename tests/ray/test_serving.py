@@ -7,7 +7,6 @@ import random
 import shutil
 import threading
 import time
-import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ import yaml
 from ray.serve.schema import ServeDeploySchema
 
 from tests.conftest import free_port, processes
-from tests.serving import Running, chat_base, expected, finished_run, post, running
+from tests.serving import Running, chat_base, expected, fetch, finished_run, post, running
 from translora_ray.errors import UsageError
 from translora_ray.registry import Registry
 from translora_ray.serving.auth import add_key
@@ -105,8 +104,22 @@ def test_without_a_key_there_is_nothing(world: World) -> None:
     with pytest.raises(openai.AuthenticationError):
         world.client("wrong").models.list()
     for path in ("/health", "/ready"):
-        with urllib.request.urlopen(world.url + path) as answer:
-            assert answer.status == 200 and "access-control-allow-origin" not in {name.lower() for name in answer.headers}
+        assert fetch(world.url + path)[0] == 200
+
+
+def test_no_other_origin_is_let_in(world: World) -> None:
+    asked = {"Origin": "https://elsewhere.example", "Access-Control-Request-Method": "POST", "Authorization": f"Bearer {world.keys['all']}"}
+    for method, path in (("GET", "/v1/models"), ("GET", "/health"), ("OPTIONS", "/v1/completions")):
+        status, headers, _ = fetch(world.url + path, method, headers=asked)
+        assert not [name for name in headers if name.lower().startswith("access-control-")] and (status == 200) == (method == "GET")
+
+
+def test_many_clients_of_many_adapters_each_get_their_own(world: World) -> None:
+    """Eight adapters take turns in the memory of two, while requests for them wait."""
+    releases = [world.publish(f"crowd{number}", 30 + number) for number in range(8)]
+    with ThreadPoolExecutor(16) as clients:
+        found = list(clients.map(world.asks, releases * 4))
+    assert found == [(release, world.says(release)) for release in releases] * 4
 
 
 def test_a_key_sees_its_own_adapters_and_can_not_tell_others_from_none(world: World) -> None:
@@ -222,7 +235,7 @@ def test_metrics_and_logs_tell_of_releases_and_not_of_texts(world: World) -> Non
     text = "".join(path.read_text() for path in logs)
     said = [json.loads(line) for line in text.splitlines() if '"release": "numbers@1"' in line]
     assert said and {"key", "status", "seconds", "tokens"} <= said[-1].keys() and said[-1]["key"] == "all"
-    everything = "".join(path.read_text(errors="replace") for log in logs for path in log.parent.glob("*"))
+    everything = "".join(path.read_text(errors="replace") for path in world.service.session().glob("logs/**/*") if path.is_file())
     assert secret not in everything and not any(key in everything for key in world.keys.values())
     wanted = {f"translora_{name}" for name in ("requests", "tokens", "request_seconds", "adapter_loads", "adapter_evictions")}
     missing = wanted
@@ -238,10 +251,16 @@ def test_metrics_and_logs_tell_of_releases_and_not_of_texts(world: World) -> Non
 def test_told_to_end_it_finishes_what_it_began(world: World) -> None:
     """The last test here: it ends the service."""
     stream = world.client().completions.create(model="colours", prompt=PROMPT, max_tokens=900, temperature=1, seed=5, stream=True)
-    next(stream)
-    ending = threading.Thread(target=lambda: world.service.end(180))
+    pieces = [next(stream)]
+    ending, reading = threading.Thread(target=lambda: world.service.end(180)), threading.Thread(target=lambda: pieces.extend(stream))
     ending.start()
-    pieces = list(stream)
+    reading.start()
+    answers = set()
+    while reading.is_alive():
+        answer = fetch(f"{world.url}/ready")[0]
+        if reading.is_alive():
+            answers.add(answer)
+    assert answers <= {200, 503}, "what comes meanwhile is told to come back"
     assert pieces[-1].choices[0].finish_reason in ("stop", "length")
     ending.join()
     assert world.service.process.returncode == 0, world.service.output()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -70,6 +72,7 @@ def test_without_a_file_everyone_may_do_everything() -> None:
         (f"keys: [{{name: a, sha256: {'a' * 64}, adapters: ['*'], requests_per_minute: 0}}]", "requests_per_minute"),
         (f"keys: [{{name: a, sha256: {'a' * 64}, adapters: ['*']}}, {{name: b, sha256: {'a' * 64}, adapters: ['*']}}]", "same sha256"),
         ("[1, 2]", "the file"),
+        ("", "keys: Field required"),
         ("keys: {", "neither YAML nor JSON"),
     ],
 )
@@ -95,15 +98,48 @@ def test_changes_are_read_and_a_slip_locks_nobody_out(tmp_path: Path) -> None:
     assert ring.find(second) is not None and ring.find(first) is not None
 
     keep = yaml.safe_load(file.read_text())
-    file.write_text("keys: nonsense")
-    clock.now += 1
-    assert ring.find(first) is not None and len(said) == 1 and "as they were" in said[0]
+    for number, text in enumerate(("keys: nonsense", ""), 1):
+        file.write_text(text)
+        for _ in range(2):
+            clock.now += 1
+            assert ring.find(first) is not None and len(said) == number and "as they were" in said[-1], "said once"
 
     keep["keys"] = keep["keys"][1:]
     file.write_text(yaml.safe_dump(keep))
     os.utime(file, (time.time() + 5, time.time() + 5))
     clock.now += 1
     assert ring.find(first) is None and ring.find(second) is not None, "a key that was taken out is refused"
+
+
+def test_a_key_that_was_taken_out_while_the_file_could_not_be_read_is_refused_when_it_can(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, clock, said = tmp_path / "keys.yaml", Clock(), []
+    key = add_key(file, "a", ("*",))
+    ring = Keyring(str(file), said.append, check_seconds=1.0, clock=clock)
+    file.write_text("keys: []")
+    clock.now += 1
+
+    def fails(_: Path) -> str:
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(Path, "read_text", fails)
+        assert ring.find(key) is not None and "Input/output error" in said[0]
+    clock.now += 1
+    assert ring.find(key) is None
+
+
+def test_keys_that_are_added_at_once_are_all_there(tmp_path: Path) -> None:
+    file = tmp_path / "keys.yaml"
+    file.touch()
+    ready = threading.Barrier(8)
+
+    def add(number: int) -> str:
+        ready.wait()
+        return add_key(file, f"key{number}", ("*",))
+
+    with ThreadPoolExecutor(8) as threads:
+        made = list(threads.map(add, range(8)))
+    assert {key.sha256 for key in read_keys(file)} == set(map(digest, made))
 
 
 def test_a_minutes_worth_at_once_and_then_a_steady_rate() -> None:

@@ -40,6 +40,13 @@ def test_help_is_quick_and_imports_nothing_heavy(command: list[str]) -> None:
     assert time.monotonic() - began < 1
 
 
+@pytest.mark.parametrize(("command", "engine"), [("prepare", "vllm where it is installed"), ("serve", "transformers")])
+def test_help_says_which_engine_is_taken(capsys: pytest.CaptureFixture[str], command: str, engine: str) -> None:
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    assert f"auto: {engine}" in " ".join(capsys.readouterr().out.split())
+
+
 def test_usage_errors(capsys: pytest.CaptureFixture[str]) -> None:
     assert "required: COMMAND" in fails(capsys)
     assert "invalid choice: 'tpu'" in fails(capsys, "prepare", "t.yaml", "--base", "b", "--out", "o", "--engine", "tpu")

@@ -6,6 +6,7 @@ import pytest
 import torch
 from peft import PeftModel
 
+from tests.serving import finished_run
 from translora_ray.engines.base import AdapterRef, Complete, Generate, Sampling, Score
 from translora_ray.engines.transformers import TransformersEngine
 from translora_ray.errors import UsageError
@@ -107,3 +108,18 @@ def test_mixed_adapters_in_one_call_each_answer_for_themselves(tiny_llama: str, 
             alone._activate = lambda _: None  # type: ignore[method-assign]
         expected = alone.score([Score(prompt, ("a", "b")) for prompt in PROMPTS])
         torch.testing.assert_close(torch.tensor(mixed[i::3]), torch.tensor(expected), rtol=2e-2, atol=2e-2)
+
+
+def test_adapters_come_and_go_between_answers_of_the_bare_base(tiny_llama: str, tmp_path: Path) -> None:
+    engine = TransformersEngine(tiny_llama)
+    first, second = (AdapterRef(str(seed), f"{finished_run(tmp_path / str(seed), tiny_llama, 'x', seed)}/adapter") for seed in (1, 2))
+
+    def says(adapter: AdapterRef | None) -> str:
+        return engine.generate([Generate(PROMPTS[0], Sampling(8), adapter)])[0].text
+
+    bare, one = says(None), says(first)
+    assert says(None) == bare and (two := says(second)) not in (bare, one), "one is read while the other rests"
+    engine.drop(second.path)
+    assert (says(None), says(first)) == (bare, one), "and the one that spoke last is gone"
+    engine.drop(first.path)
+    assert (says(None), says(second), says(None)) == (bare, two, bare)

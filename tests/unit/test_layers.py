@@ -38,7 +38,7 @@ LAYERS = [
     {"fleet.page", "fleet.status", "fleet.forecast"},
     {"fleet.driver"},
     {"serving.auth", "serving.protocol", "serving.measures", "serving.index", "serving.trials"},
-    {"serving.loading", "serving.batches", "serving.reading", "serving.routing"},
+    {"serving.loading", "serving.batches", "serving.prompting", "serving.reading", "serving.routing"},
     {"serving.local", "serving.llm", "serving.gateway"},
     {"serving.app"},
     {"serving.run"},

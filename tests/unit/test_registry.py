@@ -328,17 +328,56 @@ def test_a_registry_that_can_not_be_written_is_told(filled: Registry, tmp_path: 
         filled.publish(save_run(tmp_path / "more", 7))
 
 
-def test_a_damaged_release_is_named_and_can_be_retired(filled: Registry) -> None:
+def test_a_damaged_release_is_named_left_out_and_can_be_retired(filled: Registry) -> None:
+    sound = (Path(filled.uri) / "releases" / "colours@2" / "release.json").read_bytes()
     damage(filled, "colours@1", "release.json", b"{")
     damage(filled, "colours@2", "release.json", b'{"name": "colours"}')
+    fresh, left_out = Registry(filled.uri), []
+    assert [release.id for release in fresh.releases(skip=left_out.append)] == ["colours@3", "tones@1"] and len(left_out) == 2
     for release in ("colours@1", "colours@2"):
-        fresh = Registry(filled.uri)
         with pytest.raises(Unsound, match=rf"releases/{release}/release.json is damaged"):
             fresh.release(release)
         with pytest.raises(Unsound, match="is damaged"):
             fresh.releases()
-        fresh.retire(release)
-    assert ids(Registry(filled.uri)) == ["colours@3", "tones@1"]
+    damage(filled, "colours@2", "release.json", sound)
+    assert fresh.release("colours@2").version == 2, "what was brought back is read again"
+    fresh.retire("colours@1")
+    assert ids(Registry(filled.uri)) == ["colours@2", "colours@3", "tones@1"]
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        {"name": "tones"},
+        {"version": 2},
+        {"name": "../tones"},
+        {"adapter": {}},
+        {"gate": {}},
+        {"created": "today"},
+        {"base_fingerprint": ["x"]},
+        {"digest": None},
+    ],
+)
+def test_a_release_is_what_its_folder_says(filled: Registry, facts: dict[str, object]) -> None:
+    """Else who may write one folder could speak in the name of another, or make the list of all fail."""
+    stored = json.loads((Path(filled.uri) / "releases" / "colours@1" / "release.json").read_text())
+    damage(filled, "colours@1", "release.json", json.dumps(stored | facts).encode())
+    fresh = Registry(filled.uri)
+    assert [release.id for release in fresh.releases(skip=lambda _: None)] == ["colours@2", "colours@3", "tones@1"]
+    with pytest.raises(Unsound, match="is damaged"):
+        fresh.release("colours@1")
+
+
+@pytest.mark.parametrize("change", [{}, {"release": "tones@1", "earlier": []}, {"release": "colours@1", "earlier": [], "trial": {"release": "tones@1"}}])
+def test_a_change_names_releases_of_its_channels_name(filled: Registry, change: dict[str, object]) -> None:
+    filled.promote("colours@1")
+    filled.promote("tones@1")
+    (Path(filled.uri) / "channels" / "colours" / "stable" / "000002.json").write_text(json.dumps(change))
+    fresh, left_out = Registry(filled.uri), []
+    assert list(fresh.changes(left_out.append)) == ["tones:stable"] and "colours/stable/000002.json is damaged" in str(left_out[0])
+    with pytest.raises(Unsound, match="is damaged"):
+        fresh.release("colours")
+    assert fresh.release("tones").id == "tones@1"
 
 
 def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,10 +6,11 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -133,6 +134,22 @@ def test_of_a_promotion_and_a_retirement_at_once_the_channel_wins(registry: Regi
         outcomes = [future.exception() for future in [threads.submit(promote), threads.submit(retire)]]
     assert all(isinstance(outcome, UsageError | None) for outcome in outcomes)
     assert ids(registry) == ([f"{name}@1"] if registry.channels() else [])  # the retirement came first where there is no channel
+
+
+@pytest.mark.parametrize("move", [lambda registry: registry.roll_back("colours"), lambda registry: registry.promote("colours@1")])
+def test_a_retirement_in_the_middle_of_a_change_does_not_take_what_the_channel_names(
+    registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, move: Callable[[Registry], Release]
+) -> None:
+    for seed in range(2):
+        registry.promote(registry.publish(save_run(tmp_path / str(seed), seed)).id)
+    write = registry._store.write_json
+
+    def meanwhile(name: str, content: dict[str, Any]) -> None:
+        Registry(registry.uri).retire("colours@1")
+        write(name, content)
+
+    monkeypatch.setattr(registry._store, "write_json", meanwhile)
+    assert move(registry).id == "colours@1" == Registry(registry.uri).release("colours").id
 
 
 def test_the_commands_and_inspect(registry: Registry, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,22 +6,37 @@ import asyncio
 import copy
 import json
 import random
+import time
+from collections import deque
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import yaml
+from starlette.requests import Request
 
+from tests.conftest import save_run
 from tests.serving import TEMPLATE, finished_run
 from translora_ray.engines.base import AdapterRef, Generate, Sampling
 from translora_ray.engines.transformers import TransformersEngine
+from translora_ray.errors import UsageError
+from translora_ray.models import fingerprint
 from translora_ray.prompts import Prompt
 from translora_ray.registry import Registry
+from translora_ray.serving.app import Service, build, plan
+from translora_ray.serving.auth import OPEN, add_key
 from translora_ray.serving.batches import Batches, settled
 from translora_ray.serving.gateway import Gateway, _Frame, _Seen
 from translora_ray.serving.index import Index
 from translora_ray.serving.loading import Loader
+from translora_ray.serving.local import TransformersBackend
+from translora_ray.serving.prompting import Prompter
 from translora_ray.serving.protocol import ChatRequest, CompletionRequest, Piece, ServiceError, asked, parse
+from translora_ray.serving.reading import read_body
+from translora_ray.serving.routing import Router, Serves
 
 CHAT = {"model": "a", "messages": [{"role": "user", "content": "x"}]}
 COMPLETION = {"model": "a", "prompt": "x"}
@@ -157,9 +172,39 @@ def test_an_answer_ends_when_nobody_listens_and_an_adapter_can_leave(tiny_llama:
         return round(asyncio.get_running_loop().time() - began)
 
     assert asyncio.run(leave()) < 5
-    batches.call(lambda: engine.drop(path))
+    batches.drop(path)
     assert asyncio.run(collect(batches, request, False)) == before, "read again, it answers as before"
-    assert engine._names == {path: "adapter1"}
+    asyncio.run(collect(batches, Generate(Prompt("x"), Sampling(1)), False))
+    assert engine._names == {}, "for that batch alone"
+    batches.hold(path)
+    assert asyncio.run(collect(batches, request, False)) == before and engine._names == {path: "adapter2"}
+
+
+def test_adapters_that_leave_while_requests_wait_with_them_do_not_stay_in_memory(tiny_llama: str, tmp_path: Path) -> None:
+    """Eight adapters where two are held: whoever is third makes the first one leave, whose requests may still wait."""
+    paths = [f"{finished_run(tmp_path / str(seed), tiny_llama, 'x', seed)}/adapter" for seed in range(8)]
+    engine, plain = TransformersEngine(tiny_llama, device="cpu"), TransformersEngine(tiny_llama, device="cpu")
+    batches, held, most = Batches(engine, batch_size=4), deque[str](), 0
+    requests = [Generate(Prompt(f"question {number}"), Sampling(4), AdapterRef(str(number % 8), paths[number % 8])) for number in range(24)]
+
+    async def ask(request: Generate) -> str:
+        nonlocal most
+        path = request.adapter.path  # type: ignore[union-attr]
+        if path not in held:
+            if len(held) == 2:
+                batches.drop(held.popleft())
+            batches.hold(path)
+            held.append(path)
+        (piece,) = await collect(batches, request, False)
+        most = max(most, len(engine._names))
+        return piece.text
+
+    async def everything() -> list[str]:
+        return await asyncio.gather(*map(ask, requests))
+
+    assert asyncio.run(everything()) == [plain.generate([request])[0].text for request in requests]
+    asyncio.run(collect(batches, Generate(Prompt("x"), Sampling(1)), False))
+    assert set(engine._names) <= set(held) and most <= 3
 
 
 def test_names_lead_to_releases_and_a_failure_keeps_them(tiny_llama: str, tmp_path: Path) -> None:
@@ -186,9 +231,40 @@ def test_names_lead_to_releases_and_a_failure_keeps_them(tiny_llama: str, tmp_pa
     assert index.age() is None and stable and stable.id == "colours@2"
 
 
+def test_a_damaged_file_is_its_own_names_business(tiny_llama: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    registry = Registry(str(tmp_path / "registry"))
+    run = finished_run(tmp_path / "run", tiny_llama, "colours", 1)
+    for name in ("colours", "numbers", "tones"):
+        registry.promote(registry.publish(run, name).id)
+    index = Index(Registry(registry.uri))
+    index.refresh()
+    broken = [tmp_path / "registry" / place for place in ("releases/tones@2/release.json", "channels/colours/stable/000002.json")]
+    for file in broken:
+        file.parent.mkdir(exist_ok=True)
+        file.write_text('{"release": 3}')
+    registry.publish(finished_run(tmp_path / "next", tiny_llama, "numbers", 2))
+    registry.promote("numbers@2")
+    for reader in (index, Index(Registry(registry.uri))):
+        for _ in range(2):
+            reader.refresh()
+        found = {name: reader.find(name) for name in ("numbers", "tones", "tones@2", "colours")}
+        stable = "colours@1" if reader is index else None
+        assert [release and release.id for release in found.values()] == ["numbers@2", "tones@1", None, stable] and reader.age() is None
+    assert [record.message.count(str(file)) for record in caplog.records for file in broken] == [0, 1, 1, 0] * 2, "each is said once"
+    assert plan(Service(registry=registry.uri))[1] == (tiny_llama,), "and a service starts"
+
+
+def test_an_error_nobody_foresaw_ends_one_reading_of_the_registry_and_not_all() -> None:
+    index = Index(SimpleNamespace(check=lambda: {}["x"]))  # type: ignore[arg-type]
+    index.refresh()
+    assert index.error == "KeyError: 'x'" and not index.loaded and index.age() is not None
+
+
 def test_damaged_weights_are_said_without_a_path_and_mended_ones_load(tiny_llama: str, tmp_path: Path) -> None:
     registry = Registry(str(tmp_path / "registry"))
-    registry.publish(finished_run(tmp_path / "run", tiny_llama, "colours", 1))
+    run = finished_run(tmp_path / "run", tiny_llama, "colours", 1)
+    for name in ("colours", "numbers"):
+        registry.publish(run, name)
     weights = next((tmp_path / "registry").rglob("colours@1/adapter_model.safetensors"))
     sound = weights.read_bytes()
     loader = Loader(str(tmp_path / "registry"), tiny_llama)
@@ -199,11 +275,62 @@ def test_damaged_weights_are_said_without_a_path_and_mended_ones_load(tiny_llama
         assert refused.value.status == 503 and refused.value.retry_after and str(tmp_path) not in refused.value.message
     weights.write_bytes(sound)
     path = loader.load("colours@1")
-    (tmp_path / "registry").rename(tmp_path / "away")
-    assert loader.load("colours@1") == path, "what was fetched needs no registry"
+    assert loader.registry.release("numbers@1"), "its release.json is known, its weights were not fetched"
     with pytest.raises(ServiceError) as refused:
         loader.load("colours@2")
-    assert refused.value.status in (404, 503)
+    assert refused.value.status == 404
+    (tmp_path / "registry").rename(tmp_path / "away")
+    assert loader.load("colours@1") == path, "what was fetched needs no registry"
+    for release in ("colours@2", "numbers@1"):
+        with pytest.raises(ServiceError) as refused:
+            loader.load(release)
+        assert (refused.value.status, refused.value.code) == (503, "registry_unreachable") and refused.value.retry_after
+
+
+def test_an_adapter_that_does_not_fit_its_base_is_not_loaded(tiny_llama: str, tiny_gemma: str, tmp_path: Path) -> None:
+    """Whatever its release says of its base."""
+    run = finished_run(tmp_path / "run", tiny_gemma, "colours", 1)
+    manifest = json.loads(Path(run, "manifest.json").read_text())
+    Path(run, "manifest.json").write_text(json.dumps(manifest | {"target": fingerprint(tiny_llama), "target_base": tiny_llama}))
+    registry = Registry(str(tmp_path / "registry"))
+    registry.publish(run)
+    with pytest.raises(ServiceError, match="do not fit the base"):
+        Loader(registry.uri, tiny_llama).load("colours@1")
+
+
+def test_while_the_registry_is_away_no_name_is_said_to_be_unknown(tmp_path: Path) -> None:
+    registry = Registry(str(tmp_path / "registry"))
+    registry.publish(save_run(tmp_path / "run"))
+    router = Router(registry, [Serves("base", "fingerprint", ("lora",))])
+
+    async def look() -> list[tuple[int, str]]:
+        await router.refresh()
+        found = []
+        for place in ("registry", "away"):
+            assert (await router.resolve("colours@1", OPEN)).id == "colours@1"
+            with pytest.raises(ServiceError) as refused:
+                await router.resolve("colours@2", OPEN)
+            found.append((refused.value.status, refused.value.code))
+            (tmp_path / place).rename(tmp_path / "away")
+        return found
+
+    assert asyncio.run(look()) == [(404, "model_not_found"), (503, "registry_unreachable")]
+
+
+def test_tokens_that_may_follow_are_those_that_the_context_has_room_for(tiny_llama: str) -> None:
+    prompter = Prompter(tiny_llama, context=100)
+
+    def room(prompt: str, max_tokens: int | None, virtual_tokens: int = 0) -> int:
+        wanted = asked(parse(CompletionRequest, json.dumps(COMPLETION | {"prompt": prompt, "max_tokens": max_tokens}).encode(), 1024), "a@1", 1024)
+        return asyncio.run(prompter.read(wanted, virtual_tokens))[1]
+
+    assert [room("x" * 80, 20), room("x" * 80, None), room("x" * 80, None, 5)] == [20, 20, 15]
+    for prompt, max_tokens, virtual_tokens in (("x" * 80, 21, 0), ("x" * 80, 20, 1), ("x" * 100, None, 0)):
+        with pytest.raises(ServiceError, match="the context has 100") as refused:
+            room(prompt, max_tokens, virtual_tokens)
+        assert (refused.value.status, refused.value.code) == (400, "context_length_exceeded")
+    with pytest.raises(ServiceError, match="no chat template"):
+        asyncio.run(prompter.read(asked(parse(ChatRequest, json.dumps(CHAT).encode(), 64), "a@1", 64)))
 
 
 def test_the_chat_template_gets_all_messages(tiny_llama: str) -> None:
@@ -225,7 +352,7 @@ def test_a_client_that_leaves_with_the_whole_answer_had_an_answer(events: int, s
         yield Piece("b", "stop", 3, 2)
 
     async def listen() -> None:
-        gateway = SimpleNamespace(_say=lambda _: None)
+        gateway = SimpleNamespace(_end=lambda _: None)
         said = Gateway._events(gateway, seen, _Frame("cmpl-1", 0, "a@1", False), Piece("a"), rest(), False, found.append)  # type: ignore[arg-type]
         for _ in range(events):
             await anext(said)
@@ -233,3 +360,91 @@ def test_a_client_that_leaves_with_the_whole_answer_had_an_answer(events: int, s
 
     asyncio.run(listen())
     assert (seen.status, found) == (status, compared) and (seen.tokens == 2) == bool(compared)
+
+
+@pytest.mark.parametrize(("failure", "status"), [(ServiceError(503, "engine_failed", "It failed.", 1), 503), (RuntimeError("nobody foresaw this"), 500)])
+def test_a_stream_that_fails_on_the_way_ends_with_the_error_and_counts_as_one(failure: Exception, status: int) -> None:
+    seen = _Seen(0.0, status=200)
+
+    async def rest() -> AsyncIterator[Piece]:
+        yield Piece("b")
+        raise failure
+
+    async def listen() -> list[str]:
+        gateway = SimpleNamespace(_end=lambda _: None)
+        return [event async for event in Gateway._events(gateway, seen, _Frame("cmpl-1", 0, "a@1", False), Piece("a"), rest(), False, None)]  # type: ignore[arg-type]
+
+    *pieces, last = asyncio.run(listen())
+    assert len(pieces) == 2 and seen.status == status
+    said = json.loads(last.removeprefix("data: "))["error"]
+    assert said["type"] == "server_error" and "nobody" not in said["message"]
+
+
+def request(*parts: bytes) -> Request:
+    """One whose body comes in parts, without a word on its length."""
+    messages = [{"type": "http.request", "body": part, "more_body": number < len(parts)} for number, part in enumerate(parts, 1)]
+    coming = iter(messages)
+
+    async def receive() -> dict[str, object]:
+        return next(coming)
+
+    return Request({"type": "http", "headers": []}, receive)
+
+
+@pytest.mark.parametrize(("failure", "status"), [(asyncio.CancelledError, 499), (RuntimeError, 500)])
+def test_a_client_that_does_not_wait_for_its_answer_is_no_failure_of_the_service(failure: type[BaseException], status: int) -> None:
+    """Serve cancels the request of a client that has gone."""
+    said: list[_Seen] = []
+
+    async def resolve(*_: object) -> object:
+        return SimpleNamespace(id="a@1")
+
+    async def begin(*_: object) -> object:
+        raise failure
+
+    router = SimpleNamespace(resolve=resolve, trial=lambda *_: None)
+    gateway = SimpleNamespace(_admit=lambda _: OPEN, router=router, _begin=begin, _end=said.append, _running=0)
+    with pytest.raises(failure):
+        asyncio.run(Gateway._answer(gateway, request(json.dumps(COMPLETION).encode()), CompletionRequest))  # type: ignore[arg-type]
+    assert [(seen.release, seen.status) for seen in said] == [("a@1", status)]
+
+
+def test_a_gateway_that_is_to_end_refuses_what_comes_and_waits_for_what_runs() -> None:
+    gateway: Any = SimpleNamespace(_running=1, _ending=False, _say=lambda _: None)
+    for name in ("_admit", "_end", "_require_open"):
+        setattr(gateway, name, partial(getattr(Gateway, name), gateway))
+
+    async def end() -> float:
+        began = time.monotonic()
+        asyncio.get_running_loop().call_later(0.3, gateway._end, _Seen(0.0))
+        await Gateway.drain(gateway, 20)
+        return time.monotonic() - began
+
+    assert 0.2 < asyncio.run(end()) < 10
+    with pytest.raises(ServiceError, match="is ending") as refused:
+        asyncio.run(Gateway._answer(gateway, request(b"{}"), CompletionRequest))
+    assert refused.value.status == 503 and refused.value.retry_after and gateway._running == 0
+    gateway._running = 1
+    asyncio.run(Gateway.drain(gateway, 0.1))
+
+
+def test_a_body_that_does_not_say_its_length_is_measured() -> None:
+    assert asyncio.run(read_body(request(b"ab", b"c"), 3)) == b"abc"
+    with pytest.raises(ServiceError) as refused:
+        asyncio.run(read_body(request(b"ab", b"cd", b"ef"), 3))
+    assert refused.value.status == 413
+
+
+def test_the_application_of_serve_deploy_is_built_from_the_example(tiny_llama: str, tmp_path: Path) -> None:
+    example = yaml.safe_load((Path(__file__).parents[2] / "examples" / "serve.yaml").read_text())["applications"][0]["args"]
+    registry = Registry(str(tmp_path / "registry"))
+    registry.publish(finished_run(tmp_path / "run", tiny_llama, "colours", 1))
+    add_key(tmp_path / "keys.yaml", "a", ("*",))
+    mine = {"registry": registry.uri, "keys": str(tmp_path / "keys.yaml"), "engine": "auto", "bases": []}
+    gateway = build(example | mine)._bound_deployment
+    where, keys, serves, engine = gateway.init_args
+    assert (gateway.name, where, keys, [each.base for each in serves]) == ("gateway", registry.uri, mine["keys"], [tiny_llama])
+    assert gateway.num_replicas == example["ingresses"]
+    assert engine._bound_deployment.func_or_class is TransformersBackend, "auto is transformers"
+    with pytest.raises(UsageError, match="no registry"):
+        build(example | mine | {"registry": str(tmp_path / "absent")})

@@ -18,7 +18,8 @@ from translora_ray.cli import main
 from translora_ray.errors import UsageError
 from translora_ray.registry import Registry, Trial, trial_in
 from translora_ray.serving.auth import OPEN
-from translora_ray.serving.protocol import ServiceError
+from translora_ray.serving.protocol import Piece, ServiceError
+from translora_ray.serving.reading import read_pieces
 from translora_ray.serving.routing import Router, Serves
 from translora_ray.serving.trials import Shadows, takes_part
 
@@ -209,3 +210,30 @@ def test_a_shadow_is_not_asked_within_the_request_that_it_belongs_to() -> None:
 
     asyncio.run(answer())
     assert counted == [("x@1", "x@2", "agree"), ("x@1", "x@3", "failed")]
+
+
+def test_a_shadow_that_takes_too_long_is_told_to_stop() -> None:
+    class Engine:
+        cancelled = 0
+
+        def __aiter__(self) -> Engine:
+            return self
+
+        async def __anext__(self) -> Piece:
+            await asyncio.Event().wait()
+            raise AssertionError
+
+        def cancel(self) -> None:
+            self.cancelled += 1
+
+    engine, counted = Engine(), list[tuple[str, str, str]]()
+
+    async def ask() -> str:
+        return (await anext(read_pieces(engine))).text
+
+    async def work() -> None:
+        Shadows(lambda *what: counted.append(what), seconds=0.05).begin("x@1", "x@2", "a", ask)
+        await asyncio.sleep(0.2)
+
+    asyncio.run(work())
+    assert counted == [("x@1", "x@2", "failed")] and engine.cancelled == 1

@@ -18,6 +18,7 @@ import pytest
 
 from tests.conftest import free_port, processes
 from tests.serving import Running, chat_base, expected, finished_run, post, running
+from translora_ray.references import resolve
 from translora_ray.registry import Registry
 
 pytestmark = [pytest.mark.vllm, pytest.mark.ray]
@@ -89,6 +90,13 @@ def test_adapters_that_meet_in_a_batch_answer_as_alone(world: World) -> None:
     assert found == [(release, world.says(release, tokens=24)) for release in releases]
 
 
+def test_more_new_adapters_at_once_than_are_held_all_answer(world: World) -> None:
+    releases = [world.publish(f"crowd{number}", 30 + number) for number in range(6)]
+    with ThreadPoolExecutor(len(releases)) as clients:
+        found = list(clients.map(world.asks, releases))
+    assert found == [(release, world.says(release)) for release in releases]
+
+
 def test_sampling_is_what_the_request_says(world: World) -> None:
     whole = world.says("colours@1", tokens=12)
     stop = whole[3:5]
@@ -115,10 +123,15 @@ def test_a_new_release_answers_and_one_that_can_not_is_said(world: World) -> Non
 def test_what_can_not_be_answered_is_the_clients_error(world: World) -> None:
     url = str(world.client.base_url)
     long = {"model": "colours", "prompt": "a" * 3000, "max_tokens": 8}
-    chat = {"model": "colours", "messages": [{"role": "user", "content": "a" * 3000}], "max_tokens": 8}
-    for route, body in (("completions", long), ("chat/completions", chat), ("completions", b"{"), ("completions", long | {"logit_bias": {}})):
+    chat = {"model": "colours", "messages": [{"role": "user", "content": "a" * 3000}]}
+    both = {"model": "colours", "prompt": "a" * 1500, "max_tokens": 700}
+    for route, body in (
+        ("completions", long), ("completions", both), ("chat/completions", chat), ("completions", b"{"), ("completions", long | {"logit_bias": {}})
+    ):  # fmt: skip
         status, _, answer = post(f"{url}{route}", body)  # type: ignore[arg-type]
-        assert status == 400 and "error" in json.loads(answer), (route, answer)
+        assert status == 400 and ("context has 2048" in json.loads(answer)["error"]["message"]) == (body in (long, both, chat)), (route, answer)
+    rest = world.client.chat.completions.create(model="colours", messages=[{"role": "user", "content": "a" * 2000}], temperature=1, seed=1)
+    assert rest.usage and rest.usage.completion_tokens <= 2048 - rest.usage.prompt_tokens, "without max_tokens, what the context has room for"
 
 
 def test_an_engine_that_dies_under_load_loses_no_request_and_is_replaced(world: World) -> None:
@@ -151,3 +164,21 @@ def test_told_to_end_it_leaves_nothing_behind(world: World) -> None:
     """The last test here: it ends the service."""
     assert world.service.end() == 0, world.service.output()
     assert not processes(b"ray::ServeReplica:translora") and not processes(b"VLLM::EngineCore")
+
+
+def test_a_packaged_model_is_served(tmp_path: Path) -> None:
+    base = resolve("packaged:smollm2-135m-instruct")
+    found = World(tmp_path, base, Registry(str(tmp_path / "registry")))
+    for seed in (1, 2):
+        found.registry.promote(found.publish("support", seed))
+    settings = ["--set", "cluster.vllm.dtype=float32", "--set", "cluster.vllm.cpu_cache_gib=0.5"]
+    with running(found.registry.uri, "--engine", "vllm", "--port", str(free_port()), *settings) as service:
+        found.client = openai.OpenAI(base_url=f"{service.url()}/v1", api_key="none", max_retries=0, timeout=120)
+        prompt = "Customer: my order has not arrived.\nAgent:"
+        with ThreadPoolExecutor(4) as clients:
+            answers = list(clients.map(lambda model: found.asks(model, prompt), ["support@1", "support@2", "support@1", "support"]))
+        wanted = {release: found.says(release, prompt) for release in ("support@1", "support@2")}
+        whole = [(release, text.rstrip("\ufffd")) for release, text in answers]  # a character may lack its last bytes
+        assert whole == [(release, wanted[release].rstrip("\ufffd")) for release in ("support@1", "support@2", "support@1", "support@2")]
+        chat = found.client.chat.completions.create(model="support", messages=[{"role": "user", "content": "Hello"}], max_tokens=8, temperature=0)
+        assert chat.usage and chat.usage.completion_tokens <= 8 and chat.model == "support@2"

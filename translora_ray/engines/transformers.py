@@ -29,6 +29,8 @@ class TransformersEngine:
 
     def __init__(self, base: str, batch_size: int = 64, device: str | None = None) -> None:
         self.model: Any = load_base(base, device=device)
+        self._adapted: Any = None
+        """The same base as peft sees it, once there was an adapter. Peft's own way through it asks for an active one, which may have been dropped."""
         self.tokenizer = load_tokenizer(base)
         self.batch_size = batch_size
         self.context = context_of(self.model)
@@ -58,10 +60,10 @@ class TransformersEngine:
         """Free the memory of an adapter; a request that names it has it read again."""
         self._prompts.pop(path, None)
         if name := self._names.pop(path, None):
-            self.model.delete_adapter(name)
+            self._adapted.delete_adapter(name)
 
     def close(self) -> None:
-        del self.model
+        del self.model, self._adapted
         release()
 
     def _grouped(
@@ -163,20 +165,21 @@ class TransformersEngine:
             self._prompts[adapter.path] = adapting.virtual_tokens(self.model, adapter.path)
         self._virtual = self._prompts.get(adapter.path) if adapter else None
         if adapter is None or self._virtual is not None:
-            if self._names:
-                self.model.base_model.disable_adapter_layers()
+            if self._adapted is not None:
+                self._adapted.base_model.disable_adapter_layers()
             return
+        if self._adapted is not None:
+            self._adapted.base_model.enable_adapter_layers()
         if adapter.path not in self._names:
             name = f"adapter{next(self._numbers)}"
-            self.model = adapting.attach(self.model, adapter.path, name)
+            self._adapted = adapting.attach(self.model if self._adapted is None else self._adapted, adapter.path, name)
             self._names[adapter.path] = name
             try:
-                adapting.prove_live(self.model, self.tokenizer, adapter.path, name)
+                adapting.prove_live(self._adapted, self.tokenizer, adapter.path, name)
             except RunFailed:
                 self.drop(adapter.path)  # else the next request would find it loaded
                 raise
-        self.model.base_model.enable_adapter_layers()
-        self.model.set_adapter(self._names[adapter.path], inference_mode=True)
+        self._adapted.set_adapter(self._names[adapter.path], inference_mode=True)
 
 
 class _Row:

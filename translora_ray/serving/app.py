@@ -6,6 +6,7 @@ Which engine answers is decided here. vLLM is served by `ray.serve.llm` (`servin
 
 from __future__ import annotations
 
+import logging
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -21,6 +22,7 @@ from translora_ray.serving.auth import read_keys
 from translora_ray.serving.gateway import Gateway
 from translora_ray.serving.routing import Serves
 
+logger = logging.getLogger("ray.serve")
 NAME = "translora"
 
 
@@ -32,6 +34,7 @@ class Service(BaseModel):
     bases: tuple[str, ...] = ()
     """References of the bases to load, an engine each. None: the one that all releases are for."""
     engine: EngineKind = "auto"
+    """`auto` is transformers, which serves all kinds of adapters."""
     keys: str | None = None
     """File of keys (`translora keys`). None: no keys; whoever reaches the port is let in."""
     replicas: Annotated[int, Field(ge=1)] | tuple[int, int] = 1
@@ -86,7 +89,7 @@ def plan(service: Service) -> tuple[list[Release], tuple[str, ...]]:
         read_keys(service.keys)
     registry = Registry(service.registry)
     registry.check()
-    releases = registry.releases()
+    releases = registry.releases(skip=logger.warning)
     return releases, service.bases or only_base(releases, registry.uri)
 
 

@@ -6,6 +6,7 @@ protect, and a slow one would cost every request. A key is shown once, when it i
 
 from __future__ import annotations
 
+import fcntl
 import fnmatch
 import hashlib
 import hmac
@@ -41,7 +42,7 @@ class KeyFile(BaseModel):
     """The file of keys, in YAML or JSON."""
 
     model_config = ConfigDict(extra="forbid")
-    keys: tuple[Key, ...] = ()
+    keys: tuple[Key, ...]
 
     @field_validator("keys")
     @classmethod
@@ -77,9 +78,18 @@ def read_keys(path: str | Path) -> tuple[Key, ...]:
 def add_key(path: str | Path, name: str, adapters: tuple[str, ...], **limits: int) -> str:
     """Add a key to the file, which is made if need be, readable by its owner alone; returns the key, which is stored nowhere."""
     file = Path(path)
-    keys = read_keys(file) if file.exists() else ()
+    try:
+        with file.with_name(f".{file.name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # else of two who add at the same time one would lose its key
+            return _add(file, name, adapters, limits)
+    except OSError as error:
+        raise UsageError(f"{path} can not be written ({error.strerror}): choose another place.") from None
+
+
+def _add(file: Path, name: str, adapters: tuple[str, ...], limits: dict[str, int]) -> str:
+    keys = read_keys(file) if file.exists() and file.stat().st_size else ()
     if any(key.name == name for key in keys):
-        raise UsageError(f"{path} has a key named {name} already: choose another name, or remove that one first.")
+        raise UsageError(f"{file} has a key named {name} already: choose another name, or remove that one first.")
     secret = PREFIX + secrets.token_urlsafe(32)
     try:
         new = Key(name=name, sha256=digest(secret), adapters=adapters, **limits)
@@ -88,12 +98,9 @@ def add_key(path: str | Path, name: str, adapters: tuple[str, ...], **limits: in
         raise UsageError(f"The key can not be made: {'.'.join(map(str, found['loc']))}: {found['msg']}.") from None
     text = yaml.safe_dump({"keys": [key.model_dump(mode="json") for key in (*keys, new)]}, sort_keys=False)
     scratch = file.with_name(f".{file.name}.new")
-    try:
-        scratch.touch(mode=0o600)
-        scratch.write_text(text)
-        scratch.replace(file)
-    except OSError as error:
-        raise UsageError(f"{path} can not be written ({error.strerror}): choose another place.") from None
+    scratch.touch(mode=0o600)
+    scratch.write_text(text)
+    scratch.replace(file)
     return secret
 
 
@@ -117,13 +124,14 @@ class Limiter:
 class Keyring:
     """The keys of a file, read again when it changes; without a file, `OPEN` for everyone.
 
-    A file that is broken by an edit leaves the keys as they were and says so through `complain`: a slip must lock nobody out.
+    A file that is broken by an edit, or empty, leaves the keys as they were and says so through `complain`: a slip must lock nobody out.
     """
 
     def __init__(self, path: str | None, complain: Callable[[str], None], check_seconds: float = 1.0, clock: Callable[[], float] = time.monotonic) -> None:
         self.path, self.complain, self.check_seconds, self.clock = path, complain, check_seconds, clock
         self._stamp, self._checked = self._changed(), clock()
         self._keys: tuple[Key, ...] = read_keys(path) if path else ()
+        self._complaint: str | None = None
 
     def find(self, presented: str | None) -> Key | None:
         """The key that was presented, or None. Every stored digest is compared, each in constant time, whatever was presented."""
@@ -151,8 +159,9 @@ class Keyring:
         self._checked = self.clock()
         if (stamp := self._changed()) == self._stamp:
             return
-        self._stamp = stamp
         try:
-            self._keys = read_keys(self.path)
-        except UsageError as error:
-            self.complain(f"keys stay as they were: {error}")
+            self._keys, self._stamp, self._complaint = read_keys(self.path), stamp, None
+        except UsageError as error:  # tried again in a moment, and said once
+            if str(error) != self._complaint:
+                self.complain(f"keys stay as they were: {error}")
+            self._complaint = str(error)

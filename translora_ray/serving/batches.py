@@ -9,7 +9,7 @@ import asyncio
 import logging
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from dataclasses import replace
 
 from translora_ray.engines.base import Generate, Generation
@@ -20,12 +20,12 @@ logger = logging.getLogger("ray.serve")
 
 
 class Batches:
-    """The engine and those who wait for it, first come first served. `run` belongs to an event loop, `call` to any thread."""
+    """The engine and those who wait for it, first come first served. `run` belongs to an event loop, `hold` and `drop` to any thread."""
 
     def __init__(self, engine: TransformersEngine, batch_size: int) -> None:
         self.engine, self.batch_size = engine, batch_size
         self._jobs: deque[_Job] = deque()
-        self._calls: deque[Callable[[], None]] = deque()
+        self._dropped: set[str] = set()
         self._work = threading.Condition()
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
         self._thread.start()
@@ -33,11 +33,15 @@ class Batches:
     def alive(self) -> bool:
         return self._thread.is_alive()
 
-    def call(self, what: Callable[[], None]) -> None:
-        """Have the engine's thread do something between batches."""
+    def hold(self, path: str) -> None:
+        """An adapter may stay in the engine's memory again."""
         with self._work:
-            self._calls.append(what)
-            self._work.notify()
+            self._dropped.discard(path)
+
+    def drop(self, path: str) -> None:
+        """An adapter leaves the engine's memory between batches. Requests that still wait with it have it read again, for their batch alone."""
+        with self._work:
+            self._dropped.add(path)
 
     async def run(self, request: Generate, stream: bool) -> AsyncIterator[Piece]:
         """The answer in pieces, one if not streamed. Closing the iterator ends the answer at its next token."""
@@ -59,13 +63,18 @@ class Batches:
     def _loop(self) -> None:
         while True:
             with self._work:
-                self._work.wait_for(lambda: self._jobs or self._calls)
-                calls, self._calls = list(self._calls), deque()
+                self._work.wait_for(lambda: self._jobs)
                 batch = self._next()
-            for call in calls:
-                call()
+            self._free()
             if batch:
                 self._answer(batch)
+                self._free()
+
+    def _free(self) -> None:
+        with self._work:
+            dropped = list(self._dropped)
+        for path in dropped:
+            self.engine.drop(path)
 
     def _next(self) -> list[_Job]:
         """The one that waits longest and those who go with it."""

@@ -9,6 +9,7 @@ from the storage's listing, so it could neither front the transformers engine no
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 import uuid
@@ -36,6 +37,8 @@ from translora_ray.serving.trials import DRAWN, Shadows
 
 logger = logging.getLogger("ray.serve")
 app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+CLIENT_GONE = 499
+UNFORESEEN = ServiceError(500, "internal_error", "The service failed: its log says why.")
 
 
 @dataclass
@@ -75,7 +78,7 @@ async def _no_route(request: Request, error: Exception) -> Response:
 @app.exception_handler(Exception)
 async def _unforeseen(request: Request, error: Exception) -> Response:
     logger.error(f"unforeseen: {type(error).__name__}: {error}", exc_info=error)
-    return await _refused(request, ServiceError(500, "internal_error", "The service failed: its log says why."))
+    return await _refused(request, UNFORESEEN)
 
 
 @serve.ingress(app)
@@ -89,6 +92,7 @@ class Gateway:
         self.measures = RequestMeasures()
         self.shadows = Shadows(self.measures.shadow)
         self._handles: dict[str, Any] = {}
+        self._running, self._ending = 0, False
         self._watching = asyncio.get_running_loop().create_task(self.router.watch())
 
     @app.get("/health")
@@ -98,6 +102,7 @@ class Gateway:
     @app.get("/ready")
     async def ready(self) -> Response:
         """Whether requests would be answered: the registry was read and every engine answers."""
+        self._require_open()
         if not self.router.index.loaded:
             raise ServiceError(503, "registry_unreachable", "The registry has not been read yet: try again.", 1)
         try:
@@ -128,8 +133,17 @@ class Gateway:
     async def completions(self, request: Request) -> Response:
         return await self._answer(request, CompletionRequest)
 
+    async def drain(self, seconds: float) -> None:
+        """Refuse what comes from now on; returns when what runs has ended, or after so many seconds."""
+        self._ending = True
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while self._running:
+                    await asyncio.sleep(0.1)
+
     async def _answer(self, request: Request, kind: type[ChatRequest] | type[CompletionRequest]) -> Response:
         seen = _Seen(time.monotonic())
+        self._running += 1
         try:
             key = self._admit(request)
             seen.key = key.name
@@ -145,10 +159,11 @@ class Gateway:
             first, pieces = begun
         except ServiceError as error:
             seen.status = error.status
-            self._say(seen)
+            self._end(seen)
             raise
-        except BaseException:
-            self._say(seen)
+        except BaseException as error:
+            seen.status = CLIENT_GONE if isinstance(error, asyncio.CancelledError) else UNFORESEEN.status
+            self._end(seen)
             raise
         seen.status, seen.first = 200, time.monotonic() - seen.began
         compare = partial(self._shadow, asked, trial.release) if trial and trial.shadow else None
@@ -156,7 +171,7 @@ class Gateway:
         frame = _Frame(f"{'chatcmpl' if asked.chat else 'cmpl'}-{uuid.uuid4().hex}", int(time.time()), seen.release, asked.chat)
         if not asked.stream:
             seen.prompt_tokens, seen.tokens = first.prompt_tokens, first.tokens
-            self._say(seen)
+            self._end(seen)
             if compare:
                 compare(first.text)
             return JSONResponse(protocol.answer(*frame, first), headers=headers)
@@ -213,16 +228,21 @@ class Gateway:
             yield protocol.sent(error.body())
         except (asyncio.CancelledError, GeneratorExit):
             if not piece.finish:
-                seen.status = 499  # the client has gone before it had the answer
+                seen.status = CLIENT_GONE  # before it had the answer
             raise
+        except Exception as error:
+            logger.error(f"unforeseen in a stream: {type(error).__name__}: {error}", exc_info=error)
+            seen.status = UNFORESEEN.status
+            yield protocol.sent(UNFORESEEN.body())
         finally:
             seen.prompt_tokens, seen.tokens = piece.prompt_tokens, piece.tokens
             if piece.finish and compare:
                 compare("".join(said))
-            self._say(seen)
+            self._end(seen)
 
     def _admit(self, request: Request) -> Key:
         """The request's key, if it has one that is known and has requests left."""
+        self._require_open()
         scheme, _, presented = request.headers.get("authorization", "").partition(" ")
         key = self.keyring.find(presented.strip() if scheme.lower() == "bearer" and presented.strip() else None)
         if key is None:
@@ -236,6 +256,14 @@ class Gateway:
         if release.id not in self._handles:
             self._handles[release.id] = self.engines[release.base_fingerprint].options(multiplexed_model_id=release.id)
         return self._handles[release.id]
+
+    def _require_open(self) -> None:
+        if self._ending:
+            raise ServiceError(503, "service_ending", "This service is ending: try again.", 5)
+
+    def _end(self, seen: _Seen) -> None:
+        self._running -= 1
+        self._say(seen)
 
     def _say(self, seen: _Seen) -> None:
         seconds = time.monotonic() - seen.began

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from translora_ray.errors import TransLoraError
-from translora_ray.registry import Registry, Release, trial_in
+from translora_ray.registry import Change, Registry, Release, Unsound, trial_in
 from translora_ray.releases import STABLE
+
+logger = logging.getLogger("ray.serve")
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,7 @@ class Tried:
 class Index:
     """Names to releases. `refresh` blocks and reads the registry; a failure leaves everything as it was and shows in `error`.
 
+    A file that is damaged is its own release's or channel's business: it is left out and said, a channel stays as it was, and all others go on.
     A name is resolved when its request arrives: a request that runs keeps its release, the next one gets what the channel says then.
     """
 
@@ -40,20 +43,24 @@ class Index:
         self._read = clock()
         self._names: dict[str, Release] = {}
         self._trials: dict[str, Tried] = {}
+        self._channels: dict[str, Change] = {}
+        self._damaged: set[str] = set()
 
     def refresh(self) -> None:
         """Read the registry."""
         began = self.clock()
+        damaged: list[Unsound] = []
         try:
             self.registry.check()
-            releases = {release.id: release for release in self.registry.releases()}
-            channels = self.registry.changes()
-        except (TransLoraError, OSError) as error:
-            self.error, self.began = str(error), began
+            releases = {release.id: release for release in self.registry.releases(skip=damaged.append)}
+            self._channels |= self.registry.changes(skip=damaged.append)
+        except Exception as error:  # whatever it is, it is tried again in a moment
+            self.error, self.began = f"{type(error).__name__}: {error}", began
             return
+        self._complain(damaged)
         names = dict(releases)
         trials: dict[str, Tried] = {}
-        for channel, change in channels.items():
+        for channel, change in self._channels.items():
             if release := releases.get(change["release"]):
                 mine = [channel, release.name] if channel == f"{release.name}:{STABLE}" else [channel]
                 names |= dict.fromkeys(mine, release)
@@ -81,6 +88,13 @@ class Index:
         found = {"id": name, "object": "model", "created": created(release), "owned_by": "translora", "release": release.id, "base": release.target_base}
         trial = self.trial(name)
         return found | {"trial": trial.card()} if trial else found
+
+    def _complain(self, damaged: list[Unsound]) -> None:
+        """Say what is damaged, once."""
+        now = {str(error) for error in damaged}
+        for message in sorted(now - self._damaged):
+            logger.error(f"left out: {message}")
+        self._damaged = now
 
 
 def created(release: Release) -> int:

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -26,7 +27,10 @@ from translora_ray.engines.vllm import OWNER, engine_arguments
 from translora_ray.errors import RunFailed
 from translora_ray.serving.loading import Held, Loader, unusable
 from translora_ray.serving.measures import EngineMeasures
+from translora_ray.serving.prompting import Prompter
 from translora_ray.serving.protocol import Asked, Piece, ServiceError
+
+logger = logging.getLogger("ray.serve")
 
 
 class Downloader:
@@ -57,9 +61,15 @@ class VllmBackend(LLMServer):  # type: ignore[misc]
         self._proved: set[str] = set()
         loader, measures = await asyncio.to_thread(Loader, registry, base), EngineMeasures()
         await super().__init__(llm_config, model_downloader=partial(Downloader, loader, measures))
+        self._prompter = Prompter(base, self.engine._engine_client.model_config.max_model_len)
 
     async def answer(self, asked: Asked) -> AsyncIterator[Piece]:
-        """Always streamed inside: the counts of tokens come at the end, and one kind of answer is read."""
+        """Always streamed inside: the counts of tokens come at the end, and one kind of answer is read.
+
+        vLLM would cut what is over its context in silence, or refuse it in words of its own.
+        """
+        _, max_tokens = await self._prompter.read(asked)
+        asked = replace(asked, max_tokens=max_tokens)
         await self._hold(asked.release)
         answers = await (self.chat(_chat(asked)) if asked.chat else self.completions(_completion(asked)))
         said: list[str] = []
@@ -94,13 +104,22 @@ class VllmBackend(LLMServer):  # type: ignore[misc]
         try:
             await self._maybe_resolve_lora_from_multiplex()
             if release not in self._proved:
-                number = self.engine._oai_models.lora_requests[release].lora_int_id
-                path = self.engine._oai_models.lora_requests[release].lora_path
-                for applied in await self.collective_rpc("applied_modules", args=(number,)):
-                    adapters.require_applied(path, set(applied))
+                lora = self.engine._oai_models.lora_requests[release]
+                for applied in await self._applied(lora):
+                    adapters.require_applied(lora.lora_path, set(applied))
                 self._proved.add(release)
-        except (ValueError, RunFailed):
+        except (ValueError, RunFailed) as error:
+            logger.error(f"loading {release}: {error}")
             raise unusable(release) from None
+
+    async def _applied(self, lora: Any) -> list[list[str]]:
+        """What each of vLLM's workers applied of an adapter. Where others have taken its place before the question came, it is loaded again, once."""
+        try:
+            return list(await self.collective_rpc("applied_modules", args=(lora.lora_int_id,)))
+        except Exception as error:  # vLLM's processes send on the words alone
+            logger.warning(f"loading {lora.lora_name} again: {error}")
+            await self.engine._engine_client.add_lora(lora)
+            return list(await self.collective_rpc("applied_modules", args=(lora.lora_int_id,)))
 
 
 def deployment(name: str, base: str, registry: str, vllm: Vllm, gpus: float, options: dict[str, Any]) -> Any:
@@ -149,11 +168,11 @@ def _shared(asked: Asked) -> dict[str, Any]:
 
 def _chat(asked: Asked) -> Any:
     messages = [{"role": role, "content": text} for role, text in asked.messages]
-    return ChatCompletionRequest(messages=messages, max_completion_tokens=asked.max_tokens or asked.most, **_shared(asked))
+    return ChatCompletionRequest(messages=messages, max_completion_tokens=asked.max_tokens, **_shared(asked))
 
 
 def _completion(asked: Asked) -> Any:
-    return CompletionRequest(prompt=asked.messages[0][1], max_tokens=asked.max_tokens or asked.most, **_shared(asked))
+    return CompletionRequest(prompt=asked.messages[0][1], max_tokens=asked.max_tokens, **_shared(asked))
 
 
 async def _read(answers: Any) -> AsyncIterator[Piece]:

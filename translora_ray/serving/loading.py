@@ -46,16 +46,21 @@ class Loader:
             found = self.registry.release(release)
             path = self.registry.fetch(found, Path(self._scratch.name))
             adapters.check_fits(adapters.inspect(path), self.base, self.shapes, self.width)
-        except NotFound:
-            raise unknown(release) from None
-        except Unreachable as error:
-            logger.error(f"loading {release}: {error}")
-            raise ServiceError(503, "registry_unreachable", f"{release} is not loaded and the registry does not answer: try again.", 5) from None
         except (UsageError, RunFailed, OSError) as error:
             logger.error(f"loading {release}: {error}")
-            raise unusable(release) from None
+            if isinstance(error, Unreachable) or self._gone():
+                raise ServiceError(503, "registry_unreachable", f"{release} is not loaded and the registry does not answer: try again.", 5) from None
+            raise unknown(release) if isinstance(error, NotFound) else unusable(release) from None
         self._paths[release] = path
         return path
+
+    def _gone(self) -> bool:
+        """Whether the registry itself is away: then nothing that is missing says anything of a release."""
+        try:
+            self.registry.check()
+        except (UsageError, RunFailed):
+            return True
+        return False
 
 
 def unusable(release: str) -> ServiceError:

@@ -1,26 +1,23 @@
-"""The deployment on the transformers engine: one base, adapters by request, wherever torch runs. The default where vLLM is not installed."""
+"""The deployment on the transformers engine: one base, adapters by request, wherever torch runs. The default."""
 
 from __future__ import annotations
 
 import asyncio
 import secrets
 from collections.abc import AsyncIterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from jinja2 import TemplateError
 from ray import serve
 
 from translora_ray import adapters
 from translora_ray.engines.base import AdapterRef, Generate, Sampling
 from translora_ray.engines.transformers import TransformersEngine
 from translora_ray.errors import RunFailed, UsageError
-from translora_ray.models import load_tokenizer
-from translora_ray.prompts import Prompt, prompt_ids
 from translora_ray.serving.batches import Batches
 from translora_ray.serving.loading import Held, Loader, unusable
 from translora_ray.serving.measures import EngineMeasures
+from translora_ray.serving.prompting import Prompter
 from translora_ray.serving.protocol import Asked, Piece, ServiceError
 
 
@@ -31,26 +28,29 @@ class TransformersBackend:
         self.loader = Loader(registry, base)
         self.engine = TransformersEngine(base, batch_size, None if gpus else "cpu")
         self.batches = Batches(self.engine, batch_size)
-        self.tokenizer = load_tokenizer(base)  # the engine's own belongs to the engine's thread
+        self.prompter = Prompter(base, self.engine.context)  # the engine's own tokenizer belongs to the engine's thread
         self.measures = EngineMeasures()
-        self._tokenizing = ThreadPoolExecutor(1, "tokenizer")
 
         async def load(release: str) -> _Loaded:
             with self.measures.load(release):
                 path = await asyncio.to_thread(self.loader.load, release)
-            return _Loaded(lambda: self._evict(release, path), path, adapters.inspect(path).virtual_tokens)
+            virtual_tokens = adapters.inspect(path).virtual_tokens
+            self.batches.hold(str(path))
+            return _Loaded(lambda: self._evict(release, path), path, virtual_tokens)
 
         self._load = serve.multiplexed(max_num_models_per_replica=adapters_at_once)(load)
 
     async def answer(self, asked: Asked) -> AsyncIterator[Piece]:
+        if asked.top_p not in (None, 1.0):
+            raise ServiceError(400, "invalid_request", "top_p: the transformers engine takes temperature and min_p.")
         loaded: _Loaded = await self._load(asked.release)
-        prompt, max_tokens = await asyncio.get_running_loop().run_in_executor(self._tokenizing, self._check, asked, loaded.virtual_tokens)
+        prompt, max_tokens = await self.prompter.read(asked, loaded.virtual_tokens)
         sampling = Sampling(max_tokens, asked.temperature, asked.min_p, asked.stop)
         seed = secrets.randbits(63) if asked.seed is None else asked.seed
         try:
             async for piece in self.batches.run(Generate(prompt, sampling, AdapterRef(asked.release, str(loaded.path)), seed), asked.stream):
                 yield piece
-        except (UsageError, RunFailed):  # what could be said of the request was said in `_check`: it is the adapter
+        except (UsageError, RunFailed):  # what could be said of the request was said before: it is the adapter
             raise unusable(asked.release) from None
 
     async def check_health(self) -> None:
@@ -63,26 +63,7 @@ class TransformersBackend:
 
     def _evict(self, release: str, path: Path) -> None:
         self.measures.evicted(release)
-        self.batches.call(lambda: self.engine.drop(str(path)))
-
-    def _check(self, asked: Asked, virtual_tokens: int) -> tuple[Prompt, int]:
-        """The prompt, and how many tokens may follow it. Raises `ServiceError` 400."""
-        if asked.top_p not in (None, 1.0):
-            raise ServiceError(400, "invalid_request", "top_p: the transformers engine takes temperature and min_p.")
-        if asked.chat and asked.messages[-1][0] != "user":
-            raise ServiceError(400, "invalid_request", "messages: the last one must be the user's.")
-        prompt = Prompt(asked.messages[-1][1], "chat", asked.messages[:-1]) if asked.chat else Prompt(asked.messages[0][1])
-        try:
-            tokens = len(prompt_ids(self.tokenizer, prompt)) + virtual_tokens
-        except UsageError:
-            raise ServiceError(400, "invalid_request", "This model's base has no chat template: use /v1/completions.") from None
-        except TemplateError as error:
-            raise ServiceError(400, "invalid_request", f"messages: the base's chat template does not take them ({error}).") from None
-        room = self.engine.context - tokens
-        if tokens == virtual_tokens or room < (asked.max_tokens or 1):
-            message = f"The prompt has {tokens} tokens and {asked.max_tokens or 1} are to follow, the context has {self.engine.context}."
-            raise ServiceError(400, "context_length_exceeded", message if tokens > virtual_tokens else "The prompt has no tokens.")
-        return prompt, asked.max_tokens or min(asked.most, room)
+        self.batches.drop(str(path))
 
 
 @dataclass

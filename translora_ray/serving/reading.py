@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator
 from typing import Any
@@ -32,10 +33,16 @@ async def read_body(request: Request, most: int) -> bytes:
 
 
 async def read_pieces(answer: Any) -> AsyncIterator[Piece]:
-    """An engine's pieces. What Ray or Serve raise when a replica dies or is full is an error that a client may try again after."""
+    """An engine's pieces. What Ray or Serve raise when a replica dies or is full is an error that a client may try again after.
+
+    Who stops waiting has the engine stop, too: Serve does that for a client's requests alone.
+    """
     try:
         async for piece in answer:
             yield piece
+    except asyncio.CancelledError:
+        answer.cancel()
+        raise
     except RayTaskError as error:
         if isinstance(error.cause, ServiceError):
             raise error.cause from None

@@ -59,7 +59,7 @@ class Router:
             await self.refresh()
             release = self.index.find(model)
         if release is None:
-            raise protocol.unknown(model)
+            raise self._unreachable() if self.index.error else protocol.unknown(model)
         if refusal := self._refusal(release):
             raise refusal
         return release
@@ -81,7 +81,10 @@ class Router:
 
     def require_index(self) -> None:
         if not self.index.loaded:
-            raise ServiceError(503, "registry_unreachable", "The registry can not be read at the moment: try again.", 5)
+            raise self._unreachable()
+
+    def _unreachable(self) -> ServiceError:
+        return ServiceError(503, "registry_unreachable", "The registry can not be read at the moment: try again.", 5)
 
     def staleness(self) -> dict[str, str]:
         """The header that says that the registry does not answer."""

@@ -13,6 +13,8 @@ import urllib.request
 from collections.abc import Callable, Iterator
 
 from ray import serve
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
 
 from translora_ray.config import Cluster
 from translora_ray.errors import RunFailed, UsageError
@@ -20,7 +22,8 @@ from translora_ray.placement import cpus, ray_failures, ray_session
 from translora_ray.registry import Registry
 from translora_ray.serving.app import NAME, Service, application, count, plan
 
-START_SECONDS = 600
+logger = logging.getLogger("ray.serve")
+START_SECONDS, END_SECONDS = 600, 30
 
 
 def run(service: Service, host: str | None, port: int, say: Callable[[str], None]) -> None:
@@ -28,9 +31,9 @@ def run(service: Service, host: str | None, port: int, say: Callable[[str], None
     host = host or ("0.0.0.0" if service.keys else "127.0.0.1")
     _require_free(host, port)
     service = service.model_copy(update={"cpus": max(1.0, cpus() // count(service))})
-    plan(service)
+    model = _model(service)
     with ray_failures(), ray_session(Cluster()) as own:
-        logging.getLogger("ray.serve").setLevel(logging.ERROR)  # replicas log to files of their own; here it would tell of its own start
+        logger.setLevel(logging.ERROR)  # replicas log to files of their own; here it would tell of its own start
         serve.start(http_options={"host": host, "port": port})
         try:
             # Built on this Ray: `ray.serve.llm` looks for one, and would start its own. Until the engines run, signals end the command as they are used to.
@@ -39,16 +42,26 @@ def run(service: Service, host: str | None, port: int, say: Callable[[str], None
                 url = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
                 _wait_ready(url, ending)
                 if not ending.is_set():
-                    _greet(service, url, say)
+                    _greet(service, url, model, say)
                 while not ending.wait(1):
                     pass
                 say("ending: requests that run may finish")
-                serve.delete(NAME)
+                _end(service.drain_seconds)
         finally:
             if own:
                 serve.shutdown()
             else:
-                serve.delete(NAME)
+                serve.delete(NAME, _blocking=False)
+
+
+def _end(drain_seconds: float) -> None:
+    """Have the gateway refuse new requests until those that run have ended, then Serve end the service: told to wait for that, it raises after a minute."""
+    with contextlib.suppress(RayError, RayServeException, TimeoutError):  # a gateway that is gone has nothing to finish
+        serve.get_app_handle(NAME).drain.remote(drain_seconds).result(timeout_s=drain_seconds + END_SECONDS)
+    serve.delete(NAME, _blocking=False)
+    until = time.monotonic() + drain_seconds + END_SECONDS
+    while NAME in serve.status().applications and time.monotonic() < until:
+        time.sleep(0.2)
 
 
 @contextlib.contextmanager
@@ -80,9 +93,14 @@ def _wait_ready(url: str, ending: threading.Event) -> None:
             raise RunFailed(f"The service is not ready after {START_SECONDS} s: Ray's logs are in /tmp/ray/session_latest/logs/serve.")
 
 
-def _greet(service: Service, url: str, say: Callable[[str], None]) -> None:
-    channels = Registry(service.registry).channels()
-    model = next(iter(channels), None) or next((release.id for release in Registry(service.registry).releases()), "NAME")
+def _model(service: Service) -> str:
+    """One to ask for. Raises `UsageError` where the service can not work."""
+    releases, _ = plan(service)
+    channels = Registry(service.registry).changes(skip=logger.warning)
+    return next(iter([*channels, *(release.id for release in releases)]), "NAME")
+
+
+def _greet(service: Service, url: str, model: str, say: Callable[[str], None]) -> None:
     header = " -H 'Authorization: Bearer KEY'" if service.keys else ""
     say(f"serving {service.registry} at {url}/v1" + ("" if service.keys else ": no keys, for this machine alone (--keys FILE)"))
     say(f"""  curl {url}/v1/completions{header} -H 'Content-Type: application/json' -d '{{"model": "{model}", "prompt": "Hello", "max_tokens": 16}}'""")
