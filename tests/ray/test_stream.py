@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import threading
 import time
@@ -21,7 +20,7 @@ from translora_ray.records import pack_to_table, packs_from_table
 from translora_ray.storage import RunStore
 from translora_ray.stream import pipeline
 from translora_ray.stream.plan import Plan
-from translora_ray.stream.requests import LATE, Desk
+from translora_ray.stream.requests import Desk
 
 pytestmark = pytest.mark.ray
 PACKS = 40
@@ -114,36 +113,3 @@ def test_transfers_that_share_engines_accept_what_each_would_alone(tiny_kit: Pat
     for together, alone in zip(stores["together"], stores["alone"], strict=True):
         ours, theirs = (store.candidates() for store in (together, alone))
         assert ours == theirs
-
-
-def test_the_desk_hands_out_in_turn_and_repeats_itself_to_a_source_that_starts_again() -> None:
-    async def ask() -> list[list[tuple[int, int] | None]]:
-        desk = Desk.__ray_metadata__.modified_class([3, 0], 4)  # type: ignore[attr-defined]
-        first = [await desk.lease(turn) for turn in range(4)]
-        waiting = asyncio.create_task(desk.lease(4))
-        await asyncio.sleep(0.01)
-        assert not waiting.done()
-        await desk.full(0)
-        await desk.arrived(0, 3)
-        again = [await desk.lease(turn) for turn in range(4)]
-        after = [await waiting]
-        await desk.full(1)
-        return [first, again, after, [await desk.lease(5)]]
-
-    first, again, after, last = asyncio.run(ask())
-    assert first == again == [(0, 3), (1, 0), (0, 4), (1, 1)]
-    assert (after, last) == ([(1, 2)], [None])
-
-
-def test_the_desk_hands_out_again_what_does_not_come_back() -> None:
-    async def ask() -> list[tuple[int, int] | None]:
-        desk = Desk.__ray_metadata__.modified_class([0], 2)  # type: ignore[attr-defined]
-        found = []
-        for turn in range(2 * LATE + 5):
-            found.append(await desk.lease(turn))
-            if found[-1] != (0, 1):  # which is lost, each time
-                await desk.arrived(*found[-1])
-        return found
-
-    later = 2 * LATE + 2  # the first that goes out when so many times both that may be under way came after pack 1
-    assert asyncio.run(ask()) == [*((0, number) for number in range(later)), (0, 1), (0, later), (0, later + 1)]
