@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import ray
 
 from translora_ray import kit
 from translora_ray.config import Cluster, Gate, Recipe, Selection, Synthesis
+from translora_ray.errors import Stopped
 from translora_ray.placement import ray_session
 from translora_ray.progress import Display
 from translora_ray.records import pack_to_table, packs_from_table
@@ -100,15 +102,21 @@ def test_transfers_that_share_engines_accept_what_each_would_alone(tiny_kit: Pat
     synthesis = Synthesis(pack_size=16, temperature=1.0, min_p=0.0, max_tokens=60)
     cluster = Cluster(commit_seconds=0)
     plans = []
-    for seed, quota in ((0, 8), (1, 20), (2, 12)):
+    for seed, quota in ((0, 8), (1, 60), (2, 12)):
         recipe = Recipe(seed=seed, gate=Gate(held_out=0), synthesis=synthesis, selection=selection.model_copy(update={"quota": quota}))
         plans.append(Plan(kit.load(tiny_kit), tiny_gemma, recipe, cluster, "transformers", 1.0, 0.0))
     stores = {name: [RunStore(str(tmp_path / f"{name}{plan.recipe.seed}")) for plan in plans] for name in ("together", "alone")}
     with ray_session(cluster), Display() as display:
         totals = pipeline.run_stream(plans, stores["together"], display)
+        stop = threading.Event()
+        stop.set()
+        with pytest.raises(Stopped):  # and what is under way is committed, long before that is due
+            pipeline.run_stream([replace(plans[1], cluster=Cluster(commit_seconds=1000))], stores["alone"][1:2], display, stop=stop)
+        (drained,) = stores["alone"][1].names("shards")
         for plan, store in zip(plans, stores["alone"], strict=True):
             pipeline.run_stream([plan], [store], display)
-    assert [total.accepted for total in totals] == [8, 20, 12]
+    assert drained in {"000000-000000.parquet", "000000-000001.parquet"}
+    assert [total.accepted for total in totals] == [8, 60, 12]
     assert [list(total.loads.values()) for total in totals] == [[[plans[0].kit.base]]] * 3  # one engine, whatever the number of transfers
     for together, alone in zip(stores["together"], stores["alone"], strict=True):
         ours, theirs = (store.candidates() for store in (together, alone))
