@@ -1,10 +1,10 @@
-"""What a fleet costs as it grows: engine loads, seconds per transfer, and the part of them that is neither engine nor training.
+"""What a fleet costs as it grows: engine loads, seconds per transfer, and the part of them that is neither stream, training nor gate.
 
     python benchmarks/fleet.py 1 2 4 8                                    (tiny random models)
     python benchmarks/fleet.py 1 4 --kit KIT --target packaged:gemma-3-270m
 
-Each fleet has so many transfers of one kit, which differ in their seed, and is a command of its own with a Ray of its own, as users start it. Nothing
-else may run on the machine.
+Each fleet has so many transfers of one kit, which differ in their seed, and is a command of its own with a Ray of its own, as users start it: what that takes
+is in all of them, so the last column compares each fleet with the first. Nothing else may run on the machine.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import results
@@ -27,7 +28,28 @@ TINY = {
     "synthesis": {"pack_size": 16, "temperature": 1.0, "min_p": 0.0, "max_tokens": 60},
     "training": {"epochs": 4, "batch_size": 4},
 }
-COLUMNS = ("transfers", "engine loads", "seconds", "seconds a transfer", "engines", "training", "neither, a transfer")
+COLUMNS = ("transfers", "engine loads", "seconds", "seconds a transfer", "engines", "training", "gates", "the rest", "the rest, each more transfer")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Of a fleet: seconds from its beginning to its end, and those that engines, trainings and gates were busy."""
+
+    count: int
+    loads: int
+    wall: float
+    engines: float
+    training: float
+    gates: float
+
+    @property
+    def rest(self) -> float:
+        return self.wall - self.engines - self.training - self.gates
+
+    def row(self, first: Measured) -> str:
+        each = f"{(self.rest - first.rest) / (self.count - first.count):.1f}" if self.count > first.count else "-"
+        seconds = (f"{value:.0f}" for value in (self.engines, self.training, self.gates, self.rest))
+        return "| " + " | ".join([str(self.count), str(self.loads), f"{self.wall:.0f}", f"{self.wall / self.count:.1f}", *seconds, each]) + " |"
 
 
 def tiny(folder: Path) -> tuple[str, str]:
@@ -42,8 +64,7 @@ def tiny(folder: Path) -> tuple[str, str]:
     return kit, target
 
 
-def measure(folder: Path, count: int, kit: str, target: str, recipe: dict[str, object], engine: str) -> list[str]:
-    """A row of the table."""
+def measure(folder: Path, count: int, kit: str, target: str, recipe: dict[str, object], engine: str) -> Measured:
     kits = [{"kit": kit, "name": f"transfer{seed}", "recipe": {"seed": seed}} for seed in range(count)]
     (folder / "fleet.yaml").write_text(yaml.safe_dump({"out": f"fleet{count}", "kits": kits, "target": target, "recipe": recipe}))
     began = time.perf_counter()
@@ -58,8 +79,8 @@ def measure(folder: Path, count: int, kit: str, target: str, recipe: dict[str, o
     loads = sum(map(len, fleet["engine_loads"].values()))
     training = sum(manifest["seconds"]["training"] for manifest in manifests)
     engines = sum(sum(manifest["seconds"].values()) for manifest in manifests) - training
-    left = (wall - engines - training) / count
-    return [str(count), str(loads), f"{wall:.0f}", f"{wall / count:.1f}", f"{engines:.0f}", f"{training:.0f}", f"{left:.1f}"]
+    gates = sum(manifest["last_attempt_seconds"]["gate"] for manifest in manifests)
+    return Measured(count, loads, wall, engines, training, gates)
 
 
 def main() -> None:
@@ -74,10 +95,10 @@ def main() -> None:
         folder = Path(scratch)
         kit, target = (str(Path(options.kit).resolve()), options.target) if options.kit else tiny(folder)
         recipe = (yaml.safe_load(Path(options.recipe).read_text()) if options.recipe else {}) if options.kit else TINY
-        rows = [measure(folder, count, kit, target, recipe, options.engine) for count in options.counts]
+        found = [measure(folder, count, kit, target, recipe, options.engine) for count in options.counts]
     models = "packaged" if options.kit else "tiny"
     lines = [f"Commit {results.commit()}, {models} models, engine {options.engine}.", "", "| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
-    lines += ["| " + " | ".join(row) + " |" for row in rows]
+    lines += [fleet.row(found[0]) for fleet in found]
     print("\n".join(lines))
     results.replace(f"fleet-{models}", "\n".join(lines))
 

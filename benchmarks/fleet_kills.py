@@ -2,14 +2,14 @@
 
     python benchmarks/fleet_kills.py
 
-Tiny random models; two transfers that ship, one whose kit is not whole. Drivers are commands of their own on one Ray, as on a cluster. The moments are
-drawn from a seed, one in each tenth of the time from an undisturbed driver's first word on its fleet to its end.
+Tiny random models; two transfers that ship, and in every other fleet one whose kit is not whole. Drivers are commands of their own on one Ray, as on a cluster.
+The moments are drawn from a seed, one in each tenth of the time from when an undisturbed driver has its lease, before it has looked at a kit, to its end. Where
+a driver ends before its moment, which makes the time shorter, it is drawn again.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import random
 import shutil
@@ -27,6 +27,8 @@ import results
 import yaml
 from fleet import tiny
 
+from translora_ray.fleet.lease import FILE as LEASE
+from translora_ray.fleet.state import read
 from translora_ray.records import Candidate
 from translora_ray.registry import Registry
 from translora_ray.storage import RunStore
@@ -41,11 +43,13 @@ NAMES = ("one", "two")
 COLUMNS = ("kill", "after, s", "what there was", "resumed, s", "states", "rows", "releases", "weights")
 
 
-def write_fleet(folder: Path, kit: str, target: str) -> Path:
-    broken = Path(shutil.copytree(kit, folder / "broken"))
-    (broken / "adapter" / "adapter_model.safetensors").write_bytes(b"short")
-    kits = [{"kit": kit, "name": name, "recipe": {"seed": seed}} for seed, name in enumerate(NAMES)]
-    fleet = {"out": "fleet", "kits": [kits[0], "broken", kits[1]], "target": target, "recipe": RECIPE, "registry": "registry"}
+def write_fleet(folder: Path, kit: str, target: str, whole: bool) -> Path:
+    kits: list[Any] = [{"kit": kit, "name": name, "recipe": {"seed": seed}} for seed, name in enumerate(NAMES)]
+    if not whole:
+        broken = Path(shutil.copytree(kit, folder / "broken"))
+        (broken / "adapter" / "adapter_model.safetensors").write_bytes(b"short")
+        kits.insert(1, "broken")
+    fleet = {"out": "fleet", "kits": kits, "target": target, "recipe": RECIPE, "registry": "registry"}
     (folder / "fleet.yaml").write_text(yaml.safe_dump({**fleet, "cluster": {"commit_seconds": 0, "checkpoint_seconds": 0}}))
     return folder / "fleet.yaml"
 
@@ -68,12 +72,9 @@ class Outcome:
         return cls(states(folder), rows, releases, weights)
 
 
-def fleet_json(folder: Path) -> Path:
-    return folder / "fleet" / "fleet.json"
-
-
 def states(folder: Path) -> dict[str, str]:
-    return {row["name"]: row["state"] for row in json.loads(fleet_json(folder).read_text())["transfers"]}
+    """Those of the transfers that ship; nothing where a driver has said nothing yet."""
+    return {record.name: record.state for record in read(RunStore(str(folder / "fleet"))) if record.name in NAMES}
 
 
 def drive(path: Path) -> subprocess.Popen[bytes]:
@@ -82,16 +83,16 @@ def drive(path: Path) -> subprocess.Popen[bytes]:
         return subprocess.Popen(command, cwd=results.ROOT, stdout=log, stderr=log, start_new_session=True)
 
 
-def finish(process: subprocess.Popen[bytes], path: Path) -> float:
-    """Seconds until the driver ended, which it must do with 1: one of the kits is not whole."""
+def finish(process: subprocess.Popen[bytes], path: Path, whole: bool) -> float:
+    """Seconds until the driver ended, which it must do with 1 where one of the kits is not whole."""
     began = time.monotonic()
-    if process.wait(600) != 1:
+    if process.wait(600) != int(not whole):
         raise SystemExit(path.with_suffix(".log").read_text())
     return time.monotonic() - began
 
 
-def first_word(process: subprocess.Popen[bytes], folder: Path) -> None:
-    while not fleet_json(folder).exists():
+def has_lease(process: subprocess.Popen[bytes], folder: Path) -> None:
+    while not (folder / "fleet" / LEASE).exists():
         if process.poll() is not None:
             raise SystemExit((folder / "fleet.log").read_text())
         time.sleep(0.01)
@@ -100,7 +101,7 @@ def first_word(process: subprocess.Popen[bytes], folder: Path) -> None:
 def there(folder: Path) -> str:
     """What a killed driver left, in words."""
     runs = folder / "fleet" / "runs"
-    found = states(folder)
+    found = states(folder) or dict.fromkeys(NAMES, "not begun")
     counts = {
         "shards": len(list(runs.glob("*/shards/*.parquet"))),
         "checkpoints": len(list(runs.glob("*/train/*/*/metrics.json"))),
@@ -122,16 +123,18 @@ def furthest(one: dict[str, Path], other: dict[str, Path]) -> float:
     return largest
 
 
-def kill(number: int, moment: float, folder: Path, parts: tuple[str, str], calm: Outcome) -> tuple[list[str], bool]:
-    """A row of the table, and whether all is the same."""
-    path = write_fleet(folder, *parts)
+def kill(number: int, moment: float, folder: Path, parts: tuple[str, str], calm: Outcome) -> tuple[list[str], bool] | None:
+    """A row of the table, and whether all is the same; None where the driver had ended."""
+    whole = number % 2 == 1
+    path = write_fleet(folder, *parts, whole)
     process = drive(path)
-    first_word(process, folder)
+    has_lease(process, folder)
     time.sleep(moment)
     process.kill()
-    ended = process.wait() != -signal.SIGKILL
-    left = there(folder) + (" (had ended by itself)" if ended else "")
-    resumed = finish(drive(path), path)
+    if process.wait() != -signal.SIGKILL:
+        return None
+    left = there(folder)
+    resumed = finish(drive(path), path, whole)
     outcome = Outcome.of(folder)
     same = [getattr(outcome, part) == getattr(calm, part) for part in ("states", "rows", "releases")]
     apart = furthest(outcome.weights, calm.weights) if same[2] else float("nan")
@@ -144,20 +147,22 @@ def kill(number: int, moment: float, folder: Path, parts: tuple[str, str], calm:
 def measure(folder: Path, kills: int, seed: int) -> tuple[list[str], bool]:
     parts = tiny(folder)
     (folder / "calm").mkdir()
-    path = write_fleet(folder / "calm", *parts)
+    path = write_fleet(folder / "calm", *parts, whole=True)
     process = drive(path)
-    first_word(process, folder / "calm")
-    seconds = finish(process, path)
+    has_lease(process, folder / "calm")
+    undisturbed = seconds = finish(process, path, whole=True)
     calm = Outcome.of(folder / "calm")
     draw = random.Random(seed)
     rows: list[list[str]] = []
     same = True
-    for number in range(kills):
-        (folder / f"kill{number}").mkdir()
-        row, equal = kill(number + 1, (number + draw.random()) / kills * seconds * 0.95, folder / f"kill{number}", parts, calm)
-        rows, same = [*rows, row], same and equal
+    while len(rows) < kills:
+        moment = (len(rows) + draw.random()) / kills * seconds
+        if killed := kill(len(rows) + 1, moment, Path(tempfile.mkdtemp(dir=folder)), parts, calm):
+            rows, same = [*rows, killed[0]], same and killed[1]
+        else:
+            seconds = moment
     candidates = sum(map(len, calm.rows.values()))
-    head = f"Commit {results.commit()}, seed {seed}. Undisturbed: {seconds:.0f} s from the driver's first word on, {candidates} candidates, two releases."
+    head = f"Commit {results.commit()}, seed {seed}. Undisturbed: {undisturbed:.0f} s from the driver's lease on, {candidates} candidates, two releases."
     return [head, "", "| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|", *("| " + " | ".join(row) + " |" for row in rows)], same
 
 

@@ -33,6 +33,8 @@ RECIPE = {
     "gate": {"held_out": 0.25, "acceptance": 0},
 }
 NODES = 4
+STORE = 200 * 2**20
+"""Bytes of each node's object store: by default each takes its share of the whole machine's memory."""
 HEADS = "transfers | seconds | ms a transfer | checks | first end, s | first tenth | last tenth | writes of the state | ms each | driver, MiB | files"
 
 
@@ -64,7 +66,7 @@ def drive(path: Path, adapter: str) -> None:
         run(scripted.train)
         return Result(None, facts, lambda folder: adapter)
 
-    workflow.fit_alone = fit
+    workflow.fit_alone = fit  # type: ignore[attr-defined,assignment]
     began = time.monotonic()
     writing: list[float] = []
     seen: list[tuple[float, int]] = []
@@ -77,7 +79,7 @@ def drive(path: Path, adapter: str) -> None:
             writing.append(time.monotonic() - start)
         seen.append((time.monotonic() - began, sum(self.counts.get(end, 0) for end in state.ENDS)))
 
-    state.State._write = written
+    state.State._write = written  # type: ignore[method-assign]
     fleet, wanted = load_fleet(str(path))
     started = _resident()
     with Display() as display:
@@ -139,13 +141,14 @@ def at_large(found: list[dict[str, Any]], count: int = 100_000) -> list[str]:
 
     def line(value: Callable[[dict[str, Any]], float]) -> float:
         slope = (value(large) - value(small)) / (large["count"] - small["count"])
-        return value(large) + slope * (count - large["count"])
+        return float(value(large) + slope * (count - large["count"]))
 
-    each = (large["seconds"] - large["checks"]) / large["count"]
+    each = (large["seconds"] - large["checks"] - large["first"]) / large["count"]
     late = line(lambda fleet: fleet["tenths"][1] - fleet["tenths"][0])
     return [
         f"By the slopes between {small['count']:,} and {large['count']:,}, {count:,} transfers in one fleet come to",
         f"* {line(lambda fleet: fleet['checks']) / 3600:.1f} h of checks before the stream begins;",
+        f"* {line(lambda fleet: fleet['first']) / 3600:.1f} h from there to the first transfer's end, as all are begun at once;",
         f"* {each * count / 3600:.0f} h of the driver for the rest at today's time per transfer, and {late:+.1f} s for the last ones against the first;",
         f"* {line(lambda fleet: fleet['peak']) / 1024:.1f} GiB of memory in the driver;",
         f"* {line(lambda fleet: fleet['fleet.json'] + fleet['index.html']) / 2**20:.0f} MiB of `fleet.json` and `index.html`, "
@@ -166,10 +169,10 @@ def main() -> None:
     from ray.cluster_utils import Cluster
 
     os.environ["PYTHONPATH"] = os.pathsep.join([str(results.ROOT / "benchmarks"), str(results.ROOT), os.environ.get("PYTHONPATH", "")])
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False, "object_store_memory": STORE})
     try:
         for _ in range(NODES):
-            cluster.add_node(num_cpus=1)
+            cluster.add_node(num_cpus=1, object_store_memory=STORE)
         os.environ["RAY_ADDRESS"] = cluster.address
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch)

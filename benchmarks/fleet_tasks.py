@@ -40,12 +40,12 @@ ENVIRONMENT = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ[
 COLUMNS = ("task", "ended as", "source adapter", "bare target", "transferred (95 % interval)", "candidates", "release")
 
 
-def prepare(name: str, data: Path) -> Path:
+def prepare(name: str, data: Path, engine: str) -> Path:
     """The kit of a task; its test rows lie beside it."""
     here = WORK / "kits" / name.split("/")[1]
     task = quality.write_task(name, here, data, TESTED, **TASKS[name]["task"])
     if not (here / "kit").exists():
-        translora("prepare", str(task), "--base", SOURCE, "--out", str(here / "kit"))
+        translora("prepare", str(task), "--base", SOURCE, "--out", str(here / "kit"), "--engine", engine)
     return here
 
 
@@ -60,15 +60,16 @@ def local(*words: str) -> None:
     subprocess.run(["cluster/local.sh", *words], cwd=results.ROOT, env=ENVIRONMENT, check=True)
 
 
-def submit(fleet: Path) -> subprocess.Popen[bytes]:
+def submit(fleet: Path, engine: str) -> subprocess.Popen[bytes]:
     with (WORK / "job.log").open("ab") as log:
-        command = ["cluster/local.sh", "submit", "python", "jobs/fleet.py", str(fleet), "--resume"]
+        command = ["cluster/local.sh", "submit", "python", "jobs/fleet.py", str(fleet), "--resume", "--engine", engine]
         return subprocess.Popen(command, cwd=results.ROOT, env=ENVIRONMENT, stdout=log, stderr=log)
 
 
-def kill_when(job: subprocess.Popen[bytes], moment: Callable[[], bool], fleet: Path) -> str:
-    """SIGKILL the job's driver at the moment; what there was, in words."""
-    while not moment():
+def kill_when(job: subprocess.Popen[bytes], moment: Callable[[float], bool], fleet: Path) -> str:
+    """SIGKILL the job's driver at the moment, which is given when the job was submitted; what there was, in words."""
+    submitted = time.time()
+    while not moment(submitted):
         if job.poll() is not None:
             raise SystemExit(f"the job ended before it could be killed: see {WORK / 'job.log'}")
         time.sleep(0.5)
@@ -102,15 +103,16 @@ def _accepted() -> int:
     return sum(candidate.accepted for store in stores for candidate in store.candidates())
 
 
-def drive(fleet: Path) -> list[str]:
+def drive(fleet: Path, engine: str) -> list[str]:
     """Submit, kill, submit, kill, submit; what the kills found."""
     third = len(TASKS) * QUOTA // 3
-    moments: list[tuple[str, Callable[[], bool]]] = [
-        ("a third of the examples is there", lambda: _shards() > 2 and _accepted() >= third),
-        ("an adapter trains", lambda: any(row["state"] == states.TRAINING for row in _transfers())),
+    moments: list[tuple[str, Callable[[float], bool]]] = [
+        ("a third of the examples is there", lambda _submitted: _shards() > 2 and _accepted() >= third),
+        ("an adapter trains", lambda submitted: any(row["state"] == states.TRAINING and row["changed"] > submitted for row in _transfers())),
     ]
-    said = [f"Killed when {words}: {kill_when(submit(fleet), moment, fleet)}." for words, moment in moments]
-    if submit(fleet).wait() not in (0, 1):  # 1 where a transfer was refused
+    said = [f"Killed when {words}: {kill_when(submit(fleet, engine), moment, fleet)}." for words, moment in moments]
+    submit(fleet, engine).wait()  # with 1 where a transfer was refused, and where the driver failed
+    if any(row["state"] not in states.ENDS for row in _transfers()):
         raise SystemExit(f"the fleet did not end: see {WORK / 'job.log'}")
     return said
 
@@ -130,22 +132,24 @@ def row(moved: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    data = transfer.with_data(parser).data.resolve()
-    fleet = write_fleet([prepare(name, data) for name in TASKS])
+    parser.add_argument("--engine", default="auto")
+    options = transfer.with_data(parser)
+    fleet = write_fleet([prepare(name, options.data.resolve(), options.engine) for name in TASKS])
     for old in ("fleet", "registry"):
         shutil.rmtree(WORK / old, ignore_errors=True)
     (WORK / "job.log").unlink(missing_ok=True)
     local("start", "1", str(os.cpu_count()))
     began = time.monotonic()
     try:
-        said = drive(fleet)
+        said = drive(fleet, options.engine)
     finally:
         local("stop")
     minutes = (time.monotonic() - began) / 60
     transfers = _transfers()
     loads = json.loads((WORK / "fleet" / states.FILE).read_text())["engine_loads"]
     releases = [release.id for release in Registry(str(WORK / "registry")).releases()]
-    head = f"Commit {results.commit()}; {QUOTA} examples a task, at most {TESTED} test rows, {minutes:.0f} minutes from the first submission to the end."
+    test = f"{QUOTA} examples a task, at most {TESTED} test rows"
+    head = f"Commit {results.commit()}, engine {options.engine}; {test}, {minutes:.0f} minutes from the first submission to the end."
     facts = f"Engines loaded by streams that came to their end: {sum(map(len, loads.values()))}. In the registry: {', '.join(releases) or 'nothing'}."
     lines = [head, *said, facts, "", f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|", *map(row, transfers)]
     results.replace("fleet-tasks", "\n".join(lines))

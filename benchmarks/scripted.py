@@ -43,7 +43,7 @@ def install() -> None:
     """In a worker process, before anything else is imported there: every engine that it opens is scripted."""
     from translora_ray.engines import select
 
-    select.open_engine = lambda *_arguments, **_settings: Scripted()  # type: ignore[assignment,return-value]
+    select.open_engine = lambda *_arguments, **_settings: Scripted()
 
 
 def train(*_anything: Any) -> None:

@@ -11,6 +11,7 @@ STATE=${TRANSLORA_LOCAL:-/tmp/translora-local-$(id -u)}
 ROOT=$(cd "$(dirname "$0")/.." && pwd)
 [ -x "$ROOT/.venv/bin/ray" ] && PATH=$ROOT/.venv/bin:$PATH
 export PATH RAY_USAGE_STATS_ENABLED=0 RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$STATE/token
+export RAY_JOB_STOP_WAIT_TIME_S=${RAY_JOB_STOP_WAIT_TIME_S:-600} # a job that was stopped commits what is under way
 unset RAY_AUTH_TOKEN RAY_ADDRESS RAY_API_SERVER_ADDRESS
 
 fail() { echo "local.sh: $1" >&2; exit 2; }

@@ -133,9 +133,10 @@ def _fleet(options: argparse.Namespace) -> int:
 
 
 def _status(options: argparse.Namespace) -> int:
+    from translora_ray.fleet.manifest import place_of
     from translora_ray.fleet.status import show_status
 
-    show_status(options.out, options.watch)
+    show_status(place_of(options.out) if Path(options.out).is_file() else options.out, options.watch)
     return 0
 
 

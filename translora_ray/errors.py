@@ -9,6 +9,11 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).split("\n")[0]
 
 
+def reason(error: BaseException) -> str:
+    """Why something failed: the sentence of an error of ours, else which error it is and its first line."""
+    return str(error) if isinstance(error, TransLoraError) else f"{type(error).__name__}: {first_line(error)}"
+
+
 class TransLoraError(Exception):
     """Root of the project's errors. The message is one sentence that says what is wrong and what to do."""
 

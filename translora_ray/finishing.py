@@ -39,8 +39,10 @@ def finish(
         info = adapting.inspect_for(folder, plan.target)
     candidates = store.candidates()
     trained, held_out = choose(plan, candidates)
+    began = time.monotonic()
     with PhaseMeasures().timed(GATE):
         verdict = pass_gate(plan, store, trained, held_out, totals, run or run_once(plan), display)
+    ended = time.monotonic()
     manifest = {
         **identity,
         "task": plan.kit.task.model_dump(),
@@ -66,7 +68,7 @@ def finish(
         },
         "tokens": {**totals.tokens, "training": training["tokens"]},
         "seconds": {**{role: round(spent, 1) for role, spent in totals.seconds.items()}, "training": round(training["seconds"], 1)},
-        "last_attempt_seconds": {"stream": round(times["stream"], 1), "transfer": round(time.monotonic() - times["began"], 1)},
+        "last_attempt_seconds": {"stream": round(times["stream"], 1), "gate": round(ended - began, 1), "transfer": round(ended - times["began"], 1)},
         "training": training,
         "selection": plan.method,
         "gate": verdict,

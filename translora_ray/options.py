@@ -71,7 +71,7 @@ def _fleets(commands: Commands) -> _Parser:
     fleet.add_argument("--dry-run", action="store_true", help="say what would be done, and do nothing")
 
     status = commands.add_parser("status", help="how far a fleet is")
-    status.add_argument("out", metavar="OUT", help="the directory or URI that FLEET.yaml names as out")
+    status.add_argument("out", metavar="FLEET", help="FLEET.yaml, or the directory or URI that it names as out")
     status.add_argument("--watch", action="store_true", help="show it anew until the fleet ends")
     return fleet
 

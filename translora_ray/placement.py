@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import RayActorError, RayError
 from ray.train.v2.api.exceptions import TrainingFailedError
 
 from translora_ray.config import Cluster
@@ -28,8 +28,9 @@ class Place:
     """A process that stays, with its resources, and does what it is given: importing torch and its like costs seconds. What it was doing when it died is
     begun again."""
 
-    def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        return function(*arguments)
+    def call(self, function: Callable[..., Any], *arguments: Any) -> tuple[Any, bool]:
+        """What the function returns, and whether this process stands for one that died."""
+        return function(*arguments), bool(ray.get_runtime_context().was_current_actor_reconstructed)
 
 
 @contextlib.contextmanager
@@ -121,12 +122,27 @@ def run_once(plan: Plan) -> Run:
 
 @contextlib.contextmanager
 def place(resources: Resources) -> Iterator[Run]:
-    """Runs functions in one place, which ends with the context."""
-    actor = Place.options(num_cpus=resources.cpus, num_gpus=resources.gpus).remote()  # type: ignore[attr-defined]
+    """Runs functions in one place, which is there from the first of them to the end of the context. After one during which it died the next has a new one, so
+    that each has all of the restarts."""
+    actors: list[Any] = []
+
+    def run(function: Callable[..., Any], *arguments: Any) -> Any:
+        if not actors:
+            actors.append(Place.options(num_cpus=resources.cpus, num_gpus=resources.gpus).remote())  # type: ignore[attr-defined]
+        try:
+            result, restarted = ray.get(actors[0].call.remote(function, *arguments))
+        except RayActorError:
+            ray.kill(actors.pop())
+            raise
+        if restarted:
+            ray.kill(actors.pop())
+        return result
+
     try:
-        yield lambda function, *arguments: ray.get(actor.call.remote(function, *arguments))
+        yield run
     finally:
-        ray.kill(actor)
+        for actor in actors:
+            ray.kill(actor)
 
 
 def _either(plan: Plan, worker: Resources) -> Resources:

@@ -7,8 +7,8 @@ REGISTRY/channels/NAME/CHANNEL/000001.json     every change of a channel (what i
 REGISTRY/retired/NAME@V                        releases that are no longer listed
 REGISTRY/claims/...                            numbers that writers have claimed
 ```
-A file is written once and never again (`ledger.py`), so readers may keep what they read, and writers have nothing to overwrite. On local disk versions follow
-each other, and a run that is published twice at once is one release. On an object store versions may be skipped where writers meet; a run published
+A file of a release is written once and never again (`ledger.py`), so readers may keep what they read. On local disk versions follow each other, also after a
+writer that was killed, and a run that is published twice at once is one release. On an object store versions may be skipped where writers meet; a run published
 twice at the very same time may become two releases with the same digest; of two changes of a channel at the same time the one with the higher number
 counts, and the other is in its history.
 """
@@ -71,7 +71,9 @@ class Registry:
                 for release in self._releases(there.values()):
                     if (release.digest, release.recipe_hash) == (facts["digest"], facts["recipe_hash"]):
                         return release
-                version = self._ledger.claim(f"{RELEASES}/{name}@", max(there, default=0))
+                version = max(there, default=0)
+                if not (there and self._store.local and not self._store.exists(f"{RELEASES}/{there[version]}/{RELEASE}")):
+                    version = self._ledger.claim(f"{RELEASES}/{name}@", version)  # else who made this one held the lock, and was killed
                 place = f"{RELEASES}/{name}@{version}"
                 for file in FILES:
                     self._store.write(f"{place}/{file}", (folder / file).read_bytes())

@@ -16,14 +16,25 @@ from pathlib import Path
 import pytest
 import ray
 import yaml
+from ray.exceptions import RayActorError
 
 from tests.ray.conftest import rows, same_weights
+from translora_ray import kit
 from translora_ray.adapters import digest
 from translora_ray.cli import main
+from translora_ray.config import Cluster, Recipe
+from translora_ray.fleet import driver
+from translora_ray.fleet.groups import Transfer
 from translora_ray.fleet.lease import holder
+from translora_ray.fleet.manifest import load_fleet
 from translora_ray.fleet.state import STATES
+from translora_ray.fleet.training import Full, Slot
+from translora_ray.placement import RESTARTS, Resources, place
+from translora_ray.progress import Display
 from translora_ray.registry import Registry
 from translora_ray.storage import RunStore
+from translora_ray.stream.collect import Totals
+from translora_ray.stream.plan import Plan
 
 pytestmark = pytest.mark.ray
 RECIPE = {
@@ -194,3 +205,42 @@ def test_killed_three_times_and_stopped_once_it_comes_to_the_same(
     for name in ("one", "two"):
         assert rows(tmp_path / "fleet" / "runs" / name) == rows(calm / "fleet" / "runs" / name)
         same_weights(tmp_path / "fleet" / "runs" / name, calm / "fleet" / "runs" / name)
+
+
+def die_once(mark: str) -> int:
+    if not Path(mark).exists():
+        Path(mark).touch()
+        os._exit(1)
+    return os.getpid()
+
+
+def test_a_place_that_dies_is_made_anew_for_what_comes_next(tmp_path: Path) -> None:
+    with place(Resources(0.0, 0.0)) as run:
+        assert len({run(die_once, str(tmp_path / str(number))) for number in range(RESTARTS + 1)}) == RESTARTS + 1  # each of them has all of the restarts
+        with pytest.raises(RayActorError):
+            run(os._exit, 1)
+        assert run(os.getpid) != os.getpid()
+
+
+def test_no_more_transfers_train_at_once_than_the_fleet_allows(tiny_kit: Path, tiny_gemma: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fleet, wanted = load_fleet(str(write_fleet(tmp_path, tiny_kit, tiny_gemma)))
+    plan = Plan(kit.load(tiny_kit), tiny_gemma, Recipe(), Cluster(workers=(2, 2)), "transformers", 1.0, 0.0)
+    group = [Transfer(each, None, plan, Resources(1.0, 0.0)) for each in wanted]  # type: ignore[arg-type]
+    busy: list[Slot] = []
+    seen: list[int] = []
+
+    def train(_full: Full, slot: Slot, *_more: object) -> None:
+        assert not any(other is slot for other in busy)
+        busy.append(slot)
+        seen.append(len(busy))
+        time.sleep(0.2)
+        busy.remove(slot)
+
+    monkeypatch.setattr(driver, "bring_to_end", train)
+    monkeypatch.setattr(driver.Driver, "_conclude", lambda *_: None)
+    with Display() as display:
+        two = driver.Driver(fleet.model_copy(update={"trainings": 2}), wanted, RunStore(fleet.out), "transformers", display)
+        with two._trainers(group) as submit:
+            for transfer in group:
+                submit(Full(transfer, Totals(), 0.0, 0.0))
+    assert len(seen) == len(group) and max(seen) == 2

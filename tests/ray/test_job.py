@@ -83,9 +83,12 @@ def test_a_submitted_transfer_ends_succeeded_with_the_same_layout(cluster: tuple
     assert "token" in (refused.stdout + refused.stderr).lower()
 
 
-def test_a_submitted_fleet_tells_its_counts_where_it_failed(cluster: tuple[str, dict[str, str]], tmp_path: Path) -> None:
+def test_a_submitted_fleet_tells_its_counts_where_it_failed(cluster: tuple[str, dict[str, str]], tiny_kit: Path, tiny_gemma: str, tmp_path: Path) -> None:
     address, environment = cluster
-    fleet = {"out": str(tmp_path / "fleet"), "kits": [str(tmp_path / "absent")], "target": "base"}
+    selection = {"quota": 16, "threshold": -100, "near_duplicate": 1.0, "max_candidates": 200}
+    synthesis = {"pack_size": 16, "temperature": 1.0, "min_p": 0.0, "max_tokens": 60}
+    recipe = {"selection": selection, "synthesis": synthesis, "training": {"epochs": 1}, "gate": {"held_out": 0}}
+    fleet = {"out": str(tmp_path / "fleet"), "kits": [str(tmp_path / "absent"), str(tiny_kit)], "target": tiny_gemma, "recipe": recipe}
     (tmp_path / "fleet.yaml").write_text(yaml.safe_dump(fleet))
     submit = [RAY, "job", "submit", "--address", address, "--submission-id", "fleet-test", "--working-dir", str(ROOT)]
     entry = [sys.executable, "jobs/fleet.py", str(tmp_path / "fleet.yaml"), "--resume", "--engine", "transformers"]
@@ -93,4 +96,4 @@ def test_a_submitted_fleet_tells_its_counts_where_it_failed(cluster: tuple[str, 
     assert done.returncode == 1, done.stdout + done.stderr
     status = subprocess.run([RAY, "job", "status", "--address", address, "fleet-test"], env=environment, capture_output=True, text=True, check=True)
     told = status.stdout + status.stderr
-    assert "FAILED" in told.upper() and "0 shipped, 0 review, 0 refused, 1 failed" in told, told
+    assert "FAILED" in told.upper() and "0 shipped, 1 review, 0 refused, 1 failed" in told, told

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,14 @@ import ray
 from tests.unit.test_kit import put
 from translora_ray import kit
 from translora_ray.config import Cluster, Gate, Recipe, Selection, Synthesis
+from translora_ray.errors import Stopped
 from translora_ray.placement import ray_session
 from translora_ray.progress import Display
 from translora_ray.records import pack_to_table, packs_from_table
 from translora_ray.storage import RunStore
 from translora_ray.stream import pipeline
 from translora_ray.stream.plan import Plan
-from translora_ray.stream.requests import LATE, Desk
+from translora_ray.stream.requests import Desk
 
 pytestmark = pytest.mark.ray
 PACKS = 40
@@ -104,49 +105,22 @@ def test_transfers_that_share_engines_accept_what_each_would_alone(s3: str, tiny
     synthesis = Synthesis(pack_size=16, temperature=1.0, min_p=0.0, max_tokens=60)
     cluster = Cluster(commit_seconds=0)
     plans = []
-    for seed, quota, place in ((0, 8, tiny_kit), (1, 20, tiny_kit), (2, 12, there)):
+    for seed, quota, place in ((0, 8, tiny_kit), (1, 60, tiny_kit), (2, 12, there)):
         recipe = Recipe(seed=seed, gate=Gate(held_out=0), synthesis=synthesis, selection=selection.model_copy(update={"quota": quota}))
         plans.append(Plan(kit.load(place), tiny_gemma, recipe, cluster, "transformers", 1.0, 0.0))
     stores = {name: [RunStore(str(tmp_path / f"{name}{plan.recipe.seed}")) for plan in plans] for name in ("together", "alone")}
     with ray_session(cluster), Display() as display:
         totals = pipeline.run_stream(plans, stores["together"], display)
+        stop = threading.Event()
+        stop.set()
+        with pytest.raises(Stopped):  # and what is under way is committed, long before that is due
+            pipeline.run_stream([replace(plans[1], cluster=Cluster(commit_seconds=1000))], stores["alone"][1:2], display, stop=stop)
+        (drained,) = stores["alone"][1].names("shards")
         for plan, store in zip(plans, stores["alone"], strict=True):
             pipeline.run_stream([plan], [store], display)
-    assert [total.accepted for total in totals] == [8, 20, 12]
+    assert drained in {"000000-000000.parquet", "000000-000001.parquet"}
+    assert [total.accepted for total in totals] == [8, 60, 12]
     assert [list(total.loads.values()) for total in totals] == [[[plans[0].kit.base]]] * 3  # one engine, whatever the number of transfers
     for together, alone in zip(stores["together"], stores["alone"], strict=True):
         ours, theirs = (store.candidates() for store in (together, alone))
         assert ours == theirs
-
-
-def test_the_desk_hands_out_in_turn_and_repeats_itself_to_a_source_that_starts_again() -> None:
-    async def ask() -> list[list[tuple[int, int] | None]]:
-        desk = Desk.__ray_metadata__.modified_class([3, 0], 4)  # type: ignore[attr-defined]
-        first = [await desk.lease(turn) for turn in range(4)]
-        waiting = asyncio.create_task(desk.lease(4))
-        await asyncio.sleep(0.01)
-        assert not waiting.done()
-        await desk.full(0)
-        await desk.arrived(0, 3)
-        again = [await desk.lease(turn) for turn in range(4)]
-        after = [await waiting]
-        await desk.full(1)
-        return [first, again, after, [await desk.lease(5)]]
-
-    first, again, after, last = asyncio.run(ask())
-    assert first == again == [(0, 3), (1, 0), (0, 4), (1, 1)]
-    assert (after, last) == ([(1, 2)], [None])
-
-
-def test_the_desk_hands_out_again_what_does_not_come_back() -> None:
-    async def ask() -> list[tuple[int, int] | None]:
-        desk = Desk.__ray_metadata__.modified_class([0], 2)  # type: ignore[attr-defined]
-        found = []
-        for turn in range(2 * LATE + 5):
-            found.append(await desk.lease(turn))
-            if found[-1] != (0, 1):  # which is lost, each time
-                await desk.arrived(*found[-1])
-        return found
-
-    later = 2 * LATE + 2  # the first that goes out when so many times both that may be under way came after pack 1
-    assert asyncio.run(ask()) == [*((0, number) for number in range(later)), (0, 1), (0, later), (0, later + 1)]

@@ -15,6 +15,13 @@ import jsonschema
 import pytest
 import yaml
 
+from translora_ray import kit
+from translora_ray.config import EngineKind
+from translora_ray.fleet.groups import grouped
+from translora_ray.fleet.manifest import load_fleet
+from translora_ray.storage import RunStore
+from translora_ray.workflow import Checked
+
 ROOT = Path(__file__).parents[2]
 CLUSTER = ROOT / "cluster"
 SCHEMAS = ROOT.parent / "shared" / "kuberay"
@@ -72,7 +79,7 @@ def test_kuberay_accepts_the_manifest(name: str) -> None:
 
 
 def test_every_manifest_is_looked_at() -> None:
-    assert {path.name for path in CLUSTER.glob("*.yaml")} == {*MANIFESTS, "aws.yaml"}
+    assert {path.name for path in CLUSTER.glob("*.yaml")} == {*MANIFESTS, "volume.yaml", "fleet.yaml", "aws.yaml"}
     described = (CLUSTER / "README.md").read_text()
     assert [path.name for path in CLUSTER.iterdir() if path.name != "README.md" and f"`{path.name}`" not in described] == []
 
@@ -121,8 +128,41 @@ def test_the_job_submits_a_fleet_and_cleans_up(name: str) -> None:
     assert Path(script).parts[-2:] == ("jobs", "fleet.py")
     assert f"WORKDIR {Path(script).parents[1]}\n" in (CLUSTER / "Dockerfile").read_text()
     (head,) = spec["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["containers"]
-    assert Path(fleet).parent == Path(head["volumeMounts"][0]["mountPath"])
-    assert spec["shutdownAfterJobFinishes"] is True and spec["backoffLimit"] > 0 and spec["ttlSecondsAfterFinished"] > 0
+    assert str(Path(fleet).parent) in [mount["mountPath"] for mount in head["volumeMounts"]]
+    assert spec["shutdownAfterJobFinishes"] is True and spec["backoffLimit"] == 1 and spec["ttlSecondsAfterFinished"] > 0
+
+
+@pytest.mark.parametrize("name", [name for name in MANIFESTS if name != "rayservice.yaml"])
+def test_every_pod_mounts_the_volume_and_the_head_lets_stopped_jobs_commit(name: str) -> None:
+    spec = cluster_of(manifest(name))
+    for group in [spec["headGroupSpec"], *spec["workerGroupSpecs"]]:
+        pod = group["template"]["spec"]
+        claims = {volume["name"]: volume.get("persistentVolumeClaim", {}).get("claimName") for volume in pod["volumes"]}
+        (container,) = pod["containers"]
+        mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
+        assert claims[mounts["/translora"]] == manifest("volume.yaml")["metadata"]["name"]
+        assert set(mounts.values()) == set(claims)
+    (head,) = spec["headGroupSpec"]["template"]["spec"]["containers"]
+    assert {each["name"]: int(each["value"]) for each in head["env"]} == {"RAY_JOB_STOP_WAIT_TIME_S": 600}
+    assert "RAY_JOB_STOP_WAIT_TIME_S" in manifest("aws.yaml")["head_start_ray_commands"][-1]
+    assert "RAY_JOB_STOP_WAIT_TIME_S" in (CLUSTER / "local.sh").read_text()
+
+
+@pytest.mark.parametrize("engine", ["transformers", "vllm"])
+def test_the_fleet_fits_the_clusters_when_they_have_no_node_yet(tmp_path: Path, tiny_kit: Path, tiny_gemma: str, engine: EngineKind) -> None:
+    (tmp_path / "kits").mkdir()
+    (tmp_path / "kits" / "colours").symlink_to(tiny_kit)
+    text = (CLUSTER / "fleet.yaml").read_text()
+    assert "\n  - /translora/kits/*" in text
+    (tmp_path / "fleet.yaml").write_text(text.replace("/translora/", f"{tmp_path}/"))
+    fleet, (wanted,) = load_fleet(str(tmp_path / "fleet.yaml"))
+    groups = {group["groupName"]: group for group in cluster_of(manifest("rayjob.yaml"))["workerGroupSpecs"]}
+    assert fleet.cluster.expect
+    sizes = [(groups[name]["maxReplicas"], 8, gpus) for name, gpus in (("cpu", 0), ("gpu", 1))]
+    assert [(nodes.nodes, nodes.CPU, nodes.GPU) for nodes in fleet.cluster.expect] == sizes
+    checked = Checked(kit.load(tiny_kit), tiny_gemma, wanted.config, engine, RunStore(str(tmp_path / "run")), {})
+    ((transfer,),), unplanned = grouped([(wanted, checked)], local=False)
+    assert not unplanned and (transfer.plan.engine_gpus, transfer.worker.gpus) == (1, 1)
 
 
 def test_serve_accepts_what_the_service_deploys() -> None:

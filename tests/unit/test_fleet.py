@@ -1,12 +1,11 @@
-"""A fleet without Ray: its file, its lease, its state, and what is shown of it."""
+"""A fleet without Ray: its file, its state, and what is shown of it."""
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-import threading
+import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,9 +14,8 @@ import yaml
 from translora_ray.background import beside
 from translora_ray.cli import main
 from translora_ray.errors import UsageError
-from translora_ray.fleet import lease as leases
 from translora_ray.fleet import state as states
-from translora_ray.fleet.lease import holder, lease
+from translora_ray.fleet.lease import lease
 from translora_ray.fleet.manifest import load_fleet
 from translora_ray.fleet.page import write_page
 from translora_ray.storage import RunStore
@@ -29,6 +27,13 @@ def write(folder: Path, **keys: object) -> str:
     path = folder / "fleet.yaml"
     path.write_text(yaml.safe_dump({"out": "fleet", "kits": ["one"], "target": "base", **keys}))
     return str(path)
+
+
+def until(ready: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not ready():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def test_a_fleet_comes_to_transfers_with_their_own_recipes(tmp_path: Path) -> None:
@@ -88,47 +93,6 @@ def test_the_example_parses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert fleet.out == f"{tmp_path}/translora/fleet"
 
 
-def test_one_driver_holds_a_fleet_and_a_dead_one_holds_nothing(tmp_path: Path) -> None:
-    store = RunStore(str(tmp_path / "fleet"))
-    with lease(store, lambda: None):
-        assert holder(store) is not None
-        with pytest.raises(UsageError, match="being written by another process"), lease(RunStore(store.uri), lambda: None):
-            pass
-    assert holder(store) is None
-    killed = (
-        "import os, sys; from translora_ray.fleet.lease import lease; from translora_ray.storage import RunStore\n"
-        "with lease(RunStore(sys.argv[1]), lambda: None): os.kill(os.getpid(), 9)"
-    )
-    assert subprocess.run([sys.executable, "-c", killed, store.uri], check=False).returncode == -9
-    assert holder(store) is not None  # as far as other machines can see
-    with lease(store, lambda: None):
-        pass
-
-
-def test_a_lease_of_another_machine_counts_until_it_expires(tmp_path: Path) -> None:
-    store = RunStore(str(tmp_path / "fleet"))
-    there = {"owner": "x", "host": "far", "machine": "far", "pid": 7}
-    store.write_json(leases.FILE, {**there, "expires": time.time() + 30})
-    with pytest.raises(UsageError, match=r"is driven by process 7 on far: wait for it, or stop it; it is given up (29|30) s after"), lease(store, lambda: None):
-        pass
-    store.write_json(leases.FILE, {**there, "expires": time.time() - 1})
-    with lease(store, lambda: None):
-        assert store.read_json(leases.FILE)["owner"] != "x"
-
-
-def test_a_lease_is_renewed_and_its_loss_is_told(tmp_path: Path) -> None:
-    store = RunStore(str(tmp_path / "fleet"))
-    lost = threading.Event()
-    with lease(store, lost.set, seconds=0.4):
-        first = store.read_json(leases.FILE)["expires"]
-        time.sleep(0.5)
-        assert holder(store) is not None and store.read_json(leases.FILE)["expires"] > first
-        assert not lost.is_set()
-        store.write_json(leases.FILE, {"owner": "another", "expires": time.time() + 30})
-        assert lost.wait(2)
-    assert store.read_json(leases.FILE)["owner"] == "another"
-
-
 def test_state_page_and_status_tell_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("one", "two", "three"):
         (tmp_path / name).mkdir()
@@ -153,6 +117,15 @@ def test_state_page_and_status_tell_the_same(tmp_path: Path, capsys: pytest.Capt
     assert "1 shipped, 0 review, 0 refused, 1 failed, 1 not finished; no driver" in shown
     assert main(["status", fleet.out, "--watch"]) == 0  # ends: nobody drives it
     assert main(["status", str(tmp_path)]) == 2
+    assert main(["status", str(tmp_path / "fleet.yaml")]) == 0
+    assert "task@1" in capsys.readouterr().out
+
+
+def test_a_fleet_whose_kits_are_checked_has_a_status_already(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store = RunStore(str(tmp_path / "fleet"))
+    with lease(store, print):
+        assert main(["status", store.uri]) == 0
+    assert f"0 failed; driven by process {os.getpid()} on" in capsys.readouterr().out
 
 
 def test_a_state_that_takes_long_to_write_is_written_less_often(tmp_path: Path) -> None:
@@ -192,26 +165,17 @@ def test_fleets_that_can_not_begin_leave_nothing(tmp_path: Path, capsys: pytest.
 
 def test_a_fleet_of_bad_kits_fails_each_with_its_reason(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "one").mkdir()
-    path = write(tmp_path, kits=["one", "absent"])
+    for name in ("run", "odd"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "run" / "manifest.json").write_text("{}")
+    (tmp_path / "odd" / "kit.json").mkdir()
+    path = write(tmp_path, kits=["one", "absent", "run", "odd"])
     assert main(["fleet", path, "--engine", "transformers"]) == 1
-    assert "0 shipped, 0 review, 0 refused, 2 failed" in capsys.readouterr().out
+    assert "0 shipped, 0 review, 0 refused, 4 failed" in capsys.readouterr().out
     transfers = json.loads((tmp_path / "fleet" / "fleet.json").read_text())["transfers"]
-    assert [row["state"] for row in transfers] == ["failed", "failed"]
-    assert all("is not a transfer kit" in row["reason"] for row in transfers)
+    assert [row["state"] for row in transfers] == ["failed"] * 4
+    assert all("is not a transfer kit" in row["reason"] for row in transfers[:2])
+    assert [f"{tmp_path / name} can not be read (" in row["reason"] for name, row in zip(("run", "odd"), transfers[2:], strict=True)] == [True, True]
     assert main(["fleet", path]) == 2
     assert "holds a fleet already: give --resume" in capsys.readouterr().err
     assert main(["fleet", path, "--resume"]) == 1
-
-
-def test_a_part_that_can_not_work_ends_its_own_transfer_alone() -> None:
-    from translora_ray.records import Pack, pack_to_table, packs_from_table, request_pack
-    from translora_ray.stream.pipeline import _through
-
-    class Failing:
-        def process(self, pack: Pack) -> Pack:
-            raise UsageError("The adapter is not live.")
-
-    (pack,) = packs_from_table(pack_to_table(_through([Failing()], request_pack(0, 0, 2))))
-    assert pack.failure == "The adapter is not live."
-    assert _through([Failing()], pack) is pack  # what follows leaves it alone
-    assert _through(UsageError("No tokenizer."), request_pack(0, 1, 2)).failure == "No tokenizer."

@@ -23,13 +23,13 @@ from translora_ray.storage import RunStore
 def test_a_lease_is_refused_while_it_lasts_even_on_the_same_machine(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(leases, "SETTLE", 0.1)
     store = RunStore(f"{s3}/leased")
-    with lease(store, lambda: None):
-        with pytest.raises(UsageError, match=r"is driven by process \d+ on .* is given up \d+ s after"), lease(RunStore(store.uri), lambda: None):
+    with lease(store, print):
+        with pytest.raises(UsageError, match=r"is driven by process \d+ on .* is given up \d+ s after"), lease(RunStore(store.uri), print):
             pass
         assert holder(store) is not None
     assert holder(store) is None
     store.write_json(leases.FILE, {"owner": "x", "host": "far", "machine": "far", "pid": 7, "expires": time.time() - 1})
-    with lease(store, lambda: None):
+    with lease(store, print):
         pass
 
 
@@ -40,7 +40,7 @@ def test_of_two_that_begin_at_once_the_later_writer_has_it(s3: str, monkeypatch:
         store.write_json(leases.FILE, {"owner": "x", "host": "far", "machine": "far", "pid": 7, "expires": time.time() + 30})
 
     monkeypatch.setattr(leases.time, "sleep", other_writes)
-    with pytest.raises(UsageError, match="was taken by another driver at the same moment"), lease(store, lambda: None):
+    with pytest.raises(UsageError, match="was taken by another driver at the same moment"), lease(store, print):
         pass
     assert store.read_json(leases.FILE)["owner"] == "x"
 

@@ -35,7 +35,7 @@ LAYERS = [
     {"finishing"},
     {"workflow", "inspection", "fleet.manifest", "fleet.lease"},
     {"fleet.groups", "fleet.state"},
-    {"fleet.page", "fleet.status", "fleet.forecast"},
+    {"fleet.page", "fleet.status", "fleet.forecast", "fleet.training"},
     {"fleet.driver"},
     {"serving.auth", "serving.protocol", "serving.measures", "serving.index", "serving.trials"},
     {"serving.loading", "serving.batches", "serving.prompting", "serving.reading", "serving.routing"},
@@ -45,7 +45,7 @@ LAYERS = [
     {"options"},
     {"cli"},
 ]
-RAY = {"measures", "stream.pipeline", "stream.requests", "training.trainer", "placement", "workflow", "fleet.driver", "fleet.forecast"}
+RAY = {"measures", "stream.pipeline", "stream.requests", "training.trainer", "placement", "workflow", "fleet.driver", "fleet.training"}
 RAY |= {f"serving.{name}" for name in ("measures", "reading", "local", "llm", "gateway", "app", "run")}
 VLLM = {"engines.vllm", "engines.vllm_worker"}
 

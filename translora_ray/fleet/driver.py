@@ -6,24 +6,21 @@ What decides is in the run directories, as for single transfers; a driver that b
 from __future__ import annotations
 
 import contextlib
+import os
 import queue
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import ray
 
 from translora_ray.background import beside
 from translora_ray.config import EngineKind
-from translora_ray.engines.select import opener
-from translora_ray.errors import Stopped, TransLoraError, UsageError, first_line
-from translora_ray.evaluation.compare import evaluate
-from translora_ray.finishing import finish
+from translora_ray.errors import Stopped, TransLoraError, UsageError, reason
 from translora_ray.fleet import lease as leases
 from translora_ray.fleet import state as states
 from translora_ray.fleet.groups import Failures, Transfer, check_all, grouped
@@ -31,26 +28,25 @@ from translora_ray.fleet.lease import lease
 from translora_ray.fleet.manifest import Fleet, Wanted
 from translora_ray.fleet.page import write_page
 from translora_ray.fleet.state import State
-from translora_ray.measures import EVALUATION, FleetMeasures, PhaseMeasures
-from translora_ray.placement import Run, fit_beside, place, place_for_both, ray_failures, ray_session, run_once
+from translora_ray.fleet.training import Full, Slot, bring_to_end
+from translora_ray.measures import FleetMeasures
+from translora_ray.placement import fit_beside, place, place_for_both, ray_failures, ray_session
 from translora_ray.progress import Display
 from translora_ray.registry import Registry
 from translora_ray.releases import UNGATED, verdict
 from translora_ray.storage import RESULT, RunStore
 from translora_ray.stream.collect import Totals
 from translora_ray.stream.pipeline import run_stream
-from translora_ray.stream.plan import Plan
 from translora_ray.stream.requests import open_desk
-from translora_ray.workflow import Checked, begin, check_answers, train
+from translora_ray.workflow import Checked, begin
 
 STOPPED = "The fleet was stopped: what was under way is committed; the same command with --resume goes on."
-LOST = "Another driver has taken over this fleet."
 
 
 def run_fleet(fleet: Fleet, wanted: Sequence[Wanted], resume: bool, engine: EngineKind, display: Display) -> State:
     """Bring every transfer to its end: shipped, review, refused or failed. Returns the final state.
 
-    Raises `Stopped` after SIGTERM, or where another driver took over; `UsageError` where nothing could begin.
+    Raises `Stopped` after SIGTERM, `UsageError` where nothing could begin. Ends the process where the lease is lost: two drivers must not write one run.
     """
     store = RunStore(fleet.out)
     store.check_writable()
@@ -59,49 +55,28 @@ def run_fleet(fleet: Fleet, wanted: Sequence[Wanted], resume: bool, engine: Engi
         raise UsageError(f"{store.uri} holds a fleet already: give --resume to go on with it, or choose another out.")
     if not store.exists(states.FILE) and set(store.names("")) - {leases.FILE}:
         raise UsageError(f"{store.uri} is not empty and not a fleet: choose another out.")
-    stop, lost = threading.Event(), threading.Event()
-
-    def taken() -> None:
-        lost.set()
-        stop.set()
-
     try:
-        with lease(store, taken):
-            return Driver(fleet, wanted, store, engine, display, stop).run()
+        with lease(store, _end):
+            return Driver(fleet, wanted, store, engine, display).run()
     except UsageError:
         if new and store.local and not store.names(""):  # a usage error leaves nothing behind
             (Path(store.root) / ".lock").unlink(missing_ok=True)
             Path(store.root).rmdir()
         raise
-    except Stopped:
-        if lost.is_set():
-            raise Stopped(LOST) from None
-        raise
 
 
-@dataclass(frozen=True)
-class Full:
-    """A transfer whose examples are there, the seconds of the stream until then, and when that began."""
-
-    transfer: Transfer
-    totals: Totals
-    streamed: float
-    began: float
-
-
-@dataclass(frozen=True)
-class Slot:
-    """Where one transfer at a time is trained: the desk that hears of its steps, and a place that stays, or none where there are several workers."""
-
-    steps: Any
-    run: Run | None
+def _end(why: str) -> NoReturn:
+    """End this process as SIGKILL would: whatever its threads are doing, nothing more is written."""
+    os.write(2, f"translora: {why}\n".encode())  # which a handler of signals may do
+    os._exit(1)
 
 
 class Driver:
     """One attempt at a fleet."""
 
-    def __init__(self, fleet: Fleet, wanted: Sequence[Wanted], store: RunStore, engine: EngineKind, display: Display, stop: threading.Event) -> None:
-        self.fleet, self.wanted, self.store, self.engine, self.display, self.stop = fleet, wanted, store, engine, display, stop
+    def __init__(self, fleet: Fleet, wanted: Sequence[Wanted], store: RunStore, engine: EngineKind, display: Display) -> None:
+        self.fleet, self.wanted, self.store, self.engine, self.display = fleet, wanted, store, engine, display
+        self.stop = threading.Event()
         self.registry = Registry(fleet.registry) if fleet.registry else None
         self.state = State(store, wanted, self._show)
         self.measures: FleetMeasures | None = None
@@ -109,15 +84,15 @@ class Driver:
         """Desks that trainings report to."""
 
     def run(self) -> State:
-        with beside(self.state.keep):
+        with beside(self.state.keep), self._stopping() as listen:
             try:
-                self._run()
+                self._run(listen)
             finally:
                 self.state.catch_up()
         return self.state
 
-    def _run(self) -> None:
-        sound, failures = check_all(self.wanted, self.engine, self.display)
+    def _run(self, listen: Callable[[], None]) -> None:
+        sound, failures = check_all(self.wanted, self.engine, self.display, self._go_on)
         left: list[tuple[Wanted, Checked]] = []
         settled: list[tuple[Wanted, Checked]] = []
         for wanted, checked in sound:
@@ -126,10 +101,11 @@ class Driver:
             self._begin(failures, settled)
             return
         with ray_session(self.fleet.cluster) as local:
+            listen()  # Ray's own handler ends the process in the middle of whatever it does
             self.measures = FleetMeasures(states.STATES)
             groups, unplanned = grouped(left, local)
             self._begin({**failures, **unplanned}, settled)
-            with self._stopping(), ray_failures():
+            with ray_failures():
                 for group in groups:
                     self._move(group)
 
@@ -142,42 +118,52 @@ class Driver:
         return checked.finished and (wanted.data is None or checked.store.exists(RESULT))
 
     def _begin(self, failures: Failures, settled: Sequence[tuple[Wanted, Checked]]) -> None:
-        for name, reason in failures.items():
-            self.display.say(f"{name}: {reason}")
-            self.state.change(name, states.FAILED, reason)
+        """From here on there is a fleet."""
+        self.state.begin()
+        for name, why in failures.items():
+            self.display.say(f"{name}: {why}")
+            self.state.change(name, states.FAILED, why)
         for wanted, checked in settled:
             with self._own_failure(wanted.name):
                 self._conclude(wanted, checked)
 
     @contextlib.contextmanager
-    def _stopping(self) -> Iterator[None]:
-        """SIGTERM ends the fleet at the next point where all that was computed is committed; a second one at once."""
-        done = threading.Event()
-
-        def tell_trainings() -> None:
-            self.stop.wait()
-            if not done.is_set():
-                self.display.say("Stopping: what is under way is committed first.")
-                for steps in list(self.steps):
-                    steps.end.remote(STOPPED)
+    def _stopping(self) -> Iterator[Callable[[], None]]:
+        """SIGTERM ends the fleet at the next point where all that was computed is committed; a second one at once. Gives what listens to it anew."""
 
         def terminate(_number: int, _frame: Any) -> None:
             if self.stop.is_set():
-                raise SystemExit(1)
+                _end("Stopped for the second time: the same command with --resume goes on from what is committed.")
             self.stop.set()
 
-        main = threading.current_thread() is threading.main_thread()
-        before = signal.signal(signal.SIGTERM, terminate) if main else None  # Ray's own ends the process in the middle of whatever it does
-        threading.Thread(target=tell_trainings, daemon=True).start()
+        def listen() -> None:
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, terminate)
+
+        before = signal.getsignal(signal.SIGTERM)
+        listen()
         try:
-            yield
+            with beside(self._tell_trainings):
+                yield listen
         finally:
-            done.set()
-            if main:
+            if threading.current_thread() is threading.main_thread():
                 signal.signal(signal.SIGTERM, before)
+
+    def _tell_trainings(self, done: threading.Event) -> None:
+        while not done.wait(0.2):
+            if self.stop.is_set():
+                self.display.say("Stopping: what is under way is committed first.")
+                for steps in list(self.steps):
+                    steps.end.remote(STOPPED)
+                return
+
+    def _go_on(self) -> None:
+        if self.stop.is_set():
+            raise Stopped(STOPPED)
 
     def _move(self, group: Sequence[Transfer]) -> None:
         """Stream the group; train what is full, beside the stream where the cluster holds both, else after it."""
+        self._go_on()
         group = [transfer for transfer in group if self._begun(transfer)]
         if not group:
             return
@@ -190,8 +176,7 @@ class Driver:
             with self._trainers(group) as submit:
                 for full in waiting:
                     submit(full)
-        if self.stop.is_set():
-            raise Stopped(STOPPED)
+        self._go_on()
 
     @contextlib.contextmanager
     def _trainers(self, group: Sequence[Transfer]) -> Iterator[Callable[[Full], None]]:
@@ -247,37 +232,18 @@ class Driver:
             for number in {*range(len(group))} - over:
                 ended(number, failure)
         else:
-            loads = max((list(total.loads.values())[-1] for total in totals if total.loads), key=len, default=[])
-            self.state.loaded(f"{time.time():.0f}", loads)
+            if loads := max((total.loaded for total in totals), key=len):  # none where all was streamed before
+                self.state.loaded(f"{time.time():.0f}", loads)
 
     def _complete(self, full: Full, slots: queue.Queue[Slot]) -> None:
         """From a full quota to the end, in a thread."""
         slot = slots.get()
         try:
             with self._own_failure(full.transfer.name), ray_failures():
-                self._train(full, slot)
+                bring_to_end(full, slot, self.state, self.display, self._go_on)
                 self._conclude(full.transfer.wanted, full.transfer.checked)
         finally:
             slots.put(slot)
-
-    def _train(self, full: Full, slot: Slot) -> None:
-        """Training, gate and evaluation, as far as they are not done."""
-        transfer, checked, plan = full.transfer, full.transfer.checked, full.transfer.plan
-        if self.stop.is_set():
-            raise Stopped(STOPPED)
-        if not checked.finished:
-            display = self.display.named(transfer.name)
-            check_answers(plan, checked.store)
-            self.state.change(transfer.name, states.TRAINING)
-            ray.get(slot.steps.step.remote(None))  # not the last one of the training before
-            training = train(plan, checked.store, transfer.worker, slot.steps, display, slot.run)
-            self.state.change(transfer.name, states.GATE)
-            times = {"stream": full.streamed, "began": full.began}
-            finish(plan, checked.store, checked.identity, full.totals, training, times, display, slot.run)
-        if transfer.wanted.data and not checked.store.exists(RESULT):
-            run = slot.run or run_once(plan)
-            with PhaseMeasures().timed(EVALUATION):
-                run(_evaluate, plan, checked.store.uri, transfer.wanted.data)
 
     def _conclude(self, wanted: Wanted, checked: Checked) -> None:
         """The verdict on a finished run, and its release where it ships."""
@@ -304,12 +270,5 @@ class Driver:
                 self._fail(name, failure)
 
     def _fail(self, name: str, failure: Exception) -> None:
-        reason = str(failure) if isinstance(failure, TransLoraError) else f"{type(failure).__name__}: {first_line(failure)}"
-        self.display.say(f"{name}: {reason}")
-        self.state.change(name, states.FAILED, reason)
-
-
-def _evaluate(plan: Plan, run: str, data: str) -> None:
-    """`translora evaluate` where an engine has room."""
-    with Display() as display:
-        evaluate(run, data, None, [], opener(plan.engine, plan.cluster.vllm, plan.engine_gpus, display.say), display)
+        self.display.say(f"{name}: {reason(failure)}")
+        self.state.change(name, states.FAILED, reason(failure))

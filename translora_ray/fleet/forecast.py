@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-import ray
 from rich.console import Console
 from rich.table import Table
 
-from translora_ray.config import EngineKind
+from translora_ray.config import Cluster, EngineKind
 from translora_ray.fleet.groups import Transfer, check_all, grouped
 from translora_ray.fleet.manifest import Fleet, Wanted
 from translora_ray.models import load_tokenizer
-from translora_ray.placement import fit_beside, ray_session
+from translora_ray.placement import fit_beside, nodes_of, ray_session
 from translora_ray.progress import Display
 from translora_ray.prompts import answer_ids, prompt_ids, task_prompt
+from translora_ray.storage import MANIFEST
 
 HOW = "Tokens are estimates from below: each example as long as the mean seed, every candidate accepted. A rejected candidate costs what it is long besides."
 
@@ -22,20 +23,40 @@ HOW = "Tokens are estimates from below: each example as long as the mean seed, e
 def show_plan(fleet: Fleet, wanted: Sequence[Wanted], engine: EngineKind, display: Display) -> int:
     """Print the plan; returns 1 where a transfer could not begin. Raises `UsageError` where the cluster is too small."""
     sound, failures = check_all(wanted, engine, display)
-    done = {each.name for each, checked in sound if checked.finished}
+    done = {each.name: checked.store.read_json(MANIFEST) for each, checked in sound if checked.finished}
     with ray_session(fleet.cluster) as local:
         groups, unplanned = grouped([(each, checked) for each, checked in sound if each.name not in done], local)
-        there = ray.cluster_resources()
+        there = _there(nodes_of(fleet.cluster), fleet.cluster, local)
         console = Console()
         for number, group in enumerate(groups, 1):
             console.print(_table(f"stream {number} of {len(groups)}", group))
             for line in _engines(fleet, group):
                 console.print(line, markup=False, highlight=False, soft_wrap=True)
-    lines = [f"The cluster has {there.get('CPU', 0):g} CPU and {there.get('GPU', 0):g} GPU." if groups else "There is nothing left to compute.", HOW]
+    plans = [transfer.plan for group in groups for transfer in group]
+    lines = [there, HOW, _hours(list(done.values()), sum(plan.wanted for plan in plans), sum(plan.quota for plan in plans))]
+    lines = lines if groups else ["There is nothing left to compute."]
     lines += [f"{name}: finished already" for name in done]
     lines += [f"{name}: {reason}" for name, reason in {**failures, **unplanned}.items()]
     console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
     return int(bool(failures or unplanned))
+
+
+def _there(nodes: Sequence[Mapping[str, float]], cluster: Cluster, local: bool) -> str:
+    cpus, gpus = (sum(node.get(name, 0) for node in nodes) for name in ("CPU", "GPU"))
+    if cluster.expect:
+        return f"The cluster can grow to {cpus:g} CPU and {gpus:g} GPU."
+    return f"This machine has {cpus - 1:g} CPU and {gpus:g} GPU." if local else f"The cluster has {cpus:g} CPU and {gpus:g} GPU."  # one is for Ray Data alone
+
+
+def _hours(finished: Sequence[dict[str, Any]], answered: int, examples: int) -> str:
+    """What so many examples take at the pace of finished runs, given their manifests."""
+    if not finished:
+        return "Hours are told when a transfer of the fleet is finished, by its pace."
+    training = sum(manifest["seconds"]["training"] for manifest in finished)
+    engines = sum(sum(manifest["seconds"].values()) for manifest in finished) - training
+    streamed = engines / sum(manifest["counts"]["accepted"] for manifest in finished) * answered / 3600
+    trained = training / sum(manifest["counts"]["trained"] for manifest in finished) * examples / 3600
+    return f"At the pace of the {len(finished)} that are finished the others take {streamed:.1f} hours of an engine and {trained:.1f} hours of training."
 
 
 def _table(title: str, group: Sequence[Transfer]) -> Table:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from translora_ray.config import EngineKind
-from translora_ray.errors import TransLoraError
+from translora_ray.errors import TransLoraError, reason
 from translora_ray.fleet.manifest import Wanted
+from translora_ray.kit import check_labels
 from translora_ray.placement import Resources, check_resources
 from translora_ray.progress import Display
+from translora_ray.records import read_rows
+from translora_ray.storage import RESULT
 from translora_ray.stream.plan import Plan
 from translora_ray.workflow import Checked, check, planned
 
@@ -33,17 +36,32 @@ Failures = dict[str, str]
 """Reasons of transfers that can not begin, by name."""
 
 
-def check_all(wanted: Sequence[Wanted], engine: EngineKind, display: Display) -> tuple[list[tuple[Wanted, Checked]], Failures]:
-    """The transfers whose kit, base and recipe go together, and why the others do not."""
+def check_all(
+    wanted: Sequence[Wanted], engine: EngineKind, display: Display, go_on: Callable[[], None] = lambda: None
+) -> tuple[list[tuple[Wanted, Checked]], Failures]:
+    """The transfers whose kit, base, recipe and real rows go together, and why the others do not. Raises `Stopped` where `go_on` does."""
     sound, failures = [], {}
     phase = display.phase("checks")
     for number, each in enumerate(wanted, 1):
+        go_on()
         try:
-            sound.append((each, check(each.kit, each.target, each.out, each.config, engine, display)))
-        except TransLoraError as failure:
-            failures[each.name] = str(failure)
+            sound.append((each, _checked(each, engine, display)))
+        except Exception as failure:
+            failures[each.name] = _why(each, failure)
         phase.update(number, len(wanted))
     return sound, failures
+
+
+def _checked(wanted: Wanted, engine: EngineKind, display: Display) -> Checked:
+    checked = check(wanted.kit, wanted.target, wanted.out, wanted.config, engine, display)
+    if wanted.data and not checked.store.exists(RESULT):
+        check_labels(checked.kit.task, read_rows(wanted.data), wanted.data)
+    return checked
+
+
+def _why(wanted: Wanted, failure: Exception) -> str:
+    """What is no error of ours comes of a kit that is damaged in some way that nobody foresaw."""
+    return str(failure) if isinstance(failure, TransLoraError) else f"{wanted.kit} can not be read ({reason(failure)}): copy it again, or make it anew."
 
 
 def grouped(sound: Sequence[tuple[Wanted, Checked]], local: bool) -> tuple[list[list[Transfer]], Failures]:
@@ -53,8 +71,8 @@ def grouped(sound: Sequence[tuple[Wanted, Checked]], local: bool) -> tuple[list[
     for wanted, checked in sound:
         try:
             transfer = Transfer(wanted, checked, *planned(checked, local))
-        except TransLoraError as failure:
-            failures[wanted.name] = str(failure)
+        except Exception as failure:
+            failures[wanted.name] = _why(wanted, failure)
         else:
             plan = transfer.plan
             groups[tuple(plan.pools()), plan.engine_cpus, plan.engine_gpus].append(transfer)

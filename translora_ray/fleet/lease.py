@@ -1,8 +1,8 @@
 """One driver at a time writes a fleet: a lease with an expiry, renewed while its driver lives.
 
 On local disk a lock, which ends with its process, says at once whether a driver on this machine lives. Between machines, and on object stores,
-which know no locks, `lease.json` says it: a driver that does not renew it in time has lost the fleet, and stops when it finds out. Where two
-drivers begin in the same moments on an object store, the later writer has it. The machines' clocks may differ by much less than `SECONDS`.
+which know no locks, `lease.json` says it: a driver that does not renew it in time has lost the fleet, and must write no more when it finds out. Where
+two drivers begin in the same moments on an object store, the later writer has it. The machines' clocks may differ by much less than `SECONDS`.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from translora_ray.storage import RunStore
 
 FILE = "lease.json"
 SECONDS = 60.0
-SETTLE = 2.0
-"""Seconds after which a lease on an object store is read again: who wrote last has it."""
+SETTLE = 8.0
+"""Seconds after which a lease on an object store is read again: who wrote last has it. More than the six for which pyarrow tries a writing."""
+TAKEN = "Another driver has taken over this fleet."
+SILENT = "The fleet's storage did not answer until the lease on it expired, so another driver may have it: the same command with --resume goes on."
 
 
 def holder(store: RunStore) -> dict[str, Any] | None:
     """The lease on a fleet that has not expired, None where there is none."""
-    if not store.exists(FILE):
-        return None
-    lease = store.read_json(FILE)
-    return lease if lease["expires"] > time.time() else None
+    lease = _read(store)
+    return lease if lease and lease["expires"] > time.time() else None
 
 
 @contextlib.contextmanager
-def lease(store: RunStore, lost: Callable[[], None], seconds: float = SECONDS) -> Iterator[None]:
-    """Hold the fleet. Raises `UsageError` where another driver does; calls `lost` in a thread where another one took over."""
+def lease(store: RunStore, lost: Callable[[str], None], seconds: float = SECONDS) -> Iterator[None]:
+    """Hold the fleet. Raises `UsageError` where another driver does; calls `lost` with the reason, in a thread, where it can be held no longer."""
     mine = {"owner": uuid.uuid4().hex, "host": socket.gethostname(), "machine": _machine(), "pid": os.getpid()}
     with store.lock():
         other = holder(store)
@@ -59,23 +59,31 @@ def lease(store: RunStore, lost: Callable[[], None], seconds: float = SECONDS) -
                 store.fs.delete_file(store.path(FILE))
 
 
-def _keep(store: RunStore, mine: dict[str, Any], seconds: float, done: threading.Event, lost: Callable[[], None]) -> None:
+def _keep(store: RunStore, mine: dict[str, Any], seconds: float, done: threading.Event, lost: Callable[[str], None]) -> None:
     """Renew the lease until `done`. A storage that does not answer now, or is full, may be better in time."""
     expires = time.monotonic() + seconds
     while not done.wait(seconds / 4):
         with contextlib.suppress(OSError, UsageError):
             if not _holds(store, mine):
-                break
+                lost(TAKEN)
+                return
             _renew(store, mine, seconds)
             expires = time.monotonic() + seconds
         if time.monotonic() >= expires:
-            break
-    if not done.is_set():
-        lost()
+            lost(SILENT)
+            return
+
+
+def _read(store: RunStore) -> dict[str, Any] | None:
+    try:
+        return store.read_json(FILE)
+    except FileNotFoundError:
+        return None
 
 
 def _holds(store: RunStore, mine: dict[str, Any]) -> bool:
-    return store.exists(FILE) and store.read_json(FILE)["owner"] == mine["owner"]
+    lease = _read(store)
+    return lease is not None and bool(lease["owner"] == mine["owner"])
 
 
 def _renew(store: RunStore, mine: dict[str, Any], seconds: float) -> None:

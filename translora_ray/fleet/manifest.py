@@ -74,6 +74,11 @@ class Wanted:
     release: str | None
 
 
+def place_of(path: str) -> str:
+    """`out` of FLEET.yaml, wherever its kits are."""
+    return _located(validate(Fleet, read_yaml(path), path).out, Path(path).resolve().parent, f"{path}: out")
+
+
 def load_fleet(path: str) -> tuple[Fleet, list[Wanted]]:
     """FLEET.yaml and its transfers in their order. Paths in it are relative to the file; `~` is the home directory."""
     fleet = validate(Fleet, read_yaml(path), path)

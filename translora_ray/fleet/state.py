@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from translora_ray.errors import UsageError
+from translora_ray.errors import RunFailed, UsageError
 from translora_ray.fleet.manifest import Wanted
 from translora_ray.storage import REPORT, RunStore
 
@@ -67,7 +67,8 @@ class State:
             record.state, record.reason, record.changed = state, reason, time.time()
             for key, value in facts.items():
                 setattr(record, key, value)
-            record.report = record.report or (state in ENDS and self.store.exists(f"runs/{name}/{REPORT}"))
+            with contextlib.suppress(OSError):  # without it the page has no link
+                record.report = record.report or (state in ENDS and self.store.exists(f"runs/{name}/{REPORT}"))
             self._write()
 
     def loaded(self, stream: str, loads: list[str]) -> None:
@@ -82,31 +83,43 @@ class State:
         return {state: found[state] for state in STATES if found[state]}
 
     def keep(self, done: threading.Event) -> None:
-        """Write changes that wait as soon as they may be, until `done`. A storage that fails now fails the next change, too."""
+        """Write changes that wait as soon as they may be, until `done`. A disk that is full now fails the next change, too."""
         while not done.wait(1.0):
-            with self._lock, contextlib.suppress(OSError, UsageError):
+            with self._lock, contextlib.suppress(UsageError):
                 if self._late:
                     self._write()
 
+    def begin(self) -> None:
+        """Write that the fleet is there, before there is anything else of it."""
+        self._late = True
+        self.catch_up()
+
     def catch_up(self) -> None:
-        """Write the changes that wait."""
+        """Write the changes that wait. Raises `RunFailed` where the storage fails."""
         with self._lock:
             if self._late:
                 self._next = 0.0
                 self._write()
+            if self._late:
+                raise RunFailed(f"{self.store.uri}/{FILE} can not be written now: the same command with --resume goes on, and writes it.")
 
     def _write(self) -> None:
+        """Unless it is too soon. What only shows does not end what it shows: where the storage fails, the changes wait."""
         self._late = True
         if (began := time.monotonic()) < self._next:
             return
         transfers = [asdict(record) for record in self.records.values()]
-        self.store.write_json(FILE, {"transfers": transfers, "counts": self.counts, "engine_loads": self.loads})
-        self.show(self)
-        self._late, ended = False, time.monotonic()
+        with contextlib.suppress(OSError):
+            self.store.write_json(FILE, {"transfers": transfers, "counts": self.counts, "engine_loads": self.loads})
+            self.show(self)
+            self._late = False
+        ended = time.monotonic()
         self._next = ended + (ended - began) * (1 / SHARE - 1)
 
 
 def read(store: RunStore) -> list[Record]:
-    """The records as they were last written."""
+    """The records as they were last written; none while the kits of a new fleet are checked."""
+    if not store.exists(FILE):
+        return []
     known = {each.name for each in fields(Record)}
     return [Record(**{key: value for key, value in row.items() if key in known}) for row in store.read_json(FILE)["transfers"]]

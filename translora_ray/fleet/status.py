@@ -22,8 +22,8 @@ SECONDS = 2.0
 def show_status(out: str, watch: bool) -> None:
     """A fleet's table; with `watch` shown anew until all transfers have ended or no driver is there."""
     store = RunStore(out)
-    if not store.exists(FILE):
-        raise UsageError(f"There is no fleet at {store.uri}: give the directory that FLEET.yaml names as out.")
+    if not store.exists(FILE) and not holder(store):
+        raise UsageError(f"There is no fleet at {store.uri}: give its FLEET.yaml, or the directory that this names as out.")
     if not watch:
         Console().print(_table(read(store), _driver(store)))
         return
@@ -31,7 +31,7 @@ def show_status(out: str, watch: bool) -> None:
         while True:
             records, driver = read(store), _driver(store)
             live.update(_table(records, driver))
-            if driver is None or all(record.state in ENDS for record in records):
+            if driver is None or (records and all(record.state in ENDS for record in records)):
                 return
             time.sleep(SECONDS)
 

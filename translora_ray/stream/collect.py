@@ -33,6 +33,13 @@ class Totals:
     tokens: Counter[str] = field(default_factory=Counter)
     seconds: Counter[str] = field(default_factory=Counter)
     loads: dict[str, list[str]] = field(default_factory=dict)
+    attempt: str = field(default_factory=lambda: uuid.uuid4().hex[:8])
+    """The one that goes on now."""
+
+    @property
+    def loaded(self) -> list[str]:
+        """Bases that this attempt had loaded by its last commit."""
+        return self.loads.get(self.attempt, [])
 
     @property
     def seed_copies(self) -> float:
@@ -63,7 +70,6 @@ class Collector:
                 if candidate.accepted:
                     self.seen.add(candidate.input)
                     self.labels[candidate.target or ""] += 1
-        self.attempt = uuid.uuid4().hex[:8]
         self.next = self.totals.packs
         self.accepted = self.totals.accepted
         self._waiting: dict[int, Pack] = {}
@@ -116,7 +122,7 @@ class Collector:
         for pack in self._decided:
             tokens.update(pack.tokens)
             seconds.update(pack.seconds)
-        facts = {"attempt": self.attempt, "loads": loads, "tokens": dict(tokens), "seconds": dict(seconds)}
+        facts = {"attempt": self.totals.attempt, "loads": loads, "tokens": dict(tokens), "seconds": dict(seconds)}
         self.store.write_shard(first, last, candidates, facts)
         self.totals.add(last, candidates, facts)
         self._decided = []

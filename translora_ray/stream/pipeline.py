@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
+import traceback
 from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
@@ -17,7 +20,7 @@ from translora_ray import adapters
 from translora_ray.config import GeneratorKind, Synthesis
 from translora_ray.engines.base import Engine
 from translora_ray.engines.select import open_engine
-from translora_ray.errors import EngineDied, RunFailed, Stopped, TransLoraError
+from translora_ray.errors import EngineDied, RunFailed, Stopped, TransLoraError, reason
 from translora_ray.measures import StreamMeasures
 from translora_ray.models import context_of, linear_shapes, load_tokenizer, skeleton
 from translora_ray.progress import Display, Phase
@@ -32,6 +35,7 @@ from translora_ray.stream.requests import PackSource, beside_driver, open_desk
 from translora_ray.token_weights import answer_spans
 
 ENGINE_DEATHS = 3
+"""So many a pack survives before it ends its transfer; so many of its own an actor survives before it ends the stream."""
 Ended = Callable[[int, Totals | TransLoraError], None]
 """Is told of a transfer, by its place in the stream, as it ends: its totals, or why it can not go on."""
 
@@ -45,8 +49,7 @@ class StageActor:
 
     def __init__(self, plans: Sequence[Plan], pool: Pool, desk: Any) -> None:
         self.plans, self.pool, self.desk = [replace(plan, kit=plan.kit.here()) for plan in plans], pool, desk
-        self._replacing = threading.Lock()
-        self._deaths = 0
+        self._replacing, self._again = threading.Lock(), threading.Lock()
         self._open()
 
     def _open(self) -> None:
@@ -56,33 +59,35 @@ class StageActor:
         self.stages = [self._stages(plan) for plan in self.plans]
         ray.get(self.desk.loaded.remote(pool.base))
 
-    def _stages(self, plan: Plan) -> list[Stage] | TransLoraError:
+    def _stages(self, plan: Plan) -> list[Stage] | Exception:
         try:
             return [stage for role in self.pool.roles for stage in STAGES[role](plan, self.pool, self.engine)]
         except EngineDied:
             raise
-        except TransLoraError as failure:
+        except Exception as failure:
             return failure
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        while True:
-            stages = self.stages
+        """An engine that dies is replaced. Of the packs that were on it, any of which may have brought it down, one goes on at a time."""
+        for deaths in itertools.count(1):
             (pack,) = packs_from_table(table)
-            try:
-                return pack_to_table(_through(stages[pack.transfer], pack))
-            except EngineDied as death:
-                self._replace(stages, death)
+            with self._again if deaths > 1 else nullcontext():
+                stages = self.stages
+                try:
+                    return pack_to_table(_through(stages[pack.transfer], pack))
+                except EngineDied as death:
+                    self._replace(stages)
+                    if deaths > ENGINE_DEATHS:
+                        pack.failure = str(death)
+                        return pack_to_table(pack)
+        raise AssertionError
 
-    def _replace(self, dead: list[list[Stage] | TransLoraError], death: EngineDied) -> None:
+    def _replace(self, dead: list[list[Stage] | Exception]) -> None:
         """A new engine in place of the one behind the stages `dead`, unless another thread brought one already."""
         with self._replacing:
-            if self.stages is not dead:
-                return
-            self._deaths += 1
-            if self._deaths > ENGINE_DEATHS:
-                raise death
-            self.engine.close()
-            self._open()
+            if self.stages is dead:
+                self.engine.close()
+                self._open()
 
 
 class Turns:
@@ -97,19 +102,21 @@ class Turns:
         return pack
 
 
-def _through(stages: list[Stage] | TransLoraError, pack: Pack) -> Pack:
+def _through(stages: list[Stage] | Exception, pack: Pack) -> Pack:
     """The pack after the stages; with the reason where one of its transfer's own parts can not work, which must not stop the other transfers."""
     if pack.failure:
         return pack
     try:
-        if isinstance(stages, TransLoraError):
+        if isinstance(stages, Exception):
             raise stages
         for stage in stages:
             pack = stage.process(pack)
     except EngineDied:
         raise
-    except TransLoraError as failure:
-        pack.failure = str(failure)
+    except Exception as failure:
+        if not isinstance(failure, TransLoraError):
+            traceback.print_exception(failure)  # into Ray's logs: nobody foresaw it
+        pack.failure = reason(failure)
     return pack
 
 
@@ -166,48 +173,63 @@ def run_stream(
     The transfers share engines, in proportion to `shares`, so their plans must agree in engine, bases and cluster (`Plan.pools`). Where `ended` does not
     raise, the others go on after a transfer that can not. After `stop` what is under way is still computed and committed, then `Stopped` is raised.
     """
-    collectors = [Collector(plan, store) for plan, store in zip(plans, stores, strict=True)]
-    running = {transfer for transfer, collector in enumerate(collectors) if not collector.full}
-    for transfer in {*range(len(plans))} - running:
-        ended(transfer, collectors[transfer].totals)
+    running, totals = _collectors(plans, stores, ended)
     if not running:
-        return [collector.totals for collector in collectors]
+        return totals
     phases = [display.phase("examples" if len(plans) == 1 else f"examples, {store.uri.rpartition('/')[2]}") for store in stores]
-    for phase, collector in zip(phases, collectors, strict=True):
-        phase.update(collector.accepted, collector.plan.wanted, "loading engines")
+    for phase, plan, total in zip(phases, plans, totals, strict=True):
+        phase.update(total.accepted, plan.wanted, "loading engines")
     cap = sum((plans[0].packs_at_once(pool) + 1) * plans[0].cluster.engines[1] for pool in plans[0].pools())
-    desk = open_desk([collector.next for collector in collectors], cap, shares)
-    ray.get(desk.full.remote(*{*range(len(plans))} - running))
-    measures = StreamMeasures([collector.totals for collector in collectors])
+    desk = open_desk([each.packs for each in totals], cap, shares)
+    ray.get(desk.full.remote(*{*range(len(plans))} - running.keys()))
+    measures = StreamMeasures(totals)
     began = time.monotonic()
     tokens = 0
     packs = open_stream(plans, desk)
     try:
         for pack in packs:
             tokens += sum(pack.tokens.values())
-            transfer, collector = pack.transfer, collectors[pack.transfer]
-            if transfer in running:  # else it was under way when the transfer ended
+            transfer = pack.transfer
+            if collector := running.get(transfer):  # else it was under way when the transfer ended
                 outcome = _take(collector, pack, ray.get(desk.all_loads.remote()))
                 measures.committed(transfer, collector.totals)
                 _show(phases[transfer], collector, tokens / (time.monotonic() - began))
                 if outcome:
-                    running.remove(transfer)
+                    del running[transfer]  # and its prompts
                     ray.get(desk.full.remote(transfer))
                     ended(transfer, outcome)
             if not running:
                 break  # what is under way is not needed
             if stop and stop.is_set():
                 ray.get(desk.full.remote(*running))
-            ray.get(desk.arrived.remote(pack.transfer, pack.number))
-        for transfer in running:  # there are some after a stop alone
-            collectors[transfer].commit(ray.get(desk.all_loads.remote()))
-            measures.committed(transfer, collectors[transfer].totals)
+            ray.get(desk.arrived.remote(transfer, pack.number))
+        for transfer, collector in running.items():  # there are some after a stop alone
+            collector.commit(ray.get(desk.all_loads.remote()))
+            measures.committed(transfer, collector.totals)
     finally:
         packs.close()
         ray.kill(desk)
     if running:
         raise Stopped("Stopped: what was under way is committed, and the same command goes on from there.")
-    return [collector.totals for collector in collectors]
+    return totals
+
+
+def _collectors(plans: Sequence[Plan], stores: Sequence[RunStore], ended: Ended) -> tuple[dict[int, Collector], list[Totals]]:
+    """The collectors of the transfers that have something to do, by their places, and the totals of all of them."""
+    running, totals = {}, []
+    for transfer, (plan, store) in enumerate(zip(plans, stores, strict=True)):
+        try:
+            collector = Collector(plan, store)
+        except Exception as failure:
+            totals.append(Totals())
+            ended(transfer, failure if isinstance(failure, TransLoraError) else RunFailed(f"{store.uri} can not be read: {reason(failure)}"))
+            continue
+        totals.append(collector.totals)
+        if collector.full:
+            ended(transfer, collector.totals)
+        else:
+            running[transfer] = collector
+    return running, totals
 
 
 def _take(collector: Collector, pack: Pack, loads: list[str]) -> Totals | TransLoraError | None:
@@ -218,6 +240,8 @@ def _take(collector: Collector, pack: Pack, loads: list[str]) -> Totals | TransL
         collector.take(pack, loads)
     except TransLoraError as failure:
         return failure
+    except OSError as failure:
+        return RunFailed(f"{collector.store.uri} can not be written ({reason(failure)}): the same command goes on from what is committed.")
     return collector.totals if collector.full else None
 
 

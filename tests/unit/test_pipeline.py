@@ -1,0 +1,158 @@
+"""The stream without Ray: what the desk hands out, what an actor makes of a part that fails, which runs can go on."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from tests.unit.conftest import stream
+from translora_ray.errors import EngineDied, RunFailed, TransLoraError, UsageError
+from translora_ray.records import Pack, pack_to_table, packs_from_table, request_pack
+from translora_ray.storage import RunStore
+from translora_ray.stream.collect import Totals
+from translora_ray.stream.pipeline import ENGINE_DEATHS, StageActor, _collectors, _raise, _through
+from translora_ray.stream.plan import Plan
+from translora_ray.stream.requests import LATE, Desk
+
+
+class Failing:
+    def __init__(self, failure: Exception) -> None:
+        self.failure = failure
+
+    def process(self, pack: Pack) -> Pack:
+        raise self.failure
+
+
+def test_a_part_that_can_not_work_ends_its_own_transfer_alone() -> None:
+    (pack,) = packs_from_table(pack_to_table(_through([Failing(UsageError("The adapter is not live."))], request_pack(0, 0, 2))))
+    assert pack.failure == "The adapter is not live."
+    assert _through([Failing(UsageError("Another."))], pack) is pack  # what follows leaves it alone
+    assert _through(UsageError("No tokenizer."), request_pack(0, 1, 2)).failure == "No tokenizer."
+    assert _through([Failing(ValueError("one line\nand more"))], request_pack(0, 1, 2)).failure == "ValueError: one line"
+
+
+class Actor(StageActor):
+    """With an engine that dies of each pack of transfer 1, together with what else is on it, and stages that can not be made for transfer 2."""
+
+    def __init__(self) -> None:
+        self.opened, self.meet = 0, threading.Barrier(3)
+        super().__init__([], None, None)  # type: ignore[arg-type]
+
+    def _open(self) -> None:
+        self.opened += 1
+        self.engine = self
+        self.stages = [[Shared(self)], [Shared(self)], self._stages(None)]  # type: ignore[arg-type]
+
+    def close(self) -> None:
+        pass
+
+
+class Shared:
+    """On the engine that was there when it was made."""
+
+    def __init__(self, actor: Actor) -> None:
+        self.actor, self.made = actor, actor.opened
+
+    def process(self, pack: Pack) -> Pack:
+        if self.made == 1:
+            self.actor.meet.wait(10)
+        if self.made == 1 or pack.transfer == 1:
+            raise EngineDied("It ran out of memory.")
+        return pack
+
+
+def test_a_kit_that_brings_engines_down_ends_alone() -> None:
+    actor = Actor()
+    with ThreadPoolExecutor(3) as threads:
+        tables = threads.map(actor, [pack_to_table(request_pack(0, number, 2, transfer)) for number, transfer in ((0, 0), (0, 1), (1, 0))])
+        packs = [pack for table in tables for pack in packs_from_table(table)]
+    assert [pack.failure for pack in packs] == [None, "It ran out of memory.", None]
+    assert actor.opened == 1 + 1 + ENGINE_DEATHS  # after the first death one pack at a time
+    (odd,) = packs_from_table(actor(pack_to_table(request_pack(0, 0, 2, 2))))
+    assert odd.failure is not None and odd.failure.startswith("AttributeError: ")
+
+
+def test_a_run_that_is_damaged_or_full_leaves_the_stream_to_the_others(plan: Plan, tmp_path: Path) -> None:
+    full, damaged, new = (RunStore(str(tmp_path / name)) for name in ("full", "damaged", "new"))
+    stream(plan, full, 0)
+    damaged.write("shards/000000-000003.parquet", b"short")
+    ended: dict[int, Totals | TransLoraError] = {}
+    running, totals = _collectors([plan] * 3, [full, damaged, new], lambda transfer, outcome: ended.update({transfer: outcome}))
+    assert list(running) == [2] and len(totals) == 3
+    assert ended[0] is totals[0] and totals[0].accepted == 25
+    assert str(ended[1]).startswith(f"{damaged.uri} can not be read: ArrowInvalid")
+    with pytest.raises(RunFailed, match="ArrowInvalid"):  # of a single transfer it is the end
+        _collectors([plan], [damaged], _raise)
+
+
+def test_what_an_attempt_loaded_is_told_once(plan: Plan, tmp_path: Path) -> None:
+    store = RunStore(str(tmp_path / "run"))
+    ended: dict[int, Totals | TransLoraError] = {}
+    running, (totals,) = _collectors([plan], [store], lambda *_: None)
+    pack = request_pack(0, 0, 4)
+    for candidate in pack.candidates:
+        candidate.input, candidate.target = f"prompt {candidate.index}", "a"
+    running[0].take(pack, ["base"])
+    assert totals.loaded == ["base"]
+    stream(plan, store, 0)
+    _collectors([plan], [store], lambda transfer, outcome: ended.update({transfer: outcome}))
+    assert isinstance(ended[0], Totals) and ended[0].loaded == [] and ["base"] in ended[0].loads.values()
+
+
+def desk_of(first: list[int], cap: int, shares: tuple[float, ...] = ()) -> Desk:
+    return Desk.__ray_metadata__.modified_class(first, cap, shares)  # type: ignore[attr-defined,no-any-return]
+
+
+def test_the_desk_hands_out_in_proportion_to_the_shares() -> None:
+    async def ask() -> list[Counter[int]]:
+        desk, counts = desk_of([0, 0, 7], 1, (1.0, 2.0, 0.5)), []
+        for turns in (range(70), range(70, 100)):
+            found = Counter[int]()
+            for turn in turns:
+                pack = await desk.lease(turn)
+                assert pack
+                await desk.arrived(*pack)
+                found[pack[0]] += 1
+            counts.append(found)
+            await desk.full(1)
+        return counts
+
+    assert asyncio.run(ask()) == [{0: 20, 1: 40, 2: 10}, {0: 20, 2: 10}]
+
+
+def test_the_desk_hands_out_in_turn_and_repeats_itself_to_a_source_that_starts_again() -> None:
+    async def ask() -> list[list[tuple[int, int] | None]]:
+        desk = desk_of([3, 0], 4)
+        first = [await desk.lease(turn) for turn in range(4)]
+        waiting = asyncio.create_task(desk.lease(4))
+        await asyncio.sleep(0.01)
+        assert not waiting.done()
+        await desk.full(0)
+        await desk.arrived(0, 3)
+        again = [await desk.lease(turn) for turn in range(4)]
+        after = [await waiting]
+        await desk.full(1)
+        return [first, again, after, [await desk.lease(5)]]
+
+    first, again, after, last = asyncio.run(ask())
+    assert first == again == [(0, 3), (1, 0), (0, 4), (1, 1)]
+    assert (after, last) == ([(1, 2)], [None])
+
+
+def test_the_desk_hands_out_again_what_does_not_come_back() -> None:
+    async def ask() -> list[tuple[int, int] | None]:
+        desk = desk_of([0], 2)
+        found = []
+        for turn in range(2 * LATE + 5):
+            found.append(await desk.lease(turn))
+            if found[-1] != (0, 1):  # which is lost, each time
+                await desk.arrived(*found[-1])
+        return found
+
+    later = 2 * LATE + 2  # the first that goes out when so many times both that may be under way came after pack 1
+    assert asyncio.run(ask()) == [*((0, number) for number in range(later)), (0, 1), (0, later), (0, later + 1)]
