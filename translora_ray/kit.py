@@ -28,7 +28,7 @@ from translora_ray.engines.base import AdapterRef
 from translora_ray.errors import UsageError, first_line
 from translora_ray.records import TaskRow, derive_seed, read_rows
 from translora_ray.references import cache_root
-from translora_ray.storage import MANIFEST, RunStore, commit_folder
+from translora_ray.storage import MANIFEST, RELEASE, RunStore, commit_folder
 
 FACTS = "kit.json"
 SEEDS = "seeds.jsonl"
@@ -83,7 +83,7 @@ class Kit:
 
 
 def load(path: str | Path) -> Kit:
-    """Read a kit, or a finished run in its place, and check the adapters against the digests that are written there.
+    """Read a kit, or a finished run or a release in its place, and check the adapters against the digests that are written there.
 
     Of a URI (s3://, gs://) a copy is made in the cache of this machine.
     """
@@ -101,6 +101,8 @@ def _read(folder: Path, place: str) -> Kit:
     """What lies in `folder`, which users call `place`."""
     if (folder / MANIFEST).exists():
         return _hop(folder, place)
+    if (folder / RELEASE).exists():
+        return _behind_release(RunStore(str(folder)).read_json(RELEASE), place)
     if not (folder / FACTS).exists():
         raise UsageError(f"{place} is not a transfer kit: it has no {FACTS}; make one with `translora prepare`.")
     try:
@@ -137,7 +139,7 @@ def _read(folder: Path, place: str) -> Kit:
 def _fetched(uri: str) -> Path:
     """The copy of a kit, or of what stands for one in a finished run. It is made once for each content of the file that was written last."""
     store = RunStore(uri)
-    last = next((name for name in (MANIFEST, FACTS) if store.exists(name)), None)
+    last = next((name for name in (MANIFEST, RELEASE, FACTS) if store.exists(name)), None)
     if last is None:
         raise UsageError(f"{uri} is not a transfer kit: it has no {FACTS}; make one with `translora prepare`, and copy it there.")
     content = store.read(last)
@@ -182,6 +184,19 @@ def _hop(folder: Path, place: str) -> Kit:
         teacher_fingerprint=manifest["target"],
         lineage=lineage,
     )
+
+
+def _behind_release(facts: dict[str, Any], place: str) -> Kit:
+    """The run, or the kit, that a release was published from: there are the seeds and the discriminator."""
+    if not (run := facts.get("run")):
+        raise UsageError(f"{place} does not say which run it was published from, as an older version wrote it: name the run.")
+    try:
+        found = load(run)
+    except UsageError as error:
+        raise UsageError(f"{place} was published from {run}, whose kit is needed: {error}") from None
+    if adapters.digest(found.adapter.path) != facts["digest"]:
+        raise UsageError(f"{run} holds another adapter than {place}, which was published from it: name a run that holds the release's.")
+    return replace(found, path=place)
 
 
 def choose_seeds(rows: Sequence[TaskRow], count: int, seed: int) -> list[TaskRow]:

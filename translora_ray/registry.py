@@ -33,11 +33,10 @@ from translora_ray import adapters
 from translora_ray.errors import UsageError
 from translora_ray.ledger import Ledger, Skip, Unreachable, Unsound, refuse
 from translora_ray.releases import STABLE, NotFound, Release, Trial, check_name, of_kit, of_run, parse_channel, parse_id, some
-from translora_ray.storage import MANIFEST
+from translora_ray.storage import MANIFEST, RELEASE
 
 __all__ = ["STABLE", "NotFound", "Registry", "Release", "Trial", "Unreachable", "Unsound"]
 
-RELEASE = "release.json"
 RELEASES, CHANNELS, RETIRED = "releases", "channels", "retired"
 FILES = (adapters.CONFIG, adapters.WEIGHTS)
 """The files of a release: those that its digest covers, nothing else."""

@@ -31,7 +31,8 @@ class Release:
 
     `kit` and `recipe_hash` are the run's, `lineage` digests of the adapters before this one (the source adapter of a kit has neither hash nor lineage), `gate`
     the verdict without real rows, `evaluation` the result of `translora evaluate` without single rows, None where there was none; `adapter` has `type`, `rank`
-    and `modules`, the endings of the modules' names; `reviewed` says that a person let a verdict of review pass; `created` is a time in UTC, in ISO format.
+    and `modules`, the endings of the modules' names; `reviewed` says that a person let a verdict of review pass; `created` is a time in UTC, in ISO format;
+    `run` is the path or URI that it was published from, empty where an older version wrote it.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Release:
     reviewed: bool
     created: str
     uri: str
+    run: str = ""
 
     @property
     def id(self) -> str:
@@ -133,6 +135,7 @@ def of_kit(kit: str, reviewed: bool, scratch: Path) -> tuple[dict[str, Any], Pat
         "evaluation": None,
         "gate": {"verdict": REVIEW, "reasons": ["the source adapter of a kit passes no gate"], "checks": []},
         "reviewed": True,
+        "run": found.path,
     }
     return facts | _about(adapters.inspect(copy)), copy
 
@@ -168,4 +171,5 @@ def of_run(run: str, reviewed: bool, scratch: Path) -> tuple[dict[str, Any], Pat
     except KeyError as missing:
         raise UsageError(f"{run}/{MANIFEST} has no {missing.args[0]}: it is damaged, or an older version wrote it; transfer again.") from None
     facts |= {"base_fingerprint": base, "gate": gate, "evaluation": evaluation, "reviewed": found == REVIEW}
+    facts["run"] = store.root if store.local else store.uri
     return facts | _about(info), copy

@@ -37,6 +37,8 @@ ANSWERS = f"{EVALUATION}/answers.jsonl"
 MAP = f"{EVALUATION}/map.json"
 RESULT = f"{EVALUATION}/result.json"
 REPORT = "report.html"
+RELEASE = "release.json"
+"""Of a release in a registry."""
 OVERRUN = "Failed to flush response stream"
 """pyarrow tries again what a store refuses, for six seconds, but for reads of a file that is shorter than the refusal: its buffer does not hold that."""
 TRIES, PAUSE = 30, 0.2

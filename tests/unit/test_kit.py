@@ -1,4 +1,4 @@
-"""A kit on an object store: a real server on loopback. Each machine reads it from a copy in its cache."""
+"""A kit on an object store, a real server on loopback, which each machine reads from a copy in its cache; and what may stand for a kit."""
 
 import json
 import uuid
@@ -9,6 +9,7 @@ import pytest
 
 from translora_ray import adapters, kit
 from translora_ray.errors import UsageError
+from translora_ray.registry import Registry
 from translora_ray.storage import RunStore
 
 
@@ -70,6 +71,24 @@ def test_a_finished_run_there_stands_for_a_kit(s3: str, tiny_kit: Path, tmp_path
     assert (found.path, found.teacher_base, found.lineage) == (store.uri, "target", (manifest["adapter_digest"],))
     assert Path(found.adapter.path).is_relative_to(cache)
     assert found.discriminator_adapter == before.discriminator_adapter
+
+
+@pytest.mark.usefixtures("cache")
+def test_a_release_stands_for_the_run_or_the_kit_that_it_was_published_from(s3: str, tiny_kit: Path) -> None:
+    registry = Registry(f"{s3}/{uuid.uuid4().hex}")
+    release = registry.publish(str(tiny_kit), reviewed=True)
+    found, local = kit.load(release.uri), kit.load(tiny_kit)
+    assert release.run == local.path and found == replace(local, path=release.uri)
+    store = RunStore(release.uri)
+    facts = store.read_json("release.json")
+    for change, message in (
+        ({"run": ""}, "does not say which run it was published from"),
+        ({"run": "/gone"}, "was published from /gone, whose kit is needed: /gone is not a transfer kit"),
+        ({"digest": "0"}, "holds another adapter than"),
+    ):
+        store.write_json("release.json", facts | change)
+        with pytest.raises(UsageError, match=message):
+            kit.load(release.uri)
 
 
 def test_what_is_no_kit_there_is_told(s3: str, cache: Path) -> None:
