@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.conftest import save_run
 from translora_ray.background import beside
 from translora_ray.cli import main
 from translora_ray.errors import UsageError
@@ -18,6 +19,7 @@ from translora_ray.fleet import state as states
 from translora_ray.fleet.lease import lease
 from translora_ray.fleet.manifest import load_fleet
 from translora_ray.fleet.page import write_page
+from translora_ray.registry import Registry
 from translora_ray.storage import RunStore
 
 ROOT = Path(__file__).parents[2]
@@ -51,13 +53,28 @@ def test_a_fleet_comes_to_transfers_with_their_own_recipes(tmp_path: Path) -> No
     assert (fleet.out, fleet.registry, fleet.trainings) == (str(tmp_path / "fleet"), "s3://bucket/registry", 2)
 
 
+def test_a_registry_leads_to_the_newest_release_of_each_name_for_a_base(tmp_path: Path) -> None:
+    registry = Registry(str(tmp_path / "registry"))
+    for seed, (name, base) in enumerate((("routing", "old"), ("routing", "old"), ("dates", "old"), ("dates", "new"))):
+        registry.publish(save_run(tmp_path / str(seed), seed, target_base=base), name)
+    _, wanted = load_fleet(write(tmp_path, kits=[{"releases": "registry", "base": "old"}]))
+    assert [(each.name, each.kit, each.release) for each in wanted] == [
+        ("dates", f"{registry.uri}/releases/dates@1", "dates"),
+        ("routing", f"{registry.uri}/releases/routing@2", "routing"),
+    ]
+    with pytest.raises(UsageError, match="registry has no release for the base older"):
+        load_fleet(write(tmp_path, kits=[{"releases": "registry", "base": "older"}]))
+
+
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
         ({"kit": ["one"]}, "unknown key kit;"),
+        ({"kits": [{"releases": "registry"}]}, "kits.0: give kit, or releases and base"),
+        ({"kits": [{"kit": "one", "releases": "registry", "base": "b"}]}, "kits.0: give kit, or releases and base"),
         ({"kits": []}, "kits: List should have at least 1 item"),
         ({"kits": [{"kit": "one", "prio": 1}]}, "unknown key kits.0.prio"),
-        ({"kits": [{"name": "x"}]}, "the key kits.0.kit is missing"),
+        ({"kits": [{"name": "x"}]}, "kits.0: give kit, or releases and base"),
         ({"kits": [{"kit": "one", "priority": 0}]}, "kits.0.priority: Input should be greater than 0"),
         ({"kits": [{"kit": "one", "recipe": {"training": {"epoch": 1}}}]}, "unknown key kits.0.recipe.training.epoch"),
         ({"recipe": {"training": {"epoch": 1}}}, "unknown key recipe.training.epoch"),

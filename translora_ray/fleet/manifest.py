@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field, field_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from translora_ray.config import NAME, Cluster, Config, Recipe, Section
 from translora_ray.errors import UsageError
@@ -21,10 +21,13 @@ Targets = Annotated[list[str], BeforeValidator(lambda target: [target] if isinst
 
 
 class Item(Section):
-    """A kit, or the kits that a pattern leads to, and what is different for them from the rest of the fleet."""
+    """A kit, or the kits that a pattern or a registry leads to, and what is different for them from the rest of the fleet."""
 
-    kit: str
-    """A transfer kit or a finished run, or a pattern (`kits/*`)."""
+    kit: str | None = None
+    """A transfer kit, a finished run or a release, or a pattern (`kits/*`)."""
+    releases: str | None = None
+    """In place of `kit`: a registry, of which the newest release of each name that is for `base` moves on, under its name."""
+    base: str | None = None
     name: str | None = Field(None, pattern=f"^{NAME}$")
     """Of the transfer's directory, and of its releases in the registry. None: the directory has the kit's name, releases the task's."""
     target: Targets = Field(default_factory=list)
@@ -35,6 +38,12 @@ class Item(Section):
     """Share of the engines, against the other transfers that use them: with 2 it gets twice as many packs."""
     evaluate: str | None = None
     """JSONL of real rows on which the finished adapter is compared, as `translora evaluate` does; the machines that compute must see it."""
+
+    @model_validator(mode="after")
+    def _leads_somewhere(self) -> Item:
+        if (self.kit is None) == (self.releases is None) or (self.releases is None) != (self.base is None):
+            raise ValueError("give kit, or releases and base")
+        return self
 
 
 class Fleet(Section):
@@ -93,15 +102,16 @@ def load_fleet(path: str) -> tuple[Fleet, list[Wanted]]:
         targets = item.target or fleet.target
         if not targets:
             raise UsageError(f"{path}: {where} has no target; add it there, or for the whole fleet.")
-        kits = _kits(item.kit, folder, f"{path}: {where}.kit")
-        for kit in kits:
-            stem = item.name or re.sub(r"[^A-Za-z0-9._-]+", "-", Path(kit).name).lstrip("._-")
+        kits = _kits(item.kit, folder, f"{path}: {where}.kit") if item.kit else _released(item, folder, f"{path}: {where}.releases")
+        for kit, called in kits.items():
+            stem = item.name or called or re.sub(r"[^A-Za-z0-9._-]+", "-", Path(kit).name).lstrip("._-")
             if item.name and len(kits) > 1:
                 raise UsageError(f"{path}: {where} names {len(kits)} kits {item.name}; leave the name out, or name each kit.")
             for target in targets:
                 name = stem if len(targets) == 1 else f"{stem}-{_short(target)}"
                 config = Config(recipe=recipe, cluster=fleet.cluster)
-                wanted.append(Wanted(name, kit, _reference(target, folder), f"{out}/runs/{name}", config, item.priority, data, item.name))
+                release = item.name or called or None
+                wanted.append(Wanted(name, kit, _reference(target, folder), f"{out}/runs/{name}", config, item.priority, data, release))
     names = Counter(each.name for each in wanted)
     if twice := next((name for name, count in names.items() if count > 1 or not re.fullmatch(NAME, name)), None):
         raise UsageError(f"{path}: {names[twice]} transfers would be called {twice!r}; give their kits different names (the key name).")
@@ -109,13 +119,26 @@ def load_fleet(path: str) -> tuple[Fleet, list[Wanted]]:
     return fleet.model_copy(update={"out": out, "registry": registry}), wanted
 
 
-def _kits(pattern: str, folder: Path, where: str) -> list[str]:
+def _kits(pattern: str, folder: Path, where: str) -> dict[str, str]:
+    """The kits that a pattern leads to; their releases are to be called as their tasks."""
     place = _located(pattern, folder, where)
     if not glob.has_magic(place):
-        return [place]
+        return {place: ""}
     if not (found := sorted(glob.glob(place))):
         raise UsageError(f"{where}: nothing is at {place}; correct it, or make a kit there with `translora prepare`.")
-    return found
+    return dict.fromkeys(found, "")
+
+
+def _released(item: Item, folder: Path, where: str) -> dict[str, str]:
+    """The newest release of each name for the item's base, and that name."""
+    from translora_ray.registry import Registry
+
+    registry = Registry(_located(item.releases or "", folder, where))
+    registry.check()
+    newest = {release.name: release.uri for release in registry.releases(item.base)}
+    if not newest:
+        raise UsageError(f"{where}: {registry.uri} has no release for the base {item.base}; `translora inspect {registry.uri}` shows what there is.")
+    return {uri: name for name, uri in newest.items()}
 
 
 def _located(text: str, folder: Path, where: str) -> str:
