@@ -9,6 +9,7 @@ eviction, autoscaling, health) is Ray's and vLLM's.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import os
@@ -31,6 +32,8 @@ from translora_ray.serving.prompting import Prompter
 from translora_ray.serving.protocol import Asked, Piece, ServiceError
 
 logger = logging.getLogger("ray.serve")
+PROOFS = 10
+"""Times that an adapter is loaded to be looked at, before the others are too many."""
 
 
 class Downloader:
@@ -59,6 +62,7 @@ class VllmBackend(LLMServer):  # type: ignore[misc]
     async def __init__(self, llm_config: LLMConfig, base: str, registry: str) -> None:  # type: ignore[misc]
         os.environ[OWNER] = str(os.getpid())  # vLLM's processes end with this one
         self._proved: set[str] = set()
+        self._proving = asyncio.Lock()
         loader, measures = await asyncio.to_thread(Loader, registry, base), EngineMeasures()
         await super().__init__(llm_config, model_downloader=partial(Downloader, loader, measures))
         self._prompter = Prompter(base, self.engine._engine_client.model_config.max_model_len)
@@ -100,26 +104,32 @@ class VllmBackend(LLMServer):  # type: ignore[misc]
             yield piece
 
     async def _hold(self, release: str) -> None:
-        """Have vLLM load the adapter, and prove once that it applied every module: it drops what it does not know in silence."""
+        """Have vLLM load the adapter, and prove once that it applied every module: it drops what it does not know in silence.
+
+        One new adapter at a time: of two first requests for one, the second would find it half loaded, and of several new ones each would take another's place.
+        """
         try:
-            await self._maybe_resolve_lora_from_multiplex()
-            if release not in self._proved:
-                lora = self.engine._oai_models.lora_requests[release]
-                for applied in await self._applied(lora):
-                    adapters.require_applied(lora.lora_path, set(applied))
-                self._proved.add(release)
+            async with contextlib.nullcontext() if release in self._proved else self._proving:
+                await self._maybe_resolve_lora_from_multiplex()
+                if release not in self._proved:
+                    lora = self.engine._oai_models.lora_requests[release]
+                    for applied in await self._applied(lora):
+                        adapters.require_applied(lora.lora_path, set(applied))
+                    self._proved.add(release)
         except (ValueError, RunFailed) as error:
             logger.error(f"loading {release}: {error}")
             raise unusable(release) from None
 
     async def _applied(self, lora: Any) -> list[list[str]]:
-        """What each of vLLM's workers applied of an adapter. Where others have taken its place before the question came, it is loaded again, once."""
-        try:
-            return list(await self.collective_rpc("applied_modules", args=(lora.lora_int_id,)))
-        except Exception as error:  # vLLM's processes send on the words alone
-            logger.warning(f"loading {lora.lora_name} again: {error}")
-            await self.engine._engine_client.add_lora(lora)
-            return list(await self.collective_rpc("applied_modules", args=(lora.lora_int_id,)))
+        """What each of vLLM's workers applied of an adapter. It is loaded again where one that answers meanwhile took its place before the question came."""
+        for tries_left in reversed(range(PROOFS)):
+            try:
+                return list(await self.collective_rpc("applied_modules", args=(lora.lora_int_id,)))
+            except Exception as error:  # vLLM's processes send on the words alone
+                if not tries_left:
+                    raise RunFailed(f"other adapters take its place again and again ({error}); serve more at once (--adapters)") from None
+                await self.engine._engine_client.add_lora(lora)
+        raise AssertionError
 
 
 def deployment(name: str, base: str, registry: str, vllm: Vllm, gpus: float, options: dict[str, Any]) -> Any:
