@@ -20,7 +20,8 @@ from translora_ray.stream.collect import Collector
 from translora_ray.stream.plan import Plan
 from translora_ray.training.alone import AlonePost
 
-TIMES = ("created", "time")
+OWN = ("created", "time", "run")
+"""What differs from place to place: times, and where a release was published from."""
 
 
 def move(plan: Plan, place: str, folder: Path) -> None:
@@ -59,7 +60,7 @@ def move(plan: Plan, place: str, folder: Path) -> None:
 
 
 def content(place: str) -> dict[str, object]:
-    """Every file under `place` by its name, without times; without claims, whose names are drawn, locks, and shards, which name attempts."""
+    """Every file under `place` by its name, without what differs; without claims, whose names are drawn, locks, and shards, which name attempts."""
     store = RunStore(place)
     found: dict[str, object] = {}
     for info in store.fs.get_file_info(pafs.FileSelector(store.root, recursive=True)):
@@ -67,7 +68,7 @@ def content(place: str) -> dict[str, object]:
         if not info.is_file or name.startswith(("registry/claims/", "run/shards/")) or info.base_name == ".lock":
             continue
         if name.endswith(".json") or name.startswith("registry/retired/"):
-            found[name] = {key: value for key, value in store.read_json(name).items() if key not in TIMES}
+            found[name] = {key: value for key, value in store.read_json(name).items() if key not in OWN}
         else:
             found[name] = store.read(name)
     return found
