@@ -8,7 +8,6 @@ is there is not computed again.
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import results
@@ -58,12 +57,7 @@ def moved(kit: Kit, source: str, target: str) -> AdapterRef:
 
 
 def measured(name: str, kit: Kit, base: str, adapter: AdapterRef | None) -> list[float]:
-    """Accuracy with its interval; what was found before is read."""
-    result = WORK / f"{name}.json"
-    if not result.exists():
-        result.write_text(json.dumps(accuracy_of(kit, base, adapter, read_rows(EXAMPLE / "test.jsonl")[:TESTED])))
-    found: list[float] = json.loads(result.read_text())
-    return found
+    return accuracy_of(kit, base, adapter, read_rows(EXAMPLE / "test.jsonl")[:TESTED], WORK / f"{name}.json")
 
 
 def main() -> None:

@@ -56,9 +56,8 @@ def transferred(kit: Kit, engine: str, seed: int) -> tuple[list[float], dict[str
     run, result = WORK / f"{engine}-{seed}", WORK / f"{engine}-{seed}.json"
     options = ("--recipe", str(EXAMPLE / "recipe.yaml"), "--engine", engine, "--set", SIDES[engine], "--set", f"seed={seed}")
     translora("transfer", kit.path, "--target", TARGET, "--out", str(run), *options, allowed=(0, 1))
-    if not result.exists():
-        result.write_text(json.dumps(accuracy_of(kit, TARGET, AdapterRef("transferred", str(run / "adapter")), read_rows(EXAMPLE / "test.jsonl"))))
-    return json.loads(result.read_text()), json.loads((run / "manifest.json").read_text())
+    accuracy = accuracy_of(kit, TARGET, AdapterRef("transferred", str(run / "adapter")), read_rows(EXAMPLE / "test.jsonl"), result)
+    return accuracy, json.loads((run / "manifest.json").read_text())
 
 
 if __name__ == "__main__":

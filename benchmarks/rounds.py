@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import json
 import multiprocessing
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import results
@@ -84,14 +86,20 @@ def judged_kit() -> Kit:
     return load(place)
 
 
-def accuracy_of(kit: Kit, base: str, adapter: AdapterRef | None, rows: Sequence[TaskRow]) -> list[float]:
-    """Accuracy on the rows and its 95 % interval, as `translora evaluate` finds them, of one arm alone, on the transformers engine, which serves every type."""
+def accuracy_of(kit: Kit, base: str, adapter: AdapterRef | None, rows: Sequence[TaskRow], result: Path) -> list[float]:
+    """Accuracy on the rows and its 95 % interval, as `translora evaluate` finds them, of one arm alone, on the transformers engine, which serves every type.
+    It lies in the file `result`, and is not computed again where it is there."""
+    if result.exists():
+        before: list[float] = json.loads(result.read_text())
+        return before
     prompts = [task_prompt(kit.task.prompt, row.input, kit.task.format) for row in rows]
     engine = open_engine("transformers", base, [adapter] if adapter else [])
     with Display() as display:
         scores = answer_all(engine, {"accuracy": (prompts, adapter)}, kit.task, kit.seeds, list(rows), display)["accuracy"].scores
     engine.close()
-    return [sum(scores) / len(scores), *wilson(sum(scores), len(scores))]
+    found = [sum(scores) / len(scores), *wilson(sum(scores), len(scores))]
+    result.write_text(json.dumps(found))
+    return found
 
 
 def packs_of(turn: int, packs: int, size: int) -> list[Pack]:

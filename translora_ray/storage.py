@@ -94,7 +94,7 @@ class RunStore:
             yield
             return
         lock = Path(self.path(".lock"))
-        with _room(lock):
+        with room(lock):
             lock.parent.mkdir(parents=True, exist_ok=True)
             lock.touch()
         with lock.open("w") as file:
@@ -113,7 +113,7 @@ class RunStore:
         """
         if self.local:
             final = Path(self.path(name))
-            with _room(final):
+            with room(final):
                 final.parent.mkdir(parents=True, exist_ok=True)
                 with contextlib.suppress(FileExistsError):
                     final.touch(exist_ok=False)
@@ -154,7 +154,7 @@ class RunStore:
             return
         final = Path(self.path(name))
         scratch = final.with_name(f".{final.name}.{os.getpid()}")
-        with _room(final):
+        with room(final):
             final.parent.mkdir(parents=True, exist_ok=True)
             try:
                 with scratch.open("wb") as file:
@@ -229,7 +229,7 @@ class RunStore:
 
 def commit_folder(source: Path, final: Path, replace: bool = True) -> None:
     """Make `source` appear as `final` at once, replacing what an earlier attempt left there or, without `replace`, refusing to."""
-    with _room(final), _scratch_beside(final) as scratch:
+    with room(final), _scratch_beside(final) as scratch:
         shutil.copytree(source, scratch / "new")
         for file in (scratch / "new").rglob("*"):
             if file.is_file():
@@ -256,7 +256,7 @@ def _scratch_beside(final: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _room(final: Path) -> Iterator[None]:
+def room(final: Path) -> Iterator[None]:
     """Raise `UsageError` where the disk that `final` is written to is full; what is half-written is removed by whoever wrote it."""
     try:
         yield

@@ -71,6 +71,11 @@ class Checked:
     identity: dict[str, Any]
 
     @property
+    def plan(self) -> Plan:
+        """What the stream has to do, wherever its engines find room."""
+        return Plan(self.kit, self.target, self.config.recipe, self.config.cluster, self.engine, 1.0, 0.0)
+
+    @property
     def finished(self) -> bool:
         return self.store.exists(MANIFEST) and self.store.exists(f"{ADAPTER}/{adapters.CONFIG}")
 
@@ -97,16 +102,15 @@ def check(kit_path: str, target: str, out: str, config: Config, engine: EngineKi
     if config.recipe.training.base_bits and config.cluster.spread_base:
         raise UsageError("A base in few bits can not be spread over workers: leave training.base_bits or cluster.spread_base out.")
     _check_models(loaded, target, config.recipe)
-    plan = Plan(loaded, target, config.recipe, config.cluster, engine, 1.0, 0.0)
-    plan.check()
-    _check_limits(plan, _target_adapter(loaded, target, config.recipe))
+    checked.plan.check()
+    _check_limits(checked.plan, _target_adapter(loaded, target, config.recipe))
     return checked
 
 
 def planned(checked: Checked, local: bool) -> tuple[Plan, Resources]:
     """What the stream has to do, and what a training worker takes."""
     cluster, overlap = checked.config.cluster, checked.config.recipe.overlap
-    plan = _plan(checked.kit, checked.target, checked.config, checked.engine, local)
+    plan = _placed(checked.plan, local)
     parts = cluster.workers[1] + (_engines(plan) if overlap else 0)
     worker = Resources(cluster.worker_cpus or share("CPU", local, parts), given(cluster.worker_gpus, share("GPU", local, parts)))
     if cluster.workers[1] > 1 and 0 < worker.gpus < 1:
@@ -167,10 +171,10 @@ def _check_limits(plan: Plan, target: Adapter) -> None:
     require_limits(ranks, temperatures, plan.cluster.vllm)
 
 
-def _plan(loaded: kit.Kit, target: str, config: Config, engine: EngineKind, local: bool) -> Plan:
-    cluster = config.cluster
-    plan = Plan(loaded, target, config.recipe, cluster, engine, 1.0, 0.0)
-    parts = _engines(plan) + (cluster.workers[1] if config.recipe.overlap else 0)
+def _placed(plan: Plan, local: bool) -> Plan:
+    """The plan with what one of its engines takes here."""
+    cluster, engine = plan.cluster, plan.engine
+    parts = _engines(plan) + (cluster.workers[1] if plan.recipe.overlap else 0)
     gpus, spread = cluster.engine_gpus, cluster.vllm.tensor_parallel_size
     if engine == "vllm" and spread > 1 and gpus is None:
         gpus = spread

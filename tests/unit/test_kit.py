@@ -33,7 +33,7 @@ def put(folder: Path, store: RunStore) -> RunStore:
 
 def test_a_kit_is_read_from_a_copy_that_is_made_once(there: RunStore, tiny_kit: Path, cache: Path) -> None:
     found, local = kit.load(f"{there.uri}/"), kit.load(tiny_kit)
-    (copy,) = (path for path in cache.iterdir() if path.name != ".lock")
+    (copy,) = (path for path in cache.iterdir() if path.is_dir())
     assert found.path == there.uri and found.adapter.path == str(copy / "adapter")
     assert (
         replace(found, path=local.path, adapter=local.adapter, discriminator_adapter=local.discriminator_adapter, generator_adapter=local.generator_adapter)
@@ -51,7 +51,7 @@ def test_a_kit_that_is_not_whole_there_is_copied_again_when_it_is(there: RunStor
         kit.load(there.uri)
     there.write(name, (tiny_kit / name).read_bytes())
     assert kit.load(there.uri).discriminator is not None
-    assert [path.name for path in cache.iterdir() if path.name != ".lock"]
+    assert [path.name for path in cache.iterdir() if path.is_dir()]
 
 
 def test_a_finished_run_there_stands_for_a_kit(s3: str, tiny_kit: Path, tmp_path: Path, cache: Path) -> None:

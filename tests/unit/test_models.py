@@ -24,7 +24,7 @@ def make(target):
     target.mkdir()
     (target / "config.json").write_text("{}")
 
-print(references._once("model", make))
+print(references.once("model", make))
 """
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from translora_ray import adapting, models
-from translora_ray.config import CUTTING, Adapter, Cluster, Method, Recipe, Training
+from translora_ray.config import BY_EXCESS, CUTTING, Adapter, Cluster, Method, Recipe, Training
 from translora_ray.engines.base import AdapterRef, Engine
 from translora_ray.errors import UsageError
 from translora_ray.evaluation.metrics import well_formed
@@ -71,11 +71,9 @@ class Arms:
         """The rows that each arm trains on. `engine` holds the teacher."""
         found: dict[str, Sequence[TaskRow]] = {"seeds_only": self.kit.seeds} if "seeds_only" in names else {}
         wanted = [name for name in names if name == "unfiltered" or name in SELECTED]
-        by_excess = any(self._plan(name).by_excess for name in wanted if name in SELECTED)
-        plain, pool = self._answered(engine, by_excess) if wanted else ([], [])
+        plain, pool = self._answered(engine, wanted) if wanted else ([], [])
         for name in wanted:
-            cuts = name in SELECTED and self._plan(name).method in CUTTING
-            rows = self._selected(pool if cuts else plain, name) if name in SELECTED else _rows(plain[: self.manifest["counts"]["quota"]])
+            rows = self._selected(pool if name in CUTTING else plain, name) if name in SELECTED else _rows(plain[: self.manifest["counts"]["quota"]])
             if not rows:
                 raise UsageError(f"--arms {name}: no candidate of the run is left to train on; leave this arm out.")
             found[name] = rows
@@ -93,9 +91,14 @@ class Arms:
             found[name] = AdapterRef(name, str(out))
         return found
 
+    @cached_property
+    def candidates(self) -> list[Candidate]:
+        """All of the run."""
+        return self.store.candidates()
+
     def trained_on(self) -> list[str]:
         """The inputs of the examples that the run's own adapter learnt from."""
-        chosen, _ = choose(self._plan(self.recipe.selection.method), self.store.candidates())
+        chosen, _ = choose(self._plan(self.recipe.selection.method), self.candidates)
         return [example.input for example in chosen]
 
     def _plan(self, method: Method) -> Plan:
@@ -103,22 +106,22 @@ class Arms:
         recipe = self.recipe.model_copy(update={"selection": selection, "overlap": False})
         return Plan(self.kit, self.manifest["target_base"], recipe, Cluster(), "transformers", 1.0, 0.0)
 
-    def _answered(self, engine: Engine, by_excess: bool) -> tuple[list[Candidate], list[Candidate]]:
-        """(as many candidates as a method chooses from, these and all others that the discriminator takes), in their order, without repetitions, each with the
-        teacher's answer whatever it is. Methods without a cut are to choose from what comes, not from what another method has picked out."""
-        candidates = self.store.candidates()
+    def _answered(self, engine: Engine, names: Sequence[str]) -> tuple[list[Candidate], list[Candidate]]:
+        """(as many candidates as a method chooses from, these and, where one of the arms cuts, all others that the discriminator takes), in their order,
+        without repetitions, each with the teacher's answer whatever it is. Methods without a cut choose from what comes, not from what another picked out."""
+        cut = self.recipe.selection.threshold if CUTTING.intersection(names) else math.inf
         most = math.ceil((self.manifest["counts"]["quota"] + self._plan("none").held_out) * self.recipe.selection.surplus)
         seen = Seen(self.recipe.selection.near_duplicate)
         pool: list[Candidate] = []
-        for candidate in candidates:
+        for candidate in self.candidates:
             fresh = candidate.reason in WRITTEN and not seen.repeats(candidate.input)
-            if fresh and (len(pool) < most or (candidate.verdict or -math.inf) > self.recipe.selection.threshold):
+            if fresh and (len(pool) < most or (candidate.verdict or -math.inf) > cut):
                 seen.add(candidate.input)
                 pool.append(replace(candidate, reason=None))
         open_task = self.kit.task.model_copy(update={"labels": "open", "metric": "exact_match"})
         weighed = self.recipe.training.token_weights > 0
         spans = partial(answer_spans, models.load_tokenizer(self.manifest["source_base"])) if weighed else None
-        teacher = Teacher(engine, open_task, self.kit.adapter, selection=self.recipe.selection, by_excess=by_excess, spans=spans)
+        teacher = Teacher(engine, open_task, self.kit.adapter, selection=self.recipe.selection, by_excess=bool(BY_EXCESS.intersection(names)), spans=spans)
         phase, size = self.display.phase("answers for the arms"), self.recipe.synthesis.pack_size
         for start in range(0, len(pool), size):
             teacher.process(Pack(0, pool[start : start + size]))

@@ -57,7 +57,7 @@ def evaluate(run: str, data: str, oracle: str | None, extra: Sequence[str], open
         shots = [(seed.input, seed.target) for seed in loaded.seeds]
         few = [few_shot_prompt(task.prompt, shots, row.input, task.format) for row in rows]
         judged = loaded.discriminator is not None and loaded.base == loaded.teacher_base
-        beside = judged and adapters.inspect(loaded.adapter.path).type != "ia3"  # which peft can not put beside a LoRA
+        beside = judged and adapters.inspect(loaded.adapter.path).type not in adapters.ALONE
         engine = open_engine(manifest["source_base"], [loaded.adapter, *([loaded.discriminator_adapter] if beside else [])])
         found = answer_all(engine, {"source_base": (bare, None), "source_adapter": (bare, loaded.adapter)}, task, loaded.seeds, rows, display)
         sets = made.sets(extra, engine)
@@ -78,7 +78,7 @@ def evaluate(run: str, data: str, oracle: str | None, extra: Sequence[str], open
     result["gate"] = gate.on_rows(recipe.gate, result["against"])
     if real is not None:
         result["verdicts"] = {"real": real}
-    result["distance"], points = distances(loaded.base, made.trained_on(), store, [row.input for row in rows], loaded.seed_inputs, display)
+    result["distance"], points = distances(loaded.base, made.trained_on(), made.candidates, [row.input for row in rows], loaded.seed_inputs, display)
     store.write(ANSWERS, _lines(rows, found))
     store.write_json(MAP, points)
     store.write_json(RESULT, result)

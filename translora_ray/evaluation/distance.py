@@ -10,7 +10,7 @@ import numpy
 
 from translora_ray import models
 from translora_ray.progress import Display
-from translora_ray.storage import RunStore
+from translora_ray.records import Candidate
 from translora_ray.stream.collect import NOT_NEEDED
 from translora_ray.stream.dedup import COPIES, normal
 
@@ -20,13 +20,13 @@ BATCH = 32
 
 
 def distances(
-    base: str, trained_on: Sequence[str], store: RunStore, real: Sequence[str], seeds: Sequence[str], display: Display
+    base: str, trained_on: Sequence[str], candidates: Sequence[Candidate], real: Sequence[str], seeds: Sequence[str], display: Display
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """(MMD of the prompts trained on (`filtered`), and of all that were written and are no copies of seeds (`unfiltered`), to real ones; a map of them).
 
     Both by the source base's hidden states (paper: table 6).
     """
-    candidates = [candidate for candidate in store.candidates() if candidate.input and candidate.reason not in COPIES]
+    candidates = [candidate for candidate in candidates if candidate.input and candidate.reason not in COPIES]
     written = list({normal(candidate.input): candidate.input for candidate in candidates}.values())
     sides = [random.Random(0).sample(texts, min(MOST, len(texts))) for texts in (list(real), list(trained_on), written)]
     hidden = _hidden(base, [text for texts in (*sides, seeds) for text in texts], display)

@@ -125,7 +125,7 @@ class Plan:
         if self.judges:
             places.append((self.engine, kit.base, discriminate.ROLE))
         places.append((engine_for(self.engine, [kit.adapter], lambda message: None), kit.teacher_base, teach.ROLE))
-        alone = (self.judges or "adapter" in generators) and adapters.inspect(kit.adapter.path).type == "ia3"
+        alone = (self.judges or "adapter" in generators) and adapters.inspect(kit.adapter.path).type in adapters.ALONE
         pools: list[Pool] = []
         for engine, base, role in places:
             if pools and (pools[-1].engine, pools[-1].base) == (engine, base) and not (alone and role == teach.ROLE):
