@@ -77,8 +77,14 @@ class Kit:
         return [seed.input for seed in self.seeds]
 
     def here(self) -> Kit:
-        """This kit on another machine, which has no copy of it yet where it lies on an object store."""
-        return load(self.path) if "://" in self.path else self
+        """This kit on another machine, which may have no copy yet of what lies on an object store: the kit itself, or the one that a run goes back to."""
+        needed = (self.adapter, *([self.discriminator_adapter] if self.discriminator else []), *([self.generator_adapter] if self.generator else []))
+        if all(Path(adapter.path).is_dir() for adapter in needed):
+            return self
+        found = load(self.path)
+        if found.digest != self.digest:
+            raise UsageError(f"The kit at {self.path} is not the one that this transfer began with: bring back the original.")
+        return found
 
 
 def load(path: str | Path) -> Kit:

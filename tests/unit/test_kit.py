@@ -1,6 +1,7 @@
 """A kit on an object store, a real server on loopback, which each machine reads from a copy in its cache; and what may stand for a kit."""
 
 import json
+import shutil
 import uuid
 from dataclasses import replace
 from pathlib import Path
@@ -42,6 +43,22 @@ def test_a_kit_is_read_from_a_copy_that_is_made_once(there: RunStore, tiny_kit: 
     before = (copy / "kit.json").stat().st_mtime_ns
     assert found.here() == found and (copy / "kit.json").stat().st_mtime_ns == before
     assert local.here() is local
+
+
+def test_another_machine_makes_its_own_copy_of_what_lies_elsewhere(there: RunStore, tiny_kit: Path, tmp_path: Path, cache: Path) -> None:
+    """Also where a run on a disk that all machines see goes back to a kit that does not lie there."""
+    before, run = kit.load(there.uri), tmp_path / "run"
+    shutil.copytree(tiny_kit / "adapter", run / "adapter")
+    facts = {"kit_path": there.uri, "kit": before.digest, "adapter_digest": adapters.digest(run / "adapter"), "target": "mark", "target_base": "target"}
+    (run / "manifest.json").write_text(json.dumps(facts))
+    for found in (before, kit.load(run)):
+        shutil.rmtree(cache)
+        assert found.here() == found and Path(found.discriminator_adapter.path).is_relative_to(cache)
+    shutil.rmtree(cache)
+    other = json.loads((tiny_kit / "kit.json").read_text()) | {"rows": 7}
+    there.write_json("kit.json", other | {"digest": kit.digest_of(other, (tiny_kit / "seeds.jsonl").read_text())})
+    with pytest.raises(UsageError, match=f"The kit at {there.uri} is not the one that this transfer began with"):
+        before.here()
 
 
 def test_a_kit_that_is_not_whole_there_is_copied_again_when_it_is(there: RunStore, tiny_kit: Path, cache: Path) -> None:

@@ -6,17 +6,19 @@ import asyncio
 import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tests.unit.conftest import stream
+from translora_ray.engines.base import AdapterRef
 from translora_ray.errors import EngineDied, RunFailed, TransLoraError, UsageError
 from translora_ray.records import Pack, pack_to_table, packs_from_table, request_pack
 from translora_ray.storage import RunStore
-from translora_ray.stream.collect import Totals
-from translora_ray.stream.pipeline import ENGINE_DEATHS, StageActor, _collectors, _raise, _through
-from translora_ray.stream.plan import Plan
+from translora_ray.stream.collect import Collector, Totals
+from translora_ray.stream.pipeline import ENGINE_DEATHS, StageActor, _collectors, _raise, _through, _written
+from translora_ray.stream.plan import Plan, Pool
 from translora_ray.stream.requests import LATE, Desk
 
 
@@ -37,14 +39,17 @@ def test_a_part_that_can_not_work_ends_its_own_transfer_alone() -> None:
 
 
 class Actor(StageActor):
-    """With an engine that dies of each pack of transfer 1, together with what else is on it, and stages that can not be made for transfer 2."""
+    """With an engine that dies of each pack of transfer 1, together with what else is on it, and stages that can not be made for transfer 2. The openings
+    whose numbers are in `fail` fail."""
 
-    def __init__(self) -> None:
-        self.opened, self.meet = 0, threading.Barrier(3)
+    def __init__(self, *fail: int) -> None:
+        self.opened, self.meet, self.fail = 0, threading.Barrier(3), fail
         super().__init__([], None, None)  # type: ignore[arg-type]
 
     def _open(self) -> None:
         self.opened += 1
+        if self.opened in self.fail:
+            raise EngineDied("It did not start.")
         self.engine = self
         self.stages = [[Shared(self)], [Shared(self)], self._stages(None)]  # type: ignore[arg-type]
 
@@ -75,6 +80,41 @@ def test_a_kit_that_brings_engines_down_ends_alone() -> None:
     assert actor.opened == 1 + 1 + ENGINE_DEATHS  # after the first death one pack at a time
     (odd,) = packs_from_table(actor(pack_to_table(request_pack(0, 0, 2, 2))))
     assert odd.failure is not None and odd.failure.startswith("AttributeError: ")
+
+
+def test_an_engine_that_dies_while_it_opens_is_tried_again() -> None:
+    actor = Actor(2, 3)
+    with ThreadPoolExecutor(3) as threads:
+        tables = threads.map(actor, [pack_to_table(request_pack(0, number, 2)) for number in range(3)])
+        assert [pack.failure for table in tables for pack in packs_from_table(table)] == [None] * 3
+    assert actor.opened == 1 + ENGINE_DEATHS
+    actor = Actor(*range(2, 2 + ENGINE_DEATHS))
+    with ThreadPoolExecutor(3) as threads, pytest.raises(EngineDied, match="It did not start"):
+        list(threads.map(actor, [pack_to_table(request_pack(0, number, 2)) for number in range(3)]))
+
+
+def test_a_kit_that_can_not_be_had_where_it_is_needed_leaves_the_engine_to_the_others(plan: Plan, tmp_path: Path) -> None:
+    gone = replace(plan, kit=replace(plan.kit, path=str(tmp_path / "gone"), adapter=AdapterRef("teacher", str(tmp_path / "gone"))))
+
+    class Opened(StageActor):
+        def _open(self) -> None:
+            self.engine = self  # type: ignore[assignment]
+            self.stages = [self._stages(plan) for plan in self.plans]
+
+    stages = Opened([gone, plan], Pool("transformers", plan.kit.base, ("discriminator",)), None).stages
+    assert isinstance(stages[0], UsageError) and str(stages[0]).startswith(f"{tmp_path}/gone is not a transfer kit")
+    assert isinstance(stages[1], list)
+
+
+def test_a_storage_that_fails_at_the_last_ends_its_own_transfer(plan: Plan, tmp_path: Path) -> None:
+    collector = Collector(plan, RunStore(str(tmp_path)))
+    assert _written(collector, lambda: None) is None
+
+    def commit() -> None:
+        raise OSError("no route to host")
+
+    failure = _written(collector, commit)
+    assert str(failure) == f"{tmp_path} can not be written (OSError: no route to host): the same command goes on from what is committed."
 
 
 def test_a_run_that_is_damaged_or_full_leaves_the_stream_to_the_others(plan: Plan, tmp_path: Path) -> None:

@@ -108,6 +108,8 @@ class Driver:
             with ray_failures():
                 for group in groups:
                     self._move(group)
+            if self.state.counts.keys() - states.ENDS:
+                self._go_on()
 
     def _show(self, state: State) -> None:
         write_page(state)
@@ -176,7 +178,6 @@ class Driver:
             with self._trainers(group) as submit:
                 for full in waiting:
                     submit(full)
-        self._go_on()
 
     @contextlib.contextmanager
     def _trainers(self, group: Sequence[Transfer]) -> Iterator[Callable[[Full], None]]:

@@ -122,7 +122,7 @@ def load_fleet(path: str) -> tuple[Fleet, list[Wanted]]:
 def _kits(pattern: str, folder: Path, where: str) -> dict[str, str]:
     """The kits that a pattern leads to; their releases are to be called as their tasks."""
     place = _located(pattern, folder, where)
-    if not glob.has_magic(place):
+    if "://" in place or not glob.has_magic(place):
         return {place: ""}
     if not (found := sorted(glob.glob(place))):
         raise UsageError(f"{where}: nothing is at {place}; correct it, or make a kit there with `translora prepare`.")

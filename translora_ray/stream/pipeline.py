@@ -48,18 +48,20 @@ class StageActor:
     """What Ray Data keeps in an actor: one engine, and each transfer's stages, which use it. Called from as many threads as packs go at once."""
 
     def __init__(self, plans: Sequence[Plan], pool: Pool, desk: Any) -> None:
-        self.plans, self.pool, self.desk = [replace(plan, kit=plan.kit.here()) for plan in plans], pool, desk
+        self.asked, self.plans, self.pool, self.desk = plans, [_here(plan) for plan in plans], pool, desk
         self._replacing, self._again = threading.Lock(), threading.Lock()
         self._open()
 
     def _open(self) -> None:
-        pool, first = self.pool, self.plans[0]
-        used = {adapter.path: adapter for plan in self.plans for adapter in plan.adapters(pool)}
+        pool, first = self.pool, self.asked[0]
+        used = {adapter.path: adapter for plan in self.plans if isinstance(plan, Plan) for adapter in plan.adapters(pool)}
         self.engine = open_engine(pool.engine, pool.base, list(used.values()), first.cluster.vllm, first.engine_gpus)
         self.stages = [self._stages(plan) for plan in self.plans]
         ray.get(self.desk.loaded.remote(pool.base))
 
-    def _stages(self, plan: Plan) -> list[Stage] | Exception:
+    def _stages(self, plan: Plan | Exception) -> list[Stage] | Exception:
+        if isinstance(plan, Exception):
+            return plan
         try:
             return [stage for role in self.pool.roles for stage in STAGES[role](plan, self.pool, self.engine)]
         except EngineDied:
@@ -83,11 +85,26 @@ class StageActor:
         raise AssertionError
 
     def _replace(self, dead: list[list[Stage] | Exception]) -> None:
-        """A new engine in place of the one behind the stages `dead`, unless another thread brought one already."""
+        """A new engine in place of the one behind the stages `dead`, unless another thread brought one already. What ended the old one may end its
+        successor, too, or keep it from starting, for a while."""
         with self._replacing:
-            if self.stages is dead:
+            for tries in range(1, ENGINE_DEATHS + 1):
+                if self.stages is not dead:
+                    return
                 self.engine.close()
-                self._open()
+                try:
+                    self._open()
+                except TransLoraError:
+                    if tries == ENGINE_DEATHS:
+                        raise
+
+
+def _here(plan: Plan) -> Plan | Exception:
+    """The plan with its kit on this machine, or why that can not be had: the other transfers go on."""
+    try:
+        return replace(plan, kit=plan.kit.here())
+    except Exception as failure:
+        return failure
 
 
 class Turns:
@@ -203,8 +220,10 @@ def run_stream(
             if stop and stop.is_set():
                 ray.get(desk.full.remote(*running))
             ray.get(desk.arrived.remote(transfer, pack.number))
-        for transfer, collector in running.items():  # there are some after a stop alone
-            collector.commit(ray.get(desk.all_loads.remote()))
+        for transfer, collector in list(running.items()):  # there are some after a stop alone
+            if failure := _written(collector, partial(collector.commit, ray.get(desk.all_loads.remote()))):
+                del running[transfer]
+                ended(transfer, failure)
             measures.committed(transfer, collector.totals)
     finally:
         packs.close()
@@ -236,13 +255,18 @@ def _take(collector: Collector, pack: Pack, loads: list[str]) -> Totals | TransL
     """Give the pack to its collector; how its transfer ended, if it did."""
     if pack.failure:
         return RunFailed(pack.failure)
+    return _written(collector, partial(collector.take, pack, loads)) or (collector.totals if collector.full else None)
+
+
+def _written(collector: Collector, work: Callable[[], None]) -> TransLoraError | None:
+    """Do what may write to the collector's run; why it could not, which is that transfer's own."""
     try:
-        collector.take(pack, loads)
+        work()
     except TransLoraError as failure:
         return failure
     except OSError as failure:
         return RunFailed(f"{collector.store.uri} can not be written ({reason(failure)}): the same command goes on from what is committed.")
-    return collector.totals if collector.full else None
+    return None
 
 
 def open_stream(plans: Sequence[Plan], desk: Any) -> Generator[Pack]:
