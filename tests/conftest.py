@@ -16,6 +16,7 @@ import yaml
 
 from translora_ray import adapters
 from translora_ray.config import Adapter
+from translora_ray.registry import Registry
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # small models are compared with plain CPU computations
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads of one process must not starve another's on two cores
@@ -131,6 +132,11 @@ def save_adapter(folder: Path, seed: int = 0, rank: int = 2) -> Path:
     save_file(tensors, folder / adapters.WEIGHTS)
     (folder / adapters.CONFIG).write_text(json.dumps({"peft_type": "LORA", "r": rank, "lora_alpha": 4, "base_model_name_or_path": "target"}))
     return folder
+
+
+def channels(registry: Registry) -> dict[str, str]:
+    """What each channel of a registry names."""
+    return {channel: change["release"] for channel, change in registry.changes().items()}
 
 
 def save_run(folder: Path, seed: int = 0, verdict: str | None = "ship", on_rows: str | None = None, **facts: object) -> str:

@@ -18,8 +18,6 @@ CONFIG = "adapter_config.json"
 ALL: Literal["all-linear"] = "all-linear"
 LORA_TYPES = ("lora", "rslora", "dora")
 SERVED_BY_VLLM = ("lora", "rslora")
-ALONE = ("ia3",)
-"""Types that peft can not put beside a LoRA on one base."""
 NAMES: dict[AdapterType, str] = {"lora": "LoRA", "rslora": "rsLoRA", "dora": "DoRA", "prompt_tuning": "prompt-tuning", "ia3": "IA3"}
 PROMPT = "prompt_embeddings"
 HARMLESS = ("gaussian", "eva", "orthogonal")

@@ -30,7 +30,9 @@ class Unreachable(RunFailed):
 
 
 class Unsound(UsageError):
-    """What lies in the registry is not what was published."""
+    """What lies in the registry is not what was published; at `path` in it, where one file is meant."""
+
+    path = ""
 
 
 Check = Callable[[str, dict[str, Any]], object]
@@ -114,8 +116,10 @@ class Ledger:
             return content
         except FileNotFoundError:
             return None
-        except (LookupError, TypeError, ValueError, AttributeError, PermissionError):
-            skip(Unsound(f"{self.uri}/{path} is damaged or may not be read: bring it back from a copy, or retire its release."))
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError, PermissionError):
+            damaged = Unsound(f"{self.uri}/{path} is damaged or may not be read: bring it back from a copy, or retire its release.")
+            damaged.path = path
+            skip(damaged)
             return None
 
     def _refuse_other(self) -> None:

@@ -95,14 +95,15 @@ class Registry:
             found = self._releases(self._store.names(RELEASES), skip)
         return [release for release in found if base is None or base in (release.target_base, release.base_fingerprint)]
 
-    def channels(self) -> dict[str, str]:
-        """What each channel names: {"name:channel": "name@version"}, sorted."""
-        return {channel: change["release"] for channel, change in self.changes().items()}
+    def place_of(self, path: str) -> str:
+        """The URI of the release whose release.json lies at `path` in the registry."""
+        head, mark, query = self.uri.partition("?")
+        return f"{head}/{path.removesuffix(f'/{RELEASE}')}{mark}{query}"
 
-    def changes(self, skip: Skip = refuse) -> dict[str, Change]:
-        """The change that counts of each channel, {"name:channel": change}, sorted. `trial_in` reads a trial from it."""
+    def changes(self, skip: Skip = refuse, name: str = "") -> dict[str, Change]:
+        """The change that counts of each channel, {"name:channel": change}, sorted; of one name's, where it is given. `trial_in` reads a trial from it."""
         with self._ledger.reaching():
-            selector = pafs.FileSelector(self._store.path(CHANNELS), allow_not_found=True, recursive=True)
+            selector = pafs.FileSelector(self._store.path(f"{CHANNELS}/{name}".rstrip("/")), allow_not_found=True, recursive=True)
             paths = sorted(info.path.removeprefix(f"{self._store.root}/") for info in self._store.fs.get_file_info(selector) if info.is_file)
             latest = {path[:-12]: path for path in paths if _CHANGE.fullmatch(path[-11:])}
             named = self._ledger.load(latest.values(), _check_change, skip)
@@ -232,7 +233,7 @@ class Registry:
                 self._store.fs.delete_file(self._store.path(f"{RETIRED}/{release}"))
 
     def _refuse_named(self, release: str) -> None:
-        changes = self.changes().items()
+        changes = self.changes(name=release.partition("@")[0]).items()
         if named := [channel for channel, now in changes if release in (now["release"], (now.get("trial") or {}).get("release"))]:
             raise UsageError(f"{release} can not be retired while {some(named)} names it: promote another release there first.")
 
@@ -245,12 +246,10 @@ class Registry:
 
     def _as_release(self, path: str, facts: dict[str, Any]) -> Release:
         """Raises LookupError, TypeError or ValueError where the facts are no release's, or those of another than the folder's."""
-        head, mark, query = self.uri.partition("?")
-        place = path.removesuffix(f"/{RELEASE}")
-        release = _RELEASE.validate_python({**facts, "uri": f"{head}/{place}{mark}{query}"})
-        if place != f"{RELEASES}/{release.id}":
+        release = _RELEASE.validate_python({**facts, "uri": self.place_of(path)})
+        if path != f"{RELEASES}/{release.id}/{RELEASE}" or not isinstance(release.adapter["rank"], int):
             raise ValueError
-        _ = release.adapter["type"], release.adapter["rank"], release.verdict, datetime.fromisoformat(release.created)  # what readers rely on
+        _ = release.adapter["type"], release.verdict, datetime.fromisoformat(release.created).timestamp()  # what readers rely on
         return release
 
     def _there(self, reference: str) -> str:

@@ -69,16 +69,19 @@ def run(options: argparse.Namespace) -> int:
 
 
 def show(registry: Registry) -> None:
-    """A line for each release, with its digest checked again. Raises `UsageError` where one is not sound."""
+    """A line for each release that can be read, with its digest checked again. Raises `UsageError` where a release or a channel is not sound."""
     from rich.console import Console
     from rich.table import Table
+
+    from translora_ray.registry import Unsound
 
     table = Table(title=f"registry {registry.uri}")
     for column in ("release", "channels", "target base", "verdict", "created", "digest", "sound"):
         table.add_column(column, overflow="fold")
-    changes = registry.changes()
-    wrong = []
-    for release in registry.releases():
+    damaged: list[Unsound] = []
+    changes, releases = registry.changes(damaged.append), registry.releases(skip=damaged.append)
+    wrong = [str(each) for each in damaged]
+    for release in releases:
         channels = ", ".join(_roles(release, changes))
         problem = _problem(registry, release)
         wrong += [problem] if problem else []
@@ -86,7 +89,7 @@ def show(registry: Registry) -> None:
         table.add_row(release.id, channels, release.target_base, verdict, release.created, release.digest[:12], "no" if problem else "yes")
     Console().print(table)
     if wrong:
-        raise UsageError(f"{len(wrong)} of {table.row_count} releases are not sound; the first: {wrong[0]}")
+        raise UsageError(f"{len(wrong)} of {table.row_count + len(damaged)} releases and channels are not sound; the first: {wrong[0]}")
 
 
 def _roles(release: Release, changes: dict[str, Any]) -> list[str]:

@@ -1,23 +1,14 @@
 """Packs in any order, with interruptions anywhere: the same rows come out."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tests.unit.conftest import rows, scripted_pack, stream
-from translora_ray import adapters
 from translora_ray.errors import RunFailed
 from translora_ray.storage import RunStore
 from translora_ray.stream.collect import Collector
 from translora_ray.stream.plan import Plan
-
-
-@pytest.mark.parametrize(("kind", "pools"), [("lora", [("generator", "discriminator", "teacher")]), ("ia3", [("generator", "discriminator"), ("teacher",)])])
-def test_an_ia3_teacher_has_a_pool_beside_the_discriminators_lora(plan: Plan, monkeypatch: pytest.MonkeyPatch, kind: str, pools: list[tuple[str, ...]]) -> None:
-    found = adapters.inspect(plan.kit.adapter.path)
-    monkeypatch.setattr(adapters, "inspect", lambda path: replace(found, type=kind))
-    assert [pool.roles for pool in plan.pools()] == pools
 
 
 def test_order_and_interruptions_do_not_change_the_rows(plan: Plan, tmp_path: Path) -> None:

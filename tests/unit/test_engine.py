@@ -7,6 +7,8 @@ import torch
 from peft import PeftModel
 
 from tests.serving import finished_run
+from translora_ray import adapting, models
+from translora_ray.config import Adapter
 from translora_ray.engines.base import AdapterRef, Complete, Generate, Sampling, Score
 from translora_ray.engines.transformers import TransformersEngine
 from translora_ray.errors import UsageError
@@ -31,6 +33,23 @@ def plain_greedy(engine: TransformersEngine, prompt: str, tokens: int) -> str:
 def test_greedy_batches_equal_single_plain_generation(engine: TransformersEngine) -> None:
     found = engine.generate([Generate(prompt, Sampling(12)) for prompt in PROMPTS])
     assert [generation.text for generation in found] == [plain_greedy(engine, prompt.text, 12) for prompt in PROMPTS]
+
+
+def test_lora_and_ia3_take_turns_on_one_base(tiny_llama: str, tmp_path: Path) -> None:
+    """Which peft can not put beside each other."""
+    ia3 = adapting.create(models.load_base(tiny_llama), Adapter(type="ia3", rank=1, alpha=1.0, dropout=0.0, modules="all-linear"), 0)
+    with torch.no_grad():
+        for weight in ia3.parameters():
+            weight.mul_(1 + 2 * weight.requires_grad)
+    adapting.save(ia3, tmp_path / "ia3", tiny_llama)
+    loras = [f"{finished_run(tmp_path / str(seed), tiny_llama, 'x', seed)}/adapter" for seed in (1, 2)]
+    used = [AdapterRef(path, path) for path in (str(tmp_path / "ia3"), *loras)]
+    requests = [Generate(PROMPTS[3], Sampling(8), adapter) for adapter in (*used, None)]
+    alone = [TransformersEngine(tiny_llama, device="cpu").generate([request])[0] for request in requests]
+    assert len({found.text for found in alone}) == len(alone)
+    engine = TransformersEngine(tiny_llama, device="cpu")
+    for turn in ((0, 1, 2, 3), (1, 0, 3, 1), (3, 2, 0, 0)):
+        assert engine.generate([requests[i] for i in turn]) == [alone[i] for i in turn]
 
 
 def test_a_shared_beginning_changes_nothing(engine: TransformersEngine) -> None:

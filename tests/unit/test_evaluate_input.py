@@ -93,7 +93,7 @@ def test_a_method_without_a_cut_chooses_from_what_comes_not_from_what_the_discri
     assert all(len(found[name]) == 4 and max(found[name]) < 8 for name in ("importance", "excess")), found  # of 2 x 4
 
 
-def test_an_ia3_teacher_is_asked_apart_from_the_discriminators_lora(
+def test_an_ia3_teacher_takes_turns_with_the_discriminators_lora(
     loaded: kit.Kit, tiny_llama: str, tiny_gemma: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ia3 = adapting.create(models.load_base(tiny_llama), Adapter(type="ia3", rank=1, alpha=1.0, dropout=0.0, modules="all-linear"), 0)

@@ -64,6 +64,10 @@ def test_a_registry_leads_to_the_newest_release_of_each_name_for_a_base(tmp_path
     ]
     with pytest.raises(UsageError, match="registry has no release for the base older"):
         load_fleet(write(tmp_path, kits=[{"releases": "registry", "base": "older"}]))
+    for damaged, now in (("routing@1", "routing@2"), ("routing@2", "routing@2")):  # an older release in its place would be another adapter
+        (tmp_path / "registry" / "releases" / damaged / "release.json").write_text("{")
+        _, wanted = load_fleet(write(tmp_path, kits=[{"releases": "registry", "base": "old"}]))
+        assert [each.kit for each in wanted] == [f"{registry.uri}/releases/{release}" for release in ("dates@1", now)]
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import save_run
+from tests.conftest import channels, save_run
 from translora_ray import adapters
 from translora_ray.cli import main
 from translora_ray.errors import UsageError
@@ -32,6 +32,10 @@ def filled(registry: Registry, tmp_path: Path) -> Registry:
         registry.publish(save_run(tmp_path / f"run{seed}", seed))
     registry.publish(str(tmp_path / "run1"), name="tones")
     return registry
+
+
+NESTED = "[" * 100_000
+"""JSON that Python does not read."""
 
 
 def ids(registry: Registry) -> list[str]:
@@ -138,7 +142,7 @@ def test_names_that_are_none(registry: Registry, tmp_path: Path, name: str) -> N
         registry.roll_back(name)
     with pytest.raises(NotFound):
         registry.retire(f"../releases/{name}@1")
-    assert registry.channels() == {}
+    assert channels(registry) == {}
 
 
 def test_a_reference_that_leads_nowhere_names_what_there_is(filled: Registry) -> None:
@@ -159,7 +163,7 @@ def test_channels_go_forth_and_back(filled: Registry) -> None:
         assert filled.promote(reference).id == reference
     filled.promote("colours:stable", channel="canary")
     filled.promote("tones@1")
-    assert filled.channels() == {"colours:canary": "colours@3", "colours:stable": "colours@3", "tones:stable": "tones@1"}
+    assert channels(filled) == {"colours:canary": "colours@3", "colours:stable": "colours@3", "tones:stable": "tones@1"}
     assert filled.release("colours").id == filled.release("colours:stable").id == "colours@3"
     assert filled.roll_back("colours").id == "colours@2"
     assert Registry(filled.uri).release("colours").id == "colours@2"
@@ -197,7 +201,7 @@ def test_retired_releases_are_gone_but_their_files(filled: Registry) -> None:
         filled.roll_back("colours")
     with pytest.raises(NotFound, match="to retire: it is retired"):
         filled.retire("colours@1")
-    assert filled.channels() == {"colours:stable": "colours@2"}
+    assert channels(filled) == {"colours:stable": "colours@2"}
     assert (Path(filled.uri) / "releases" / "colours@1" / adapters.WEIGHTS).exists()
 
 
@@ -346,6 +350,16 @@ def test_a_damaged_release_is_named_left_out_and_can_be_retired(filled: Registry
     assert ids(Registry(filled.uri)) == ["colours@2", "colours@3", "tones@1"]
 
 
+def test_a_damaged_channel_keeps_no_other_names_release_from_being_retired(filled: Registry) -> None:
+    filled.promote("tones@1")
+    damage(filled, "../channels/tones/stable", "000001.json", b"{")
+    fresh = Registry(filled.uri)
+    with pytest.raises(Unsound, match="is damaged"):
+        fresh.retire("tones@1")
+    fresh.retire("colours@1")
+    assert ids(fresh) == ["colours@2", "colours@3", "tones@1"]
+
+
 @pytest.mark.parametrize(
     "facts",
     [
@@ -355,6 +369,8 @@ def test_a_damaged_release_is_named_left_out_and_can_be_retired(filled: Registry
         {"adapter": {}},
         {"gate": {}},
         {"created": "today"},
+        {"created": "0001-01-01T00:00:00"},
+        {"adapter": {"type": "lora", "rank": "16", "modules": []}},
         {"base_fingerprint": ["x"]},
         {"digest": None},
     ],
@@ -369,11 +385,13 @@ def test_a_release_is_what_its_folder_says(filled: Registry, facts: dict[str, ob
         fresh.release("colours@1")
 
 
-@pytest.mark.parametrize("change", [{}, {"release": "tones@1", "earlier": []}, {"release": "colours@1", "earlier": [], "trial": {"release": "tones@1"}}])
-def test_a_change_names_releases_of_its_channels_name(filled: Registry, change: dict[str, object]) -> None:
+@pytest.mark.parametrize(
+    "change", [{}, {"release": "tones@1", "earlier": []}, {"release": "colours@1", "earlier": [], "trial": {"release": "tones@1"}}, NESTED]
+)
+def test_a_change_names_releases_of_its_channels_name(filled: Registry, change: dict[str, object] | str) -> None:
     filled.promote("colours@1")
     filled.promote("tones@1")
-    (Path(filled.uri) / "channels" / "colours" / "stable" / "000002.json").write_text(json.dumps(change))
+    (Path(filled.uri) / "channels" / "colours" / "stable" / "000002.json").write_text(change if isinstance(change, str) else json.dumps(change))
     fresh, left_out = Registry(filled.uri), []
     assert list(fresh.changes(left_out.append)) == ["tones:stable"] and "colours/stable/000002.json is damaged" in str(left_out[0])
     with pytest.raises(Unsound, match="is damaged"):
@@ -407,9 +425,11 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert says("retire", registry, "colours@2") == "colours@2 retired\n"
     assert says("promote", registry, "colours@1", "--channel", "canary") == "colours:canary colours@1\n"
     (tmp_path / "registry" / "releases" / "colours@1" / adapters.WEIGHTS).write_bytes(b"short")
+    damage(Registry(registry), "../channels/colours/canary", "000001.json", b"{")
     assert main(["inspect", registry]) == 2
     told = capsys.readouterr()
-    assert "1 of 1 releases are not sound; the first: colours@1" in told.err and "no" in told.out
+    assert "2 of 2 releases and channels are not sound; the first: " in told.err and "canary/000001.json is damaged" in told.err
+    assert "colours@1" in told.out and "no" in told.out
 
 
 def test_five_hundred_releases_are_listed_in_a_second(registry: Registry, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import save_run
+from tests.conftest import channels, save_run
 from translora_ray import adapters
 from translora_ray.cli import main
 from translora_ray.errors import UsageError
@@ -32,14 +32,14 @@ def ids(registry: Registry) -> list[str]:
 
 
 def test_releases_and_channels(registry: Registry, tmp_path: Path) -> None:
-    assert not registry.exists() and registry.releases() == [] and registry.channels() == {}
+    assert not registry.exists() and registry.releases() == [] and channels(registry) == {}
     first, second = (registry.publish(save_run(tmp_path / str(seed), seed)) for seed in range(2))
     assert registry.publish(str(tmp_path / "0")) == first
     assert ids(Registry(registry.uri)) == ["colours@1", "colours@2"]
     assert first.uri == f"{registry.uri}/releases/colours@1"
     for release in (first, second):
         registry.promote(release.id)
-    assert Registry(registry.uri).channels() == {"colours:stable": "colours@2"}
+    assert channels(Registry(registry.uri)) == {"colours:stable": "colours@2"}
     with pytest.raises(UsageError, match="can not be retired"):
         registry.retire("colours@2")
     assert registry.roll_back("colours") == first == Registry(registry.uri).release("colours")
@@ -133,7 +133,7 @@ def test_of_a_promotion_and_a_retirement_at_once_the_channel_wins(registry: Regi
     with ThreadPoolExecutor(2) as threads:
         outcomes = [future.exception() for future in [threads.submit(promote), threads.submit(retire)]]
     assert all(isinstance(outcome, UsageError | None) for outcome in outcomes)
-    assert ids(registry) == ([f"{name}@1"] if registry.channels() else [])  # the retirement came first where there is no channel
+    assert ids(registry) == ([f"{name}@1"] if channels(registry) else [])  # the retirement came first where there is no channel
 
 
 @pytest.mark.parametrize("move", [lambda registry: registry.roll_back("colours"), lambda registry: registry.promote("colours@1")])

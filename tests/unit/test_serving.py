@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import copy
 import json
 import random
@@ -20,6 +21,7 @@ from starlette.requests import Request
 
 from tests.conftest import save_run
 from tests.serving import TEMPLATE, finished_run
+from tests.unit.test_fleet import until
 from translora_ray.engines.base import AdapterRef, Generate, Sampling
 from translora_ray.engines.transformers import TransformersEngine
 from translora_ray.errors import UsageError
@@ -29,7 +31,7 @@ from translora_ray.registry import Registry
 from translora_ray.serving.app import Service, build, plan
 from translora_ray.serving.auth import OPEN, add_key
 from translora_ray.serving.batches import Batches, settled
-from translora_ray.serving.gateway import Gateway, _Frame, _Seen
+from translora_ray.serving.gateway import Gateway, _Frame, _Seen, _Stream
 from translora_ray.serving.index import Index
 from translora_ray.serving.loading import Loader
 from translora_ray.serving.local import TransformersBackend
@@ -178,6 +180,8 @@ def test_an_answer_ends_when_nobody_listens_and_an_adapter_can_leave(tiny_llama:
     assert engine._names == {}, "for that batch alone"
     batches.hold(path)
     assert asyncio.run(collect(batches, request, False)) == before and engine._names == {path: "adapter2"}
+    batches.drop(path)
+    until(lambda: not engine._names)  # though nobody asks for anything
 
 
 def test_adapters_that_leave_while_requests_wait_with_them_do_not_stay_in_memory(tiny_llama: str, tmp_path: Path) -> None:
@@ -346,17 +350,16 @@ def test_the_chat_template_gets_all_messages(tiny_llama: str) -> None:
 @pytest.mark.parametrize(("events", "status", "compared"), [(1, 499, []), (2, 200, ["ab"]), (3, 200, ["ab"])])
 def test_a_client_that_leaves_with_the_whole_answer_had_an_answer(events: int, status: int, compared: list[str]) -> None:
     """Some clients close at the finish, or at [DONE]: Serve cancels the request there."""
-    seen, found = _Seen(0.0, status=200), []
+    seen, found = _Seen(0.0), []
 
     async def rest() -> AsyncIterator[Piece]:
         yield Piece("b", "stop", 3, 2)
 
     async def listen() -> None:
-        gateway = SimpleNamespace(_end=lambda _: None)
-        said = Gateway._events(gateway, seen, _Frame("cmpl-1", 0, "a@1", False), Piece("a"), rest(), False, found.append)  # type: ignore[arg-type]
+        said = Gateway._events(None, seen, _Frame("cmpl-1", 0, "a@1", False), Piece("a"), rest(), False, found.append)  # type: ignore[arg-type]
         for _ in range(events):
             await anext(said)
-        await said.aclose()  # type: ignore[attr-defined]
+        await said.aclose()
 
     asyncio.run(listen())
     assert (seen.status, found) == (status, compared) and (seen.tokens == 2) == bool(compared)
@@ -364,15 +367,14 @@ def test_a_client_that_leaves_with_the_whole_answer_had_an_answer(events: int, s
 
 @pytest.mark.parametrize(("failure", "status"), [(ServiceError(503, "engine_failed", "It failed.", 1), 503), (RuntimeError("nobody foresaw this"), 500)])
 def test_a_stream_that_fails_on_the_way_ends_with_the_error_and_counts_as_one(failure: Exception, status: int) -> None:
-    seen = _Seen(0.0, status=200)
+    seen = _Seen(0.0)
 
     async def rest() -> AsyncIterator[Piece]:
         yield Piece("b")
         raise failure
 
     async def listen() -> list[str]:
-        gateway = SimpleNamespace(_end=lambda _: None)
-        return [event async for event in Gateway._events(gateway, seen, _Frame("cmpl-1", 0, "a@1", False), Piece("a"), rest(), False, None)]  # type: ignore[arg-type]
+        return [event async for event in Gateway._events(None, seen, _Frame("cmpl-1", 0, "a@1", False), Piece("a"), rest(), False, None)]  # type: ignore[arg-type]
 
     *pieces, last = asyncio.run(listen())
     assert len(pieces) == 2 and seen.status == status
@@ -407,6 +409,27 @@ def test_a_client_that_does_not_wait_for_its_answer_is_no_failure_of_the_service
     with pytest.raises(failure):
         asyncio.run(Gateway._answer(gateway, request(json.dumps(COMPLETION).encode()), CompletionRequest))  # type: ignore[arg-type]
     assert [(seen.release, seen.status) for seen in said] == [("a@1", status)]
+
+
+@pytest.mark.parametrize(("gone_at", "status"), [("http.response.start", 499), ("http.response.body", 499), ("", 200)])
+def test_a_stream_is_over_when_its_client_is_gone_whenever_that_is(gone_at: str, status: int) -> None:
+    """Also before the first event, when nothing of the answer ran yet."""
+    seen, ended = _Seen(0.0, status=499), []
+
+    async def rest() -> AsyncIterator[Piece]:
+        yield Piece("b", "stop", 3, 2)
+
+    async def send(message: Any) -> None:
+        if message["type"] == gone_at:
+            raise asyncio.CancelledError
+
+    async def answer() -> None:
+        events = Gateway._events(None, seen, _Frame("cmpl-1", 0, "a@1", False), Piece("a"), rest(), False, None)  # type: ignore[arg-type]
+        with contextlib.suppress(asyncio.CancelledError):
+            await _Stream(events, lambda: ended.append(seen.status), {})({"type": "http", "asgi": {"spec_version": "2.4"}}, None, send)  # type: ignore[arg-type]
+
+    asyncio.run(answer())
+    assert ended == [status]
 
 
 def test_a_gateway_that_is_to_end_refuses_what_comes_and_waits_for_what_runs() -> None:

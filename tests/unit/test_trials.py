@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import save_run
+from tests.conftest import channels, save_run
 from translora_ray import adapters, kit, releases
 from translora_ray.cli import main
 from translora_ray.errors import UsageError
@@ -41,7 +41,7 @@ def trials(registry: Registry) -> dict[str, str]:
 def test_a_trial_leaves_what_the_channel_names(registry: Registry) -> None:
     assert registry.try_out(Trial("colours@2", 0.1, False)).id == "colours@2"
     assert trials(registry) == {"colours:stable": "canary colours@2 0.1"}
-    assert registry.channels() == {"colours:stable": "colours@1"} and registry.release("colours").id == "colours@1"
+    assert channels(registry) == {"colours:stable": "colours@1"} and registry.release("colours").id == "colours@1"
     registry.try_out(Trial("colours@2", 0.1, False))
     assert len(registry.history("colours")) == 2, "what is so already is no change"
     registry.try_out(Trial("colours@3", 1.0, True))

@@ -31,6 +31,8 @@ class TransformersEngine:
         self.model: Any = load_base(base, device=device)
         self._adapted: Any = None
         """The same base as peft sees it, once there was an adapter. Peft's own way through it asks for an active one, which may have been dropped."""
+        self._ia3 = False
+        """Whether what is on it is IA3."""
         self.tokenizer = load_tokenizer(base)
         self.batch_size = batch_size
         self.context = context_of(self.model)
@@ -172,6 +174,7 @@ class TransformersEngine:
             self._adapted.base_model.enable_adapter_layers()
         if adapter.path not in self._names:
             name = f"adapter{next(self._numbers)}"
+            self._make_way(adapter.path)
             self._adapted = adapting.attach(self.model if self._adapted is None else self._adapted, adapter.path, name)
             self._names[adapter.path] = name
             try:
@@ -180,6 +183,14 @@ class TransformersEngine:
                 self.drop(adapter.path)  # else the next request would find it loaded
                 raise
         self._adapted.set_adapter(self._names[adapter.path], inference_mode=True)
+
+    def _make_way(self, path: str) -> None:
+        """Take all adapters off the base where peft can not put the one at `path` beside them: IA3 and LoRA take turns."""
+        ia3 = adapters.inspect(path).type == "ia3"
+        if self._adapted is not None and ia3 != self._ia3:
+            self.model, self._adapted = self._adapted.base_model.unload(), None
+            self._names.clear()
+        self._ia3 = ia3
 
 
 class _Row:

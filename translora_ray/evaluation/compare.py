@@ -57,13 +57,9 @@ def evaluate(run: str, data: str, oracle: str | None, extra: Sequence[str], open
         shots = [(seed.input, seed.target) for seed in loaded.seeds]
         few = [few_shot_prompt(task.prompt, shots, row.input, task.format) for row in rows]
         judged = loaded.discriminator is not None and loaded.base == loaded.teacher_base
-        beside = judged and adapters.inspect(loaded.adapter.path).type not in adapters.ALONE
-        engine = open_engine(manifest["source_base"], [loaded.adapter, *([loaded.discriminator_adapter] if beside else [])])
+        engine = open_engine(manifest["source_base"], [loaded.adapter, *([loaded.discriminator_adapter] if judged else [])])
         found = answer_all(engine, {"source_base": (bare, None), "source_adapter": (bare, loaded.adapter)}, task, loaded.seeds, rows, display)
         sets = made.sets(extra, engine)
-        if judged and not beside:
-            engine.close()
-            engine = open_engine(loaded.base, [loaded.discriminator_adapter])
         real = verdicts(engine, task.name, [row.input for row in rows], loaded.discriminator_adapter) if judged else None
         engine.close()
         target_arms = {"target_base": (bare, None), "target_few_shot": (few, None), "transferred": (bare, transferred)}

@@ -130,15 +130,21 @@ def _kits(pattern: str, folder: Path, where: str) -> dict[str, str]:
 
 
 def _released(item: Item, folder: Path, where: str) -> dict[str, str]:
-    """The newest release of each name for the item's base, and that name."""
-    from translora_ray.registry import Registry
+    """The newest release of each name for the item's base, and that name. A newer one that is damaged stands for its name, and fails: an older one in its place
+    would be another adapter."""
+    from translora_ray.registry import Registry, Unsound
+    from translora_ray.releases import parse_id
 
-    registry = Registry(_located(item.releases or "", folder, where))
+    registry, damaged = Registry(_located(item.releases or "", folder, where)), list[Unsound]()
     registry.check()
-    newest = {release.name: release.uri for release in registry.releases(item.base)}
+    newest = {release.name: (release.version, release.uri) for release in registry.releases(item.base, damaged.append)}
+    for error in damaged:
+        name, version = parse_id(error.path.split("/")[1]) or ("", 0)
+        if version > newest.get(name, (0, ""))[0]:
+            newest[name] = version, registry.place_of(error.path)
     if not newest:
         raise UsageError(f"{where}: {registry.uri} has no release for the base {item.base}; `translora inspect {registry.uri}` shows what there is.")
-    return {uri: name for name, uri in newest.items()}
+    return {uri: name for name, (_, uri) in newest.items()}
 
 
 def _located(text: str, folder: Path, where: str) -> str:

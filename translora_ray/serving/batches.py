@@ -26,6 +26,8 @@ class Batches:
         self.engine, self.batch_size = engine, batch_size
         self._jobs: deque[_Job] = deque()
         self._dropped: set[str] = set()
+        self._leaving = False
+        """Whether one was dropped since the engine's thread looked."""
         self._work = threading.Condition()
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
         self._thread.start()
@@ -39,9 +41,11 @@ class Batches:
             self._dropped.discard(path)
 
     def drop(self, path: str) -> None:
-        """An adapter leaves the engine's memory between batches. Requests that still wait with it have it read again, for their batch alone."""
+        """An adapter leaves the engine's memory after the batch that runs. Requests that still wait with it have it read again, for their batch alone."""
         with self._work:
             self._dropped.add(path)
+            self._leaving = True
+            self._work.notify()
 
     async def run(self, request: Generate, stream: bool) -> AsyncIterator[Piece]:
         """The answer in pieces, one if not streamed. Closing the iterator ends the answer at its next token."""
@@ -63,7 +67,7 @@ class Batches:
     def _loop(self) -> None:
         while True:
             with self._work:
-                self._work.wait_for(lambda: self._jobs)
+                self._work.wait_for(lambda: self._jobs or self._leaving)
                 batch = self._next()
             self._free()
             if batch:
@@ -72,7 +76,7 @@ class Batches:
 
     def _free(self) -> None:
         with self._work:
-            dropped = list(self._dropped)
+            dropped, self._leaving = list(self._dropped), False
         for path in dropped:
             self.engine.drop(path)
 

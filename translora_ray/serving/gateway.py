@@ -13,7 +13,7 @@ import contextlib
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -25,6 +25,7 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
 
 from translora_ray.registry import Registry, Release
 from translora_ray.serving import protocol
@@ -79,6 +80,21 @@ async def _no_route(request: Request, error: Exception) -> Response:
 async def _unforeseen(request: Request, error: Exception) -> Response:
     logger.error(f"unforeseen: {type(error).__name__}: {error}", exc_info=error)
     return await _refused(request, UNFORESEEN)
+
+
+class _Stream(StreamingResponse):
+    """Server-sent events. `ended` is called when they are, however: also where the client has gone before the first of them, when nothing of `events` ran."""
+
+    def __init__(self, events: AsyncGenerator[str], ended: Callable[[], None], headers: dict[str, str]) -> None:
+        super().__init__(events, media_type="text/event-stream", headers=headers)
+        self.events, self.ended = events, ended
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self.events.aclose()
+            self.ended()
 
 
 @serve.ingress(app)
@@ -165,19 +181,20 @@ class Gateway:
             seen.status = CLIENT_GONE if isinstance(error, asyncio.CancelledError) else UNFORESEEN.status
             self._end(seen)
             raise
-        seen.status, seen.first = 200, time.monotonic() - seen.began
+        seen.first = time.monotonic() - seen.began
         compare = partial(self._shadow, asked, trial.release) if trial and trial.shadow else None
         headers = {"x-translora-release": seen.release, **self.router.staleness()}
         frame = _Frame(f"{'chatcmpl' if asked.chat else 'cmpl'}-{uuid.uuid4().hex}", int(time.time()), seen.release, asked.chat)
         if not asked.stream:
-            seen.prompt_tokens, seen.tokens = first.prompt_tokens, first.tokens
+            seen.status, seen.prompt_tokens, seen.tokens = 200, first.prompt_tokens, first.tokens
             self._end(seen)
             if compare:
                 compare(first.text)
             return JSONResponse(protocol.answer(*frame, first), headers=headers)
         with_usage = bool(wanted.stream_options and wanted.stream_options.include_usage)
+        seen.status = CLIENT_GONE  # until its events begin
         events = self._events(seen, frame, first, pieces, with_usage, compare)
-        return StreamingResponse(events, media_type="text/event-stream", headers=headers | {"cache-control": "no-cache"})
+        return _Stream(events, partial(self._end, seen), headers | {"cache-control": "no-cache"})
 
     async def _begin(self, asked: Asked, release: Release) -> tuple[Piece, AsyncIterator[Piece]]:
         """The first piece of a release's answer, and the others."""
@@ -211,9 +228,10 @@ class Gateway:
 
     async def _events(
         self, seen: _Seen, frame: _Frame, piece: Piece, pieces: AsyncIterator[Piece], with_usage: bool, compare: Callable[[str], None] | None
-    ) -> AsyncIterator[str]:
+    ) -> AsyncGenerator[str]:
         """The answer as server-sent events. An engine that fails on the way ends it with an error's event: nothing else can be said by then."""
         said = [piece.text]
+        seen.status = 200
         try:
             yield protocol.event(*frame, piece, True)
             while not piece.finish:
@@ -238,7 +256,6 @@ class Gateway:
             seen.prompt_tokens, seen.tokens = piece.prompt_tokens, piece.tokens
             if piece.finish and compare:
                 compare("".join(said))
-            self._end(seen)
 
     def _admit(self, request: Request) -> Key:
         """The request's key, if it has one that is known and has requests left."""

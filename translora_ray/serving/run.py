@@ -45,8 +45,8 @@ def run(service: Service, host: str | None, port: int, say: Callable[[str], None
                     _greet(service, url, model, say)
                 while not ending.wait(1):
                     pass
-                say("ending: requests that run may finish")
-                _end(service.drain_seconds)
+            say("ending: requests that run may finish")
+            _end(service.drain_seconds)
         finally:
             if own:
                 serve.shutdown()
@@ -56,10 +56,10 @@ def run(service: Service, host: str | None, port: int, say: Callable[[str], None
 
 def _end(drain_seconds: float) -> None:
     """Have the gateway refuse new requests until those that run have ended, then Serve end the service: told to wait for that, it raises after a minute."""
+    until = time.monotonic() + drain_seconds + END_SECONDS
     with contextlib.suppress(RayError, RayServeException, TimeoutError):  # a gateway that is gone has nothing to finish
         serve.get_app_handle(NAME).drain.remote(drain_seconds).result(timeout_s=drain_seconds + END_SECONDS)
     serve.delete(NAME, _blocking=False)
-    until = time.monotonic() + drain_seconds + END_SECONDS
     while NAME in serve.status().applications and time.monotonic() < until:
         time.sleep(0.2)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from translora_ray import adapters
 from translora_ray.config import BY_EXCESS, CHOOSING, CUTTING, JUDGING, Cluster, EngineKind, GeneratorKind, Method, Recipe, Synthesis
 from translora_ray.engines.base import AdapterRef
 from translora_ray.engines.select import engine_for
@@ -118,17 +117,16 @@ class Plan:
 
     def pools(self) -> list[Pool]:
         """One pool when the source base generates, with an adapter or without; one more where the target does; one more where the teacher is on another base,
-        vLLM can not serve its adapter, or peft can not put it beside another role's LoRA (IA3)."""
+        or vLLM can not serve its adapter."""
         kit, generators = self.kit, self.recipe.synthesis.generator
         bases = [base for base in dict.fromkeys((self.target, kit.base)) if any(self.writes(generator, base) for generator in generators)]
         places = [(self.engine, base, synthesize.ROLE) for base in bases]
         if self.judges:
             places.append((self.engine, kit.base, discriminate.ROLE))
         places.append((engine_for(self.engine, [kit.adapter], lambda message: None), kit.teacher_base, teach.ROLE))
-        alone = (self.judges or "adapter" in generators) and adapters.inspect(kit.adapter.path).type in adapters.ALONE
         pools: list[Pool] = []
         for engine, base, role in places:
-            if pools and (pools[-1].engine, pools[-1].base) == (engine, base) and not (alone and role == teach.ROLE):
+            if pools and (pools[-1].engine, pools[-1].base) == (engine, base):
                 pools[-1] = Pool(engine, base, (*pools[-1].roles, role))
             else:
                 pools.append(Pool(engine, base, (role,)))
