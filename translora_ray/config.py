@@ -204,8 +204,9 @@ class Selection(Section):
     """At which the votes are drawn."""
     margin: float = Field(0.4, ge=0, le=1)
     """Least share of the votes by which the most frequent answer leads the next; else the candidate is a reject."""
-    as_asked: bool = False
-    """With `synthesis.by_label`: whether the teacher's answer must be the label that the candidate was written for."""
+    as_asked: bool | None = None
+    """Whether the teacher's answer must be the label that the candidate was written for. None: where prompts are written by label (`synthesis.by_label`). Where
+    the two differ, the prompt lies between labels, or on none of them."""
     near_duplicate: float = Field(0.95, gt=0, le=1)
     """Similarity (1 - normalised edit distance) from which a candidate repeats a seed or an accepted prompt."""
     seed_overlap: float = Field(0.8, gt=0, le=1)

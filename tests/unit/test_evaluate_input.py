@@ -82,13 +82,15 @@ def test_a_method_without_a_cut_chooses_from_what_comes_not_from_what_the_discri
     store = RunStore(str(tmp_path / "run"))
     candidates = [Candidate(i, i, row.input, verdict=-1.0 if i < 8 else 1.0, reason=OFF_TASK if i < 8 else None) for i, row in enumerate(rows(60, 90))]
     store.write_shard(0, 0, candidates, {"attempt": "a", "loads": [], "tokens": {}, "seconds": {}})
-    recipe = Recipe(selection=Selection(quota=4, near_duplicate=1.0), gate=Gate(held_out=0))
+    recipe = Recipe(selection=Selection(quota=4, near_duplicate=1.0, as_asked=False), gate=Gate(held_out=0))
     manifest = {"target_base": tiny_gemma, "source_base": loaded.base, "counts": {"quota": 4}}
     with Display() as display:
         sets = Arms(loaded, manifest, recipe, store, tmp_path, display).sets(["unfiltered", "importance", "excess", "discriminator"], engine)
+        as_asked = Arms(loaded, manifest, Recipe(selection=Selection(quota=4), gate=Gate(held_out=0)), store, tmp_path, display).sets(["discriminator"], engine)
     place = {candidate.input: candidate.index for candidate in candidates}
     found = {name: [place[row.input] for row in chosen] for name, chosen in sets.items()}
     assert found["discriminator"] == [8, 9, 10, 11]
+    assert as_asked["discriminator"] and all(row.target == candidates[place[row.input]].label_of(loaded.task.classes) for row in as_asked["discriminator"])
     assert found["unfiltered"] == [0, 1, 2, 3]
     assert all(len(found[name]) == 4 and max(found[name]) < 8 for name in ("importance", "excess")), found  # of 2 x 4
 

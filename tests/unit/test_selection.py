@@ -120,6 +120,8 @@ def test_a_kit_without_a_discriminator_selects_by_excess(loaded: kit.Kit) -> Non
 
 def test_labels_are_asked_for_where_there_are_some(loaded: kit.Kit) -> None:
     open_kit = replace(loaded, task=loaded.task.model_copy(update={"labels": "open"}))
+    assert [planned(one).as_asked for one in (loaded, open_kit)] == [True, False]
+    assert planned(loaded, as_asked=False).selection.as_asked is False
     found = [planned(one).synthesis("source") for one in (loaded, open_kit)]
     assert [(settings.by_label, settings.temperature) for settings in found] == [(True, 1.0), (False, 0.7)]
     assert Synthesis(by_label=False, temperature=0.9).settled(["a"]) == Synthesis(by_label=False, temperature=0.9)

@@ -121,7 +121,8 @@ class Arms:
         open_task = self.kit.task.model_copy(update={"labels": "open", "metric": "exact_match"})
         weighed = self.recipe.training.token_weights > 0
         spans = partial(answer_spans, models.load_tokenizer(self.manifest["source_base"])) if weighed else None
-        teacher = Teacher(engine, open_task, self.kit.adapter, selection=self.recipe.selection, by_excess=bool(BY_EXCESS.intersection(names)), spans=spans)
+        selection = self.recipe.selection.model_copy(update={"as_asked": False})  # each arm looks itself
+        teacher = Teacher(engine, open_task, self.kit.adapter, selection=selection, by_excess=bool(BY_EXCESS.intersection(names)), spans=spans)
         phase, size = self.display.phase("answers for the arms"), self.recipe.synthesis.pack_size
         for start in range(0, len(pool), size):
             teacher.process(Pack(0, pool[start : start + size]))
@@ -130,11 +131,12 @@ class Arms:
 
     def _selected(self, pool: Sequence[Candidate], method: Method) -> list[TaskRow]:
         plan = self._plan(method)
-        cut = plan.threshold
+        cut, classes = plan.threshold, self.kit.task.classes
 
         def taken(candidate: Candidate) -> bool:
             judged = not plan.judges or (candidate.verdict is not None and candidate.verdict > cut)
-            return judged and candidate.accepted and well_formed(self.kit.task, candidate.target or "")
+            as_asked = not plan.as_asked or candidate.target == candidate.label_of(classes)
+            return judged and as_asked and candidate.accepted and well_formed(self.kit.task, candidate.target or "")
 
         return _rows(choose(plan, [candidate for candidate in pool if taken(candidate)])[0])
 

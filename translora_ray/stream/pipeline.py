@@ -166,7 +166,7 @@ def _teaching(plan: Plan, _pool: Pool, engine: Engine) -> list[Stage]:
         return len(prompt_ids(tokenizer, prompt)) + len(answer_ids(tokenizer, prompt, answer)) <= context
 
     spans = partial(answer_spans, load_tokenizer(kit.teacher_base)) if plan.recipe.training.token_weights else None
-    return [teach.Teacher(engine, kit.task, kit.adapter, learnable, plan.recipe.selection, plan.by_excess, spans)]
+    return [teach.Teacher(engine, kit.task, kit.adapter, learnable, plan.selection, plan.by_excess, spans)]
 
 
 STAGES: dict[str, Callable[[Plan, Pool, Engine], list[Stage]]] = {synthesize.ROLE: _writing, discriminate.ROLE: _judging, teach.ROLE: _teaching}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from translora_ray.config import BY_EXCESS, CHOOSING, CUTTING, JUDGING, Cluster, EngineKind, GeneratorKind, Method, Recipe, Synthesis
+from translora_ray.config import BY_EXCESS, CHOOSING, CUTTING, JUDGING, Cluster, EngineKind, GeneratorKind, Method, Recipe, Selection, Synthesis
 from translora_ray.engines.base import AdapterRef
 from translora_ray.engines.select import engine_for
 from translora_ray.errors import UsageError
@@ -47,6 +47,17 @@ class Plan:
     def writes(self, generator: GeneratorKind, base: str) -> bool:
         """Whether the generator is one of the recipe's, and on that base."""
         return generator in self.recipe.synthesis.generator and base == (self.target if generator == "target" else self.kit.base)
+
+    @property
+    def as_asked(self) -> bool:
+        """Whether the teacher must answer with the label that a candidate was written for."""
+        asked = self.recipe.selection.as_asked
+        return all(self.synthesis(generator).by_label for generator in self.recipe.synthesis.generator) if asked is None else asked
+
+    @property
+    def selection(self) -> Selection:
+        """Which of the teacher's answers are trusted, everything decided."""
+        return self.recipe.selection.model_copy(update={"as_asked": self.as_asked})
 
     @property
     def method(self) -> Method:
