@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import os
+import shutil
 import socket
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from translora_ray import adapters
+from translora_ray import adapters, kit
 from translora_ray.config import Adapter
 from translora_ray.registry import Registry
 
@@ -118,6 +119,19 @@ def tiny_kit(tmp_path_factory: pytest.TempPathFactory, tiny_llama: str) -> Path:
     folder = tmp_path_factory.mktemp("kit")
     assert main(["prepare", str(write_task(folder)), "--base", tiny_llama, "--out", str(folder / "kit"), "--engine", "transformers"]) == 0
     return folder / "kit"
+
+
+@pytest.fixture(scope="session")
+def open_kit(tmp_path_factory: pytest.TempPathFactory, tiny_kit: Path) -> Path:
+    """The same one of a task without labels whose seeds have one answer: the gate does not want several of the tiny teacher, who often has one."""
+    folder = Path(shutil.copytree(tiny_kit, tmp_path_factory.mktemp("open") / "kit"))
+    facts = json.loads((folder / kit.FACTS).read_text())
+    facts["task"]["labels"] = "open"
+    seeds = "".join(json.dumps({"input": seed.input, "target": "a"}) + "\n" for seed in kit.load(tiny_kit).seeds)
+    (folder / kit.SEEDS).write_text(seeds)
+    facts["digest"] = kit.digest_of(facts, seeds)
+    (folder / kit.FACTS).write_text(json.dumps(facts))
+    return folder
 
 
 def save_adapter(folder: Path, seed: int = 0, rank: int = 2) -> Path:

@@ -38,7 +38,7 @@ from translora_ray.stream.plan import Plan
 
 pytestmark = pytest.mark.ray
 RECIPE = {
-    "selection": {"quota": 40, "threshold": -100, "near_duplicate": 1.0, "max_candidates": 200},
+    "selection": {"quota": 40, "threshold": -100, "as_asked": False, "near_duplicate": 1.0, "max_candidates": 200},
     "synthesis": {"pack_size": 16, "temperature": 1.0, "min_p": 0.0, "max_tokens": 60},
     "training": {"epochs": 4, "batch_size": 4},
     "gate": {"held_out": 0.1, "ship": 0, "refuse": 0, "acceptance": 0},
@@ -76,9 +76,9 @@ def states(folder: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def calm(tmp_path_factory: pytest.TempPathFactory, tiny_kit: Path, tiny_gemma: str) -> Path:
+def calm(tmp_path_factory: pytest.TempPathFactory, open_kit: Path, tiny_gemma: str) -> Path:
     folder = tmp_path_factory.mktemp("calm-fleet")
-    assert main(fleet_command(write_fleet(folder, tiny_kit, tiny_gemma))) == 1
+    assert main(fleet_command(write_fleet(folder, open_kit, tiny_gemma))) == 1
     return folder
 
 
@@ -123,12 +123,12 @@ def _without_places(metric: str) -> str:
     return name + (f"{{{','.join(mine)}}}" if mine else "")
 
 
-def test_a_finished_fleet_is_left_alone_and_its_failures_are_tried_again(calm: Path, tiny_kit: Path, tmp_path: Path) -> None:
+def test_a_finished_fleet_is_left_alone_and_its_failures_are_tried_again(calm: Path, open_kit: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(calm, tmp_path / "copy"))
     path = folder / "fleet.yaml"
     runs = {file: file.stat().st_mtime_ns for file in (folder / "fleet" / "runs").rglob("*")}
     shutil.rmtree(folder / "broken")
-    shutil.copytree(tiny_kit, folder / "broken")
+    shutil.copytree(open_kit, folder / "broken")
     broken = yaml.safe_load(path.read_text())
     del broken["kits"][3]
     recipe = {"seed": 2, "selection": {"quota": 8}, "training": {"epochs": 1}, "gate": {"acceptance": 1.0}}
@@ -140,15 +140,15 @@ def test_a_finished_fleet_is_left_alone_and_its_failures_are_tried_again(calm: P
     assert {release.id for release in Registry(str(folder / "registry")).releases()} == {"one@1", "two@1"}
 
 
-def test_the_plan_is_said_and_nothing_is_made(tiny_kit: Path, tiny_gemma: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = write_fleet(tmp_path, tiny_kit, tiny_gemma)
+def test_the_plan_is_said_and_nothing_is_made(open_kit: Path, tiny_gemma: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_fleet(tmp_path, open_kit, tiny_gemma)
     there = sorted(tmp_path.rglob("*"))
     assert main([*fleet_command(path), "--dry-run"]) == 1  # one of the kits is not whole
     told = capsys.readouterr().out
     assert "1 to 1 engines of 1 CPU and 0 GPU: transformers with" in told and "(generator, discriminator, teacher)" in told
     assert "trainings beside the stream, 1 at once, each 1 workers of 1 CPU and 0 GPU" in told
     assert "The cluster has 4 CPU and 0 GPU." in told and "is corrupt" in told
-    seeds = [json.loads(line) for line in (tiny_kit / "seeds.jsonl").read_text().splitlines()]
+    seeds = [json.loads(line) for line in (open_kit / "seeds.jsonl").read_text().splitlines()]
     trained = sum(len(f"Q: {seed['input']}\nA:") + len(f" {seed['target']}") + 1 for seed in seeds)  # a token for each character, one for the end
     assert f"{40 * 4 * trained // len(seeds):,}" in told
     assert sorted(tmp_path.rglob("*")) == there
@@ -177,9 +177,9 @@ class Drive:
 
 
 def test_killed_three_times_and_stopped_once_it_comes_to_the_same(
-    calm: Path, tiny_kit: Path, tiny_gemma: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    calm: Path, open_kit: Path, tiny_gemma: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = write_fleet(tmp_path, tiny_kit, tiny_gemma)
+    path = write_fleet(tmp_path, open_kit, tiny_gemma)
     runs, registry = tmp_path / "fleet" / "runs", tmp_path / "registry"
 
     def shards(name: str) -> int:
@@ -222,9 +222,9 @@ def test_a_place_that_dies_is_made_anew_for_what_comes_next(tmp_path: Path) -> N
         assert run(os.getpid) != os.getpid()
 
 
-def test_no_more_transfers_train_at_once_than_the_fleet_allows(tiny_kit: Path, tiny_gemma: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fleet, wanted = load_fleet(str(write_fleet(tmp_path, tiny_kit, tiny_gemma)))
-    plan = Plan(kit.load(tiny_kit), tiny_gemma, Recipe(), Cluster(workers=(2, 2)), "transformers", 1.0, 0.0)
+def test_no_more_transfers_train_at_once_than_the_fleet_allows(open_kit: Path, tiny_gemma: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fleet, wanted = load_fleet(str(write_fleet(tmp_path, open_kit, tiny_gemma)))
+    plan = Plan(kit.load(open_kit), tiny_gemma, Recipe(), Cluster(workers=(2, 2)), "transformers", 1.0, 0.0)
     group = [Transfer(each, None, plan, Resources(1.0, 0.0)) for each in wanted]  # type: ignore[arg-type]
     busy: list[Slot] = []
     seen: list[int] = []

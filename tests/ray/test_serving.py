@@ -249,20 +249,27 @@ def test_metrics_and_logs_tell_of_releases_and_not_of_texts(world: World) -> Non
 
 
 def test_told_to_end_it_finishes_what_it_began(world: World) -> None:
-    """The last test here: it ends the service."""
-    stream = world.client().completions.create(model="colours", prompt=PROMPT, max_tokens=900, temperature=1, seed=5, stream=True)
-    pieces = [next(stream)]
-    ending, reading = threading.Thread(target=lambda: world.service.end(180)), threading.Thread(target=lambda: pieces.extend(stream))
-    ending.start()
-    reading.start()
-    answers = set()
-    while reading.is_alive():
-        answer = fetch(f"{world.url}/ready")[0]
-        if reading.is_alive():
-            answers.add(answer)
-    assert 503 in answers <= {200, 503}, "what comes meanwhile is told to come back"
-    assert pieces[-1].choices[0].finish_reason in ("stop", "length")
-    ending.join()
+    """The last test here: it ends the service. Streams of different temperatures are answered one after the other."""
+    begun, answers = threading.Event(), set()
+
+    def read(number: int) -> str | None:
+        stream = world.client().completions.create(model="colours", prompt=PROMPT, max_tokens=900, temperature=1 + number / 10, seed=number, stream=True)
+        pieces = [next(stream)]
+        begun.set()
+        return [*pieces, *stream][-1].choices[0].finish_reason
+
+    with ThreadPoolExecutor(9) as threads:
+        streams = [threads.submit(read, number) for number in range(8)]
+        begun.wait(60)
+        time.sleep(0.5)  # so that all of them have come
+        ending = threads.submit(world.service.end, 180)
+        while not all(stream.done() for stream in streams):
+            answer = fetch(f"{world.url}/ready")[0]
+            if not all(stream.done() for stream in streams):
+                answers.add(answer)
+        assert 503 in answers <= {200, 503}, "what comes meanwhile is told to come back"
+        assert all(stream.result() in ("stop", "length") for stream in streams)
+        ending.result()
     assert world.service.process.returncode == 0, world.service.output()
     assert not processes(b"ray::ServeReplica:translora")
     shutil.rmtree(world.folder / "registry")
