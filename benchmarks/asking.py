@@ -50,7 +50,7 @@ def written(packs: Sequence[Pack], texts: Iterable[tuple[str, bool]]) -> int:
         candidate.input = text.strip()
         if not ended or not candidate.input:
             candidate.reason = "unfinished or empty"
-    copies = SeedFilter(example_kit().seed_inputs, Selection().near_duplicate)
+    copies = SeedFilter(example_kit().seed_inputs, Selection().near_duplicate, Selection().seed_overlap)
     return kept([copies.process(pack) for pack in packs])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import multiprocessing
 import os
@@ -79,8 +80,9 @@ def translora(*arguments: str, allowed: tuple[int, ...] = (0,)) -> None:
 
 
 def judged_kit() -> Kit:
-    """The example's kit with its discriminator, in runs/bench-kit; made where it is not there."""
-    place = results.ROOT / "runs" / "bench-kit"
+    """The example's kit with its discriminator; made where there is none by the same code."""
+    code = b"".join((results.ROOT / "translora_ray" / name).read_bytes() for name in ("kit.py", "preparing.py"))
+    place = results.ROOT / "runs" / f"bench-kit-{hashlib.sha256(code).hexdigest()[:8]}"
     if not place.exists():
         translora("prepare", str(EXAMPLE / "task.yaml"), "--base", SOURCE, "--out", str(place), "--engine", "transformers")
     return load(place)

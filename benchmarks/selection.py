@@ -20,6 +20,7 @@ from translora_ray.config import Adapter, Recipe, Training
 from translora_ray.engines.base import AdapterRef
 from translora_ray.engines.select import open_engine
 from translora_ray.evaluation.arms import WRITTEN
+from translora_ray.evaluation.metrics import says
 from translora_ray.kit import Kit
 from translora_ray.progress import Display
 from translora_ray.records import Candidate, Pack, TaskRow, read_rows
@@ -35,9 +36,9 @@ Rule = Callable[[Candidate], bool]
 
 def main() -> None:
     kit, run = judged_kit(), WORK / "run"
-    options = ("--recipe", str(EXAMPLE / "recipe.yaml"), "--set", "selection.threshold=0", "--set", "selection.as_asked=false")
+    options = ("--recipe", str(EXAMPLE / "recipe.yaml"), "--set", "selection.threshold=0")
     translora("transfer", kit.path, "--target", TARGET, "--out", str(run), "--engine", "transformers", *options, allowed=(0, 1))
-    store = RunStore(str(run))
+    store = RunStore(str(run))  # under the strictest of the rules, so that all of them find enough
     quota, labels = store.read_json("manifest.json")["counts"]["quota"], kit.task.classes
     candidates = answered(kit, store.candidates())
     rows = [row for row in read_rows(EXAMPLE / "train.jsonl") if row.input not in kit.seed_inputs]
@@ -46,7 +47,7 @@ def main() -> None:
         for as_asked in (False, True):
 
             def taken(candidate: Candidate, least: float = threshold, asked: bool = as_asked) -> bool:
-                return (candidate.verdict or 0.0) > least and (not asked or candidate.target == candidate.label_of(labels))
+                return (candidate.verdict or 0.0) > least and (not asked or says(kit.task, candidate.target or "", candidate.label_of(labels)))
 
             chosen = [candidate for candidate in candidates if taken(candidate)][:quota]
             name = f"{threshold:g}-{as_asked}"

@@ -79,7 +79,7 @@ class Kit:
     def here(self) -> Kit:
         """This kit on another machine, which may have no copy yet of what lies on an object store: the kit itself, or the one that a run goes back to."""
         needed = (self.adapter, *([self.discriminator_adapter] if self.discriminator else []), *([self.generator_adapter] if self.generator else []))
-        if all(Path(adapter.path).is_dir() for adapter in needed):
+        if "://" not in self.path and all(Path(adapter.path).is_dir() for adapter in needed):
             return self
         found = load(self.path)
         if found.digest != self.digest:
@@ -158,6 +158,7 @@ def _fetched(uri: str) -> Path:
         for folder in (ADAPTER, DISCRIMINATOR, GENERATOR):
             if store.exists(folder):
                 store.fetch_folder(folder, copy / folder)
+        _read(copy, uri)  # what is not whole does not become a copy
 
     with room(cache_root() / "kits" / key):
         return once(f"kits/{key}", fetch)

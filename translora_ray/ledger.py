@@ -117,7 +117,7 @@ class Ledger:
         except FileNotFoundError:
             return None
         except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError, PermissionError):
-            damaged = Unsound(f"{self.uri}/{path} is damaged or may not be read: bring it back from a copy, or retire its release.")
+            damaged = Unsound(f"{self.uri}/{path} is damaged or may not be read: bring it back from a copy.")
             damaged.path = path
             skip(damaged)
             return None

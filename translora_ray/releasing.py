@@ -89,7 +89,7 @@ def show(registry: Registry) -> None:
         table.add_row(release.id, channels, release.target_base, verdict, release.created, release.digest[:12], "no" if problem else "yes")
     Console().print(table)
     if wrong:
-        raise UsageError(f"{len(wrong)} of {table.row_count + len(damaged)} releases and channels are not sound; the first: {wrong[0]}")
+        raise UsageError(f"{len(wrong)} releases or channels are not sound; the first: {wrong[0]}")
 
 
 def _roles(release: Release, changes: dict[str, Any]) -> list[str]:

@@ -12,13 +12,16 @@ import pytest
 import yaml
 
 from tests.conftest import save_run
+from translora_ray.adapters import digest
 from translora_ray.background import beside
 from translora_ray.cli import main
 from translora_ray.errors import UsageError
 from translora_ray.fleet import state as states
+from translora_ray.fleet.groups import check_all
 from translora_ray.fleet.lease import lease
 from translora_ray.fleet.manifest import load_fleet
 from translora_ray.fleet.page import write_page
+from translora_ray.progress import Display
 from translora_ray.registry import Registry
 from translora_ray.storage import RunStore
 
@@ -64,10 +67,27 @@ def test_a_registry_leads_to_the_newest_release_of_each_name_for_a_base(tmp_path
     ]
     with pytest.raises(UsageError, match="registry has no release for the base older"):
         load_fleet(write(tmp_path, kits=[{"releases": "registry", "base": "older"}]))
-    for damaged, now in (("routing@1", "routing@2"), ("routing@2", "routing@2")):  # an older release in its place would be another adapter
-        (tmp_path / "registry" / "releases" / damaged / "release.json").write_text("{")
+
+
+def test_a_damaged_release_is_no_other_names_nor_bases_business_and_no_older_one_takes_its_place(tmp_path: Path) -> None:
+    registry = Registry(str(tmp_path / "registry"))
+    for seed, (name, base) in enumerate((("routing", "old"), ("routing", "old"), ("dates", "old"), ("dates", "new"), ("tones", "new"))):
+        made = save_run(tmp_path / str(seed), seed, target_base=base)
+        config = Path(made, "adapter", "adapter_config.json")
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": base}))
+        manifest = json.loads(Path(made, "manifest.json").read_text()) | {"adapter_digest": digest(Path(made, "adapter"))}
+        Path(made, "manifest.json").write_text(json.dumps(manifest))
+        registry.publish(made, name)
+    sound, seen = {each: (tmp_path / "registry" / "releases" / each / "release.json").read_text() for each in ("dates@1", "routing@2")}, []
+    for damaged, content in (("routing@1", "{"), ("dates@2", "{"), ("tones@1", "{"), ("routing@2", sound["dates@1"])):
+        (tmp_path / "registry" / "releases" / damaged / "release.json").write_text(content)
         _, wanted = load_fleet(write(tmp_path, kits=[{"releases": "registry", "base": "old"}]))
-        assert [each.kit for each in wanted] == [f"{registry.uri}/releases/{release}" for release in ("dates@1", now)]
+        assert [each.kit for each in wanted] == [f"{registry.uri}/releases/{release}" for release in ("dates@1", "routing@2")]
+        seen.append([bool(each.obstacle) for each in wanted])
+    assert seen == [[False, False]] * 3 + [[False, True]]
+    with Display() as display:
+        _, failures = check_all(wanted[1:], "transformers", display)
+    assert "releases/routing@2/release.json is damaged" in failures["routing"]
 
 
 @pytest.mark.parametrize(

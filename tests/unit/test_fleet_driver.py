@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import queue
@@ -18,12 +19,13 @@ import pytest
 from tests.unit.test_fleet import until, write
 from translora_ray.background import beside
 from translora_ray.cli import main
-from translora_ray.errors import RunFailed, UsageError
+from translora_ray.errors import RunFailed, Stopped, UsageError
 from translora_ray.fleet import lease as leases
 from translora_ray.fleet import state as states
 from translora_ray.fleet.lease import holder, lease
 from translora_ray.fleet.manifest import load_fleet
 from translora_ray.fleet.page import write_page
+from translora_ray.progress import Display
 from translora_ray.storage import RunStore
 
 
@@ -189,3 +191,25 @@ def test_a_state_that_can_not_be_written_now_is_written_later(tmp_path: Path) ->
     assert states.read(store)[0].state == states.WAITING
     with beside(state.keep):
         until(lambda: states.read(store)[0].state == states.TRAINING)
+
+
+@pytest.mark.parametrize("state", [states.SHIPPED, states.WAITING])
+def test_a_stop_that_comes_after_the_last_transfer_has_ended_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: str) -> None:
+    from translora_ray.fleet import driver
+
+    (tmp_path / "one").mkdir()
+    fleet, wanted = load_fleet(write(tmp_path))
+    found = driver.Driver(fleet, wanted, RunStore(fleet.out), "transformers", Display())
+    monkeypatch.setattr(driver, "check_all", lambda *_: ([(wanted[0], None)], {}))
+    monkeypatch.setattr(driver, "ray_session", lambda _: contextlib.nullcontext(True))
+    monkeypatch.setattr(driver, "FleetMeasures", lambda _: None)
+    monkeypatch.setattr(driver, "grouped", lambda *_: ([[]], {}))
+    monkeypatch.setattr(found, "_settled", lambda *_: False)
+
+    def move(_: object) -> None:
+        found.state.change(wanted[0].name, state)
+        found.stop.set()
+
+    monkeypatch.setattr(found, "_move", move)
+    with pytest.raises(Stopped) if state == states.WAITING else contextlib.nullcontext():
+        assert found.run().counts == {state: 1}

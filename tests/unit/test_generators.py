@@ -19,8 +19,8 @@ from translora_ray.errors import UsageError
 from translora_ray.evaluation.statistics import auc
 from translora_ray.prompts import generator_prompt
 from translora_ray.records import request_pack
+from translora_ray.stream.actor import STAGES
 from translora_ray.stream.choose import by_generator
-from translora_ray.stream.pipeline import STAGES
 from translora_ray.stream.plan import Plan
 from translora_ray.stream.synthesize import ROLE, LearntSynthesizer
 

@@ -25,7 +25,7 @@ LAYERS = [
     {"registry"},
     {"releasing"},
     {"stream.requests", "stream.collect", "placement"},
-    {"measures"},
+    {"measures", "stream.actor"},
     {"evaluation.arms", "evaluation.audit", "evaluation.distance"},
     {"evaluation.report"},
     {"evaluation.page"},
@@ -45,7 +45,7 @@ LAYERS = [
     {"options"},
     {"cli"},
 ]
-RAY = {"measures", "stream.pipeline", "stream.requests", "training.trainer", "placement", "workflow", "fleet.driver", "fleet.training"}
+RAY = {"measures", "stream.actor", "stream.pipeline", "stream.requests", "training.trainer", "placement", "workflow", "fleet.driver", "fleet.training"}
 RAY |= {f"serving.{name}" for name in ("measures", "reading", "local", "llm", "gateway", "app", "run")}
 VLLM = {"engines.vllm", "engines.vllm_worker"}
 

@@ -11,13 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.conftest import stream
+from tests.unit.conftest import scripted_pack, stream
+from translora_ray.config import Cluster
 from translora_ray.engines.base import AdapterRef
 from translora_ray.errors import EngineDied, RunFailed, TransLoraError, UsageError
 from translora_ray.records import Pack, pack_to_table, packs_from_table, request_pack
 from translora_ray.storage import RunStore
+from translora_ray.stream.actor import ENGINE_DEATHS, StageActor, _through
 from translora_ray.stream.collect import Collector, Totals
-from translora_ray.stream.pipeline import ENGINE_DEATHS, StageActor, _collectors, _raise, _through, _written
+from translora_ray.stream.pipeline import _collectors, _commit, _raise
 from translora_ray.stream.plan import Plan, Pool
 from translora_ray.stream.requests import LATE, Desk
 
@@ -106,15 +108,20 @@ def test_a_kit_that_can_not_be_had_where_it_is_needed_leaves_the_engine_to_the_o
     assert isinstance(stages[1], list)
 
 
-def test_a_storage_that_fails_at_the_last_ends_its_own_transfer(plan: Plan, tmp_path: Path) -> None:
-    collector = Collector(plan, RunStore(str(tmp_path)))
-    assert _written(collector, lambda: None) is None
+def test_a_storage_that_fails_at_the_last_ends_its_own_transfer(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stores = [RunStore(str(tmp_path / name)) for name in ("away", "there")]
+    running, ended = {}, dict[int, Totals | TransLoraError]()
+    for transfer, store in enumerate(stores):
+        running[transfer] = Collector(replace(plan, cluster=Cluster(commit_seconds=1000)), store)
+        running[transfer].take(scripted_pack(0), [])
 
-    def commit() -> None:
+    def away(*_: object) -> None:
         raise OSError("no route to host")
 
-    failure = _written(collector, commit)
-    assert str(failure) == f"{tmp_path} can not be written (OSError: no route to host): the same command goes on from what is committed."
+    monkeypatch.setattr(stores[0], "write_shard", away)
+    _commit(running, [], lambda transfer, outcome: ended.update({transfer: outcome}))
+    assert list(running) == [1] and stores[1].names("shards")
+    assert str(ended[0]) == f"{tmp_path}/away can not be written (OSError: no route to host): the same command goes on from what is committed."
 
 
 def test_a_run_that_is_damaged_or_full_leaves_the_stream_to_the_others(plan: Plan, tmp_path: Path) -> None:

@@ -428,7 +428,7 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     damage(Registry(registry), "../channels/colours/canary", "000001.json", b"{")
     assert main(["inspect", registry]) == 2
     told = capsys.readouterr()
-    assert "2 of 2 releases and channels are not sound; the first: " in told.err and "canary/000001.json is damaged" in told.err
+    assert "2 releases or channels are not sound; the first: " in told.err and "canary/000001.json is damaged" in told.err
     assert "colours@1" in told.out and "no" in told.out
 
 

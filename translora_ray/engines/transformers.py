@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import count
 from typing import Any, TypeVar
 
@@ -28,7 +29,8 @@ class TransformersEngine:
     """
 
     def __init__(self, base: str, batch_size: int = 64, device: str | None = None) -> None:
-        self.model: Any = load_base(base, device=device)
+        self._load = partial(load_base, base, device=device)
+        self.model: Any = self._load()
         self._adapted: Any = None
         """The same base as peft sees it, once there was an adapter. Peft's own way through it asks for an active one, which may have been dropped."""
         self._ia3 = False
@@ -175,7 +177,13 @@ class TransformersEngine:
         if adapter.path not in self._names:
             name = f"adapter{next(self._numbers)}"
             self._make_way(adapter.path)
-            self._adapted = adapting.attach(self.model if self._adapted is None else self._adapted, adapter.path, name)
+            try:
+                self._adapted = adapting.attach(self.model if self._adapted is None else self._adapted, adapter.path, name)
+            except UsageError:
+                if self._adapted is None:  # parts of it may be on the base
+                    del self.model
+                    self.model = self._load()
+                raise
             self._names[adapter.path] = name
             try:
                 adapting.prove_live(self._adapted, self.tokenizer, adapter.path, name)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from translora_ray import adapting, models
 from translora_ray.config import BY_EXCESS, CUTTING, Adapter, Cluster, Method, Recipe, Training
 from translora_ray.engines.base import AdapterRef, Engine
 from translora_ray.errors import UsageError
-from translora_ray.evaluation.metrics import well_formed
+from translora_ray.evaluation.metrics import says, well_formed
 from translora_ray.kit import Kit
 from translora_ray.progress import Display
 from translora_ray.records import Candidate, Pack, TaskRow
@@ -107,36 +109,50 @@ class Arms:
         return Plan(self.kit, self.manifest["target_base"], recipe, Cluster(), "transformers", 1.0, 0.0)
 
     def _answered(self, engine: Engine, names: Sequence[str]) -> tuple[list[Candidate], list[Candidate]]:
-        """(as many candidates as a method chooses from, these and, where one of the arms cuts, all others that the discriminator takes), in their order,
-        without repetitions, each with the teacher's answer whatever it is. Methods without a cut choose from what comes, not from what another picked out."""
+        """(candidates as they come, until there are as many to learn from as a method chooses from; these and, where one of the arms cuts, all others that the
+        discriminator takes), without repetitions, each with the teacher's answer, whatever that is. Methods without a cut choose from the former."""
         cut = self.recipe.selection.threshold if CUTTING.intersection(names) else math.inf
         most = math.ceil((self.manifest["counts"]["quota"] + self._plan("none").held_out) * self.recipe.selection.surplus)
-        seen = Seen(self.recipe.selection.near_duplicate)
-        pool: list[Candidate] = []
-        for candidate in self.candidates:
-            fresh = candidate.reason in WRITTEN and not seen.repeats(candidate.input)
-            if fresh and (len(pool) < most or (candidate.verdict or -math.inf) > cut):
-                seen.add(candidate.input)
-                pool.append(replace(candidate, reason=None))
         open_task = self.kit.task.model_copy(update={"labels": "open", "metric": "exact_match"})
         weighed = self.recipe.training.token_weights > 0
         spans = partial(answer_spans, models.load_tokenizer(self.manifest["source_base"])) if weighed else None
         selection = self.recipe.selection.model_copy(update={"as_asked": False})  # each arm looks itself
         teacher = Teacher(engine, open_task, self.kit.adapter, selection=selection, by_excess=bool(BY_EXCESS.intersection(names)), spans=spans)
+        seen, waiting = Seen(self.recipe.selection.near_duplicate), iter([each for each in self.candidates if each.reason in WRITTEN])
         phase, size = self.display.phase("answers for the arms"), self.recipe.synthesis.pack_size
-        for start in range(0, len(pool), size):
-            teacher.process(Pack(0, pool[start : start + size]))
-            phase.update(min(len(pool), start + size), len(pool))
-        return [each for each in pool[:most] if each.target], [each for each in pool if each.target]
+
+        def fresh(above: float) -> Iterator[Candidate]:
+            for candidate in waiting:
+                if not seen.repeats(candidate.input) and (above == -math.inf or (candidate.verdict or -math.inf) > above):
+                    seen.add(candidate.input)
+                    yield replace(candidate, reason=None)
+
+        def answered(above: float, enough: float = math.inf) -> list[Candidate]:
+            found: list[Candidate] = []
+            while enough > 0 and (pack := list(islice(fresh(above), size))):
+                teacher.process(Pack(0, pack))
+                found += [each for each in pack if each.target]
+                enough -= sum(map(self._suits, pack))
+                phase.update(len(found), len(self.candidates))
+            return found
+
+        came = answered(-math.inf, most)
+        suitable = list(accumulate(map(self._suits, came)))
+        return came[: bisect_left(suitable, most) + 1], [*came, *(answered(cut) if cut < math.inf else [])]
+
+    def _suits(self, candidate: Candidate) -> bool:
+        """Whether the teacher's answer to the candidate is one to learn from."""
+        task, plan, answer = self.kit.task, self._plan("none"), candidate.target or ""
+        as_asked = not plan.as_asked or says(task, answer, candidate.label_of(task.classes))
+        return candidate.accepted and as_asked and well_formed(task, answer)
 
     def _selected(self, pool: Sequence[Candidate], method: Method) -> list[TaskRow]:
         plan = self._plan(method)
-        cut, classes = plan.threshold, self.kit.task.classes
+        cut = plan.threshold
 
         def taken(candidate: Candidate) -> bool:
             judged = not plan.judges or (candidate.verdict is not None and candidate.verdict > cut)
-            as_asked = not plan.as_asked or candidate.target == candidate.label_of(classes)
-            return judged and as_asked and candidate.accepted and well_formed(self.kit.task, candidate.target or "")
+            return judged and self._suits(candidate)
 
         return _rows(choose(plan, [candidate for candidate in pool if taken(candidate)])[0])
 

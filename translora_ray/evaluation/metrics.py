@@ -69,10 +69,15 @@ METRICS: dict[str, Callable[[str, str], float]] = {
 }
 
 
+def says(task: Task, answer: str, label: str) -> bool:
+    """Whether the answer is that label of the task's, as its metric reads both."""
+    return METRICS[task.metric](answer, label) == 1
+
+
 def well_formed(task: Task, answer: str) -> bool:
     """Whether the answer could be right at all: one of the task's labels where it has some, else something that its metric can read."""
     if task.classes:
-        return any(METRICS[task.metric](answer, label) == 1 for label in task.classes)
+        return any(says(task, answer, label) for label in task.classes)
     if task.metric == "code":
         try:
             ast.parse(answer)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from translora_ray.config import EngineKind
-from translora_ray.errors import TransLoraError, reason
+from translora_ray.errors import TransLoraError, UsageError, reason
 from translora_ray.fleet.manifest import Wanted
 from translora_ray.kit import check_labels
 from translora_ray.placement import Resources, check_resources
@@ -53,6 +53,8 @@ def check_all(
 
 
 def _checked(wanted: Wanted, engine: EngineKind, display: Display) -> Checked:
+    if wanted.obstacle:
+        raise UsageError(wanted.obstacle)
     checked = check(wanted.kit, wanted.target, wanted.out, wanted.config, engine, display)
     if wanted.data and not checked.store.exists(RESULT):
         check_labels(checked.kit.task, read_rows(wanted.data), wanted.data)

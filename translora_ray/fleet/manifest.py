@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import os
 import re
@@ -71,7 +72,8 @@ class Fleet(Section):
 
 @dataclass(frozen=True)
 class Wanted:
-    """One transfer of a fleet. `name` is its place in the fleet, `release` what its releases are to be called, None as their task."""
+    """One transfer of a fleet. `name` is its place in the fleet, `release` what its releases are to be called, None as their task, `obstacle` why it can not
+    begin, where that is known from the start."""
 
     name: str
     kit: str
@@ -81,6 +83,7 @@ class Wanted:
     priority: float
     data: str | None
     release: str | None
+    obstacle: str = ""
 
 
 def place_of(path: str) -> str:
@@ -103,7 +106,7 @@ def load_fleet(path: str) -> tuple[Fleet, list[Wanted]]:
         if not targets:
             raise UsageError(f"{path}: {where} has no target; add it there, or for the whole fleet.")
         kits = _kits(item.kit, folder, f"{path}: {where}.kit") if item.kit else _released(item, folder, f"{path}: {where}.releases")
-        for kit, called in kits.items():
+        for kit, (called, obstacle) in kits.items():
             stem = item.name or called or re.sub(r"[^A-Za-z0-9._-]+", "-", Path(kit).name).lstrip("._-")
             if item.name and len(kits) > 1:
                 raise UsageError(f"{path}: {where} names {len(kits)} kits {item.name}; leave the name out, or name each kit.")
@@ -111,7 +114,7 @@ def load_fleet(path: str) -> tuple[Fleet, list[Wanted]]:
                 name = stem if len(targets) == 1 else f"{stem}-{_short(target)}"
                 config = Config(recipe=recipe, cluster=fleet.cluster)
                 release = item.name or called or None
-                wanted.append(Wanted(name, kit, _reference(target, folder), f"{out}/runs/{name}", config, item.priority, data, release))
+                wanted.append(Wanted(name, kit, _reference(target, folder), f"{out}/runs/{name}", config, item.priority, data, release, obstacle))
     names = Counter(each.name for each in wanted)
     if twice := next((name for name, count in names.items() if count > 1 or not re.fullmatch(NAME, name)), None):
         raise UsageError(f"{path}: {names[twice]} transfers would be called {twice!r}; give their kits different names (the key name).")
@@ -119,32 +122,45 @@ def load_fleet(path: str) -> tuple[Fleet, list[Wanted]]:
     return fleet.model_copy(update={"out": out, "registry": registry}), wanted
 
 
-def _kits(pattern: str, folder: Path, where: str) -> dict[str, str]:
-    """The kits that a pattern leads to; their releases are to be called as their tasks."""
+def _kits(pattern: str, folder: Path, where: str) -> dict[str, tuple[str, str]]:
+    """The kits that a pattern leads to; their releases are to be called as their tasks, and nothing is known to be wrong with them."""
     place = _located(pattern, folder, where)
     if "://" in place or not glob.has_magic(place):
-        return {place: ""}
+        return {place: ("", "")}
     if not (found := sorted(glob.glob(place))):
         raise UsageError(f"{where}: nothing is at {place}; correct it, or make a kit there with `translora prepare`.")
-    return dict.fromkeys(found, "")
+    return dict.fromkeys(found, ("", ""))
 
 
-def _released(item: Item, folder: Path, where: str) -> dict[str, str]:
-    """The newest release of each name for the item's base, and that name. A newer one that is damaged stands for its name, and fails: an older one in its place
-    would be another adapter."""
+def _released(item: Item, folder: Path, where: str) -> dict[str, tuple[str, str]]:
+    """The newest release of each name for the item's base: its name, and what is wrong with it. A newer one that is damaged stands for its name, and fails,
+    as an older one in its place would be another adapter; unless its adapter is for another base."""
     from translora_ray.registry import Registry, Unsound
     from translora_ray.releases import parse_id
 
     registry, damaged = Registry(_located(item.releases or "", folder, where)), list[Unsound]()
     registry.check()
-    newest = {release.name: (release.version, release.uri) for release in registry.releases(item.base, damaged.append)}
+    sound = registry.releases(item.base, damaged.append)
+    newest = {release.name: (release.version, release.uri, "") for release in sound}
+    bases = {item.base, *(release.target_base for release in sound)}
     for error in damaged:
-        name, version = parse_id(error.path.split("/")[1]) or ("", 0)
-        if version > newest.get(name, (0, ""))[0]:
-            newest[name] = version, registry.place_of(error.path)
+        place = registry.place_of(error.path)
+        (name, version), base = parse_id(error.path.split("/")[1]) or ("", 0), _base_in(place)
+        if version > newest.get(name, (0,))[0] and (base in bases or (base is None and name in newest)):
+            newest[name] = version, place, str(error)
     if not newest:
         raise UsageError(f"{where}: {registry.uri} has no release for the base {item.base}; `translora inspect {registry.uri}` shows what there is.")
-    return {uri: name for name, (_, uri) in newest.items()}
+    return {uri: (name, obstacle) for name, (_, uri, obstacle) in newest.items()}
+
+
+def _base_in(release: str) -> str | None:
+    """The base that the adapter in a release's folder names, None where that can not be read."""
+    from translora_ray.adapters import CONFIG
+    from translora_ray.storage import RunStore
+
+    with contextlib.suppress(OSError, UsageError, AttributeError):
+        return str(RunStore(release).read_json(CONFIG).get("base_model_name_or_path"))
+    return None
 
 
 def _located(text: str, folder: Path, where: str) -> str:

@@ -93,8 +93,10 @@ class _Stream(StreamingResponse):
         try:
             await super().__call__(scope, receive, send)
         finally:
-            await self.events.aclose()
-            self.ended()
+            try:
+                await self.events.aclose()
+            finally:
+                self.ended()
 
 
 @serve.ingress(app)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from translora_ray.adapters import inspect
 from translora_ray.config import Selection, Task
 from translora_ray.engines.base import AdapterRef, Complete, Engine, Generate, Generation, Sampling
-from translora_ray.evaluation.metrics import well_formed
+from translora_ray.evaluation.metrics import says, well_formed
 from translora_ray.prompts import Prompt, clean_answer, task_prompt
 from translora_ray.records import TOO_LONG, Candidate, Pack, derive_seed
 from translora_ray.token_weights import FindSpans, spread
@@ -81,7 +81,7 @@ class Teacher:
             candidate.reason = "empty answer"
         elif not well_formed(self.task, candidate.target):
             candidate.reason = ILL_FORMED
-        elif self.selection.as_asked and candidate.target != candidate.label_of(self.task.classes):
+        elif self.selection.as_asked and not says(self.task, candidate.target, candidate.label_of(self.task.classes)):
             candidate.reason = OTHER_LABEL
         elif not self.learnable(self._prompt(candidate), candidate.target):
             candidate.reason = TOO_LONG
