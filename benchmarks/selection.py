@@ -2,7 +2,7 @@
 
     make bench-selection       (or: python benchmarks/selection.py)
 
-Adapters are asked the example's training rows that are no seeds: defaults are chosen by this table, so test rows have no part in it. Files lie in
+Adapters are asked the example's training rows that are no seeds, so that defaults can be chosen without a look at test rows. Files lie in
 runs/selection/; what is there is not computed again.
 """
 
