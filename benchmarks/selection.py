@@ -10,16 +10,16 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import results
 from rounds import EXAMPLE, SOURCE, TARGET, accuracy_of, judged_kit, translora
 
-from translora_ray.config import Adapter, Recipe, Training
+from translora_ray.config import Recipe
 from translora_ray.engines.base import AdapterRef
 from translora_ray.engines.select import open_engine
-from translora_ray.evaluation.arms import WRITTEN
+from translora_ray.evaluation.arms import WRITTEN, Arms
 from translora_ray.evaluation.metrics import says
 from translora_ray.kit import Kit
 from translora_ray.progress import Display
@@ -27,11 +27,9 @@ from translora_ray.records import Candidate, Pack, TaskRow, read_rows
 from translora_ray.storage import RunStore
 from translora_ray.stream.dedup import Seen
 from translora_ray.stream.teach import Teacher
-from translora_ray.training.task import task_pairs, train_adapter
 
 WORK = results.ROOT / "runs" / "selection" / results.commit().replace(" ", "-")
 THRESHOLDS: tuple[float, ...] = (0.0, -2.0, float("-inf"))
-Rule = Callable[[Candidate], bool]
 
 
 def main() -> None:
@@ -86,13 +84,10 @@ def answered(kit: Kit, candidates: Sequence[Candidate]) -> list[Candidate]:
 def adapter_of(kit: Kit, store: RunStore, name: str, chosen: Sequence[Candidate]) -> Path:
     """Trained as the run's own was."""
     out, manifest = WORK / name, store.read_json("manifest.json")
-    recipe = Recipe.model_validate(manifest["recipe"])
-    settings = Training.model_validate(recipe.training.model_dump() | {"learning_rate": manifest["training"]["learning_rate"], "learning_rates": None})
-    adapter = Adapter.model_validate(manifest["training"]["adapter"])
     if not out.exists():
+        rows = [TaskRow(candidate.input, candidate.target or "") for candidate in chosen]
         with Display() as display:
-            pairs = task_pairs(kit.task, [TaskRow(candidate.input, candidate.target or "") for candidate in chosen])
-            train_adapter(TARGET, pairs, adapter, settings, recipe.seed, out, display.phase(f"{name} training").step)
+            Arms(kit, manifest, Recipe.model_validate(manifest["recipe"]), store, WORK, display).trained((), {name: rows})
     return out
 
 

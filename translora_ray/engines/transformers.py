@@ -165,7 +165,8 @@ class TransformersEngine:
 
     def _activate(self, adapter: AdapterRef | None) -> None:
         """Make one adapter, or the bare base, the one that answers. A new adapter is proved live before its first answer."""
-        if adapter and adapter.path not in self._prompts and adapters.inspect(adapter.path).type == "prompt_tuning":
+        new = adapters.inspect(adapter.path).type if adapter and adapter.path not in self._prompts and adapter.path not in self._names else None
+        if adapter and new == "prompt_tuning":
             self._prompts[adapter.path] = adapting.virtual_tokens(self.model, adapter.path)
         self._virtual = self._prompts.get(adapter.path) if adapter else None
         if adapter is None or self._virtual is not None:
@@ -174,9 +175,9 @@ class TransformersEngine:
             return
         if self._adapted is not None:
             self._adapted.base_model.enable_adapter_layers()
-        if adapter.path not in self._names:
+        if new:
             name = f"adapter{next(self._numbers)}"
-            self._make_way(adapter.path)
+            self._make_way(ia3=new == "ia3")
             try:
                 self._adapted = adapting.attach(self.model if self._adapted is None else self._adapted, adapter.path, name)
             except UsageError:
@@ -192,9 +193,8 @@ class TransformersEngine:
                 raise
         self._adapted.set_adapter(self._names[adapter.path], inference_mode=True)
 
-    def _make_way(self, path: str) -> None:
-        """Take all adapters off the base where peft can not put the one at `path` beside them: IA3 and LoRA take turns."""
-        ia3 = adapters.inspect(path).type == "ia3"
+    def _make_way(self, ia3: bool) -> None:
+        """Take all adapters off the base where peft can not put the one that comes beside them: IA3 and LoRA take turns."""
         if self._adapted is not None and ia3 != self._ia3:
             self.model, self._adapted = self._adapted.base_model.unload(), None
             self._names.clear()

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from itertools import accumulate, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -103,16 +102,25 @@ class Arms:
         chosen, _ = choose(self._plan(self.recipe.selection.method), self.candidates)
         return [example.input for example in chosen]
 
+    @cached_property
+    def _most(self) -> int:
+        """Candidates that a method without a cut chooses from."""
+        quota: int = self.manifest["counts"]["quota"]
+        return math.ceil((quota + self._plan("none").held_out) * self.recipe.selection.surplus)
+
+    @cached_property
+    def _as_asked(self) -> bool:
+        return self._plan("none").as_asked
+
     def _plan(self, method: Method) -> Plan:
         selection = self.recipe.selection.model_copy(update={"method": method})
         recipe = self.recipe.model_copy(update={"selection": selection, "overlap": False})
         return Plan(self.kit, self.manifest["target_base"], recipe, Cluster(), "transformers", 1.0, 0.0)
 
     def _answered(self, engine: Engine, names: Sequence[str]) -> tuple[list[Candidate], list[Candidate]]:
-        """(candidates as they come, until there are as many to learn from as a method chooses from; these and, where one of the arms cuts, all others that the
-        discriminator takes), without repetitions, each with the teacher's answer, whatever that is. Methods without a cut choose from the former."""
+        """(candidates as they come, until at least as many can be learnt from as a method chooses from; these and, where one of the arms cuts, all others that
+        the discriminator takes), without repetitions, each with the teacher's answer, whatever that is. Methods without a cut choose from the former."""
         cut = self.recipe.selection.threshold if CUTTING.intersection(names) else math.inf
-        most = math.ceil((self.manifest["counts"]["quota"] + self._plan("none").held_out) * self.recipe.selection.surplus)
         open_task = self.kit.task.model_copy(update={"labels": "open", "metric": "exact_match"})
         weighed = self.recipe.training.token_weights > 0
         spans = partial(answer_spans, models.load_tokenizer(self.manifest["source_base"])) if weighed else None
@@ -136,14 +144,13 @@ class Arms:
                 phase.update(len(found), len(self.candidates))
             return found
 
-        came = answered(-math.inf, most)
-        suitable = list(accumulate(map(self._suits, came)))
-        return came[: bisect_left(suitable, most) + 1], [*came, *(answered(cut) if cut < math.inf else [])]
+        plain = answered(-math.inf, self._most)
+        return plain, [*plain, *(answered(cut) if cut < math.inf else [])]
 
     def _suits(self, candidate: Candidate) -> bool:
         """Whether the teacher's answer to the candidate is one to learn from."""
-        task, plan, answer = self.kit.task, self._plan("none"), candidate.target or ""
-        as_asked = not plan.as_asked or says(task, answer, candidate.label_of(task.classes))
+        task, answer = self.kit.task, candidate.target or ""
+        as_asked = not self._as_asked or says(task, answer, candidate.label_of(task.classes))
         return candidate.accepted and as_asked and well_formed(task, answer)
 
     def _selected(self, pool: Sequence[Candidate], method: Method) -> list[TaskRow]:
@@ -154,7 +161,8 @@ class Arms:
             judged = not plan.judges or (candidate.verdict is not None and candidate.verdict > cut)
             return judged and self._suits(candidate)
 
-        return _rows(choose(plan, [candidate for candidate in pool if taken(candidate)])[0])
+        suitable = [candidate for candidate in pool if taken(candidate)]
+        return _rows(choose(plan, suitable if method in CUTTING else suitable[: self._most])[0])
 
 
 def _rows(candidates: Sequence[Candidate]) -> list[TaskRow]:
