@@ -9,14 +9,18 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections import Counter
 from typing import Any
 
-from asking import VARIANTS, asked, writing, written
+from asking import PLAIN, VARIANTS, asked, writing, written
 from rounds import SETTINGS, SOURCE, Side, alternate, judged_kit, kept, packs_of, run_parts, table
 
-from translora_ray.engines.transformers import TransformersEngine
-from translora_ray.stream.discriminate import verdicts
+from translora_ray.config import Selection
+from translora_ray.engines.select import open_engine
+from translora_ray.records import Pack
+from translora_ray.stream.discriminate import Discriminator
 from translora_ray.stream.requests import Desk
+from translora_ray.stream.teach import Teacher
 
 
 def bare(base: str, packs: int, size: int, pipe: Any) -> None:
@@ -34,12 +38,12 @@ def bare(base: str, packs: int, size: int, pipe: Any) -> None:
         work = packs_of(number, packs, size)
         llm.reset_prefix_cache()
         began = time.perf_counter()
-        prompts = [request for pack in work for request in requests(pack, *VARIANTS[variant])]
+        prompts = [request for pack in work for request in requests(pack, VARIANTS[variant])]
         outputs = llm.generate([{"prompt_token_ids": ids} for ids, _ in prompts], [SamplingParams(**drawn) for _, drawn in prompts], use_tqdm=False)
         seconds = time.perf_counter() - began
         count = written(work, [(output.outputs[0].text, output.outputs[0].finish_reason == "stop") for output in outputs])
-        texts = [candidate.input for pack in work for candidate in pack.open()]
-        pipe.send((seconds, sum(len(output.outputs[0].token_ids) for output in outputs), count, texts))
+        candidates = [candidate for pack in work for candidate in pack.open()]
+        pipe.send((seconds, sum(len(output.outputs[0].token_ids) for output in outputs), count, candidates))
     llm.llm_engine.engine_core.shutdown()
 
 
@@ -73,28 +77,35 @@ def stream(rounds: int, requests: int, base: str) -> list[str]:
 def compared(kinds: dict[str, Any], rounds: int, requests: int, base: str) -> list[str]:
     size = requests // 2
     sides = {name: Side(work, base, 2, size) for name, work in kinds.items()}
-    measured = alternate({name: side.round(next(iter(VARIANTS))) for name, side in sides.items()}, rounds)
+    measured = alternate({name: side.round(PLAIN) for name, side in sides.items()}, rounds)
     for side in sides.values():
         side.close()
     return [f"2 packs of {size} prompts a round, both waiting for the round's last one.", "", *table(measured, next(iter(kinds)))]
 
 
 def choices(rounds: int, requests: int, base: str) -> list[str]:
-    """What other prompts and samplings would give, judged by the example's discriminator."""
+    """What other prompts and samplings would give, judged by the example's discriminator and teacher."""
     engine = Side(bare, base, 2, requests // 2)
     measured = alternate({name: engine.round(name) for name in VARIANTS}, rounds)
     engine.close()
-    lines = table(measured, next(iter(VARIANTS)))
-    lines[0], lines[1] = f"{lines[0]} accepted of those kept | accepted/s |", f"{lines[1]}---|---|"
+    lines = table(measured, PLAIN)
+    lines[0], lines[1] = f"{lines[0]} passed by the discriminator | trusted | least of a label | trusted/s |", f"{lines[1]}---|---|---|---|"
     kit = judged_kit()
-    judge = TransformersEngine(SOURCE)
-    for line, found in enumerate(measured.values(), 2):
-        texts = sorted({text for one in found for text in one[3]})
-        share = sum(verdict > 0 for verdict in verdicts(judge, kit.task.name, texts, kit.discriminator_adapter)) / len(texts)
-        speed = statistics.median(one[2] / one[0] for one in found)
-        lines[line] += f" {share:.0%} of {len(texts)} | {share * speed:.2f} |"
+    judge = open_engine("transformers", SOURCE, [kit.adapter, kit.discriminator_adapter])
+    for line, (name, found) in enumerate(measured.items(), 2):
+        pack = Pack(0, list({candidate.input: candidate for one in found for candidate in one[3]}.values()))
+        count, asked_for = len(pack.candidates), VARIANTS[name].by_label
+        passed = len(Discriminator(judge, kit.task.name, kit.discriminator_adapter, 0.0).process(pack).open())
+        trusted = Teacher(judge, kit.task, kit.adapter, selection=Selection(as_asked=asked_for)).process(pack).open()
+        least = min(Counter(candidate.target for candidate in trusted)[label] for label in kit.task.classes)
+        speed = statistics.median(one[2] / one[0] for one in found) * len(trusted) / count
+        lines[line] += f" {passed / count:.0%} of {count} | {len(trusted) / count:.0%} | {least} | {speed:.2f} |"
     judge.close()
-    return ["### Prompts and sampling", "", "Bare `vllm.LLM`; the discriminator of a kit prepared on the example's rows judges.", "", *lines, ""]
+    about = (
+        "Bare `vllm.LLM`; discriminator and teacher of a kit prepared on the example's rows. Trusted are candidates that the discriminator passes and whose"
+        " answer is the label they were written for, or one of the task's where they continue a list. Candidates of all rounds together, each once."
+    )
+    return ["### Prompts and sampling", "", about, "", *lines, ""]
 
 
 if __name__ == "__main__":

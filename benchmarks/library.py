@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from asking import VARIANTS, asked, writing, written
+from asking import PLAIN, VARIANTS, asked, writing, written
 from rounds import CPUS, SETTINGS, Round, Side, alternate, kept, packs_of, run_parts, table
 
 from translora_ray.stream.requests import Desk
@@ -48,7 +48,7 @@ def processed(base: str, packs: int, turn: int, pipe: Any) -> None:
     from ray.data.llm import build_processor, vLLMEngineProcessorConfig
 
     work, requests = packs_of(turn, packs, SIZE), asked(base)
-    made = [requests(pack, *next(iter(VARIANTS.values()))) for pack in work]
+    made = [requests(pack, VARIANTS[PLAIN]) for pack in work]
     blocks = [pa.Table.from_pylist([{"pack": number, "ids": ids, "sampling": drawn} for ids, drawn in rows]) for number, rows in enumerate(made)]
     ray.init(address="local", num_cpus=CPUS + 4, include_dashboard=False, log_to_driver=False, logging_level="error")
     ray.data.DataContext.get_current().enable_progress_bars = False
