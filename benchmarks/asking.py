@@ -33,6 +33,7 @@ VARIANTS = {
     "list, temperature alone": Variant({"temperature": LIST.temperature}),
     "list, top_p 0.95": Variant({"temperature": LIST.temperature, "top_p": 0.95}),
     "by label, as the stream does it": Variant({"temperature": LABEL.temperature, "min_p": LABEL.min_p}, by_label=True),
+    "by label, one draw of seeds for a pack": Variant({"temperature": LABEL.temperature, "min_p": LABEL.min_p}, by_label=True, alike=True),
     "by label, temperature alone": Variant({"temperature": LABEL.temperature}, by_label=True),
     "by label, top_p 0.95": Variant({"temperature": LABEL.temperature, "top_p": 0.95}, by_label=True),
     "by label, a list's temperature": Variant({"temperature": LIST.temperature, "min_p": LIST.min_p}, by_label=True),

@@ -43,7 +43,8 @@ def bare(base: str, packs: int, size: int, pipe: Any) -> None:
         seconds = time.perf_counter() - began
         count = written(work, [(output.outputs[0].text, output.outputs[0].finish_reason == "stop") for output in outputs])
         candidates = [candidate for pack in work for candidate in pack.open()]
-        pipe.send((seconds, sum(len(output.outputs[0].token_ids) for output in outputs), count, candidates))
+        cached = sum(output.num_cached_tokens for output in outputs) / sum(len(ids) for ids, _ in prompts)
+        pipe.send((seconds, sum(len(output.outputs[0].token_ids) for output in outputs), count, candidates, cached))
     llm.llm_engine.engine_core.shutdown()
 
 
@@ -89,7 +90,10 @@ def choices(rounds: int, requests: int, base: str) -> list[str]:
     measured = alternate({name: engine.round(name) for name in VARIANTS}, rounds)
     engine.close()
     lines = table(measured, PLAIN)
-    lines[0], lines[1] = f"{lines[0]} passed by the discriminator | trusted | least of a label | trusted/s |", f"{lines[1]}---|---|---|---|"
+    lines[0], lines[1] = (
+        f"{lines[0]} read from the cache | passed by the discriminator | trusted | least of a label | trusted/s |",
+        f"{lines[1]}---|---|---|---|---|",
+    )
     kit = judged_kit()
     judge = open_engine("transformers", SOURCE, [kit.adapter, kit.discriminator_adapter])
     for line, (name, found) in enumerate(measured.items(), 2):
@@ -99,7 +103,8 @@ def choices(rounds: int, requests: int, base: str) -> list[str]:
         trusted = Teacher(judge, kit.task, kit.adapter, selection=Selection(as_asked=asked_for)).process(pack).open()
         least = min(Counter(candidate.target for candidate in trusted)[label] for label in kit.task.classes)
         speed = statistics.median(one[2] / one[0] for one in found) * len(trusted) / count
-        lines[line] += f" {passed / count:.0%} of {count} | {len(trusted) / count:.0%} | {least} | {speed:.2f} |"
+        cached = statistics.median(one[4] for one in found)
+        lines[line] += f" {cached:.0%} | {passed / count:.0%} of {count} | {len(trusted) / count:.0%} | {least} | {speed:.2f} |"
     judge.close()
     about = (
         "Bare `vllm.LLM`; discriminator and teacher of a kit prepared on the example's rows. Trusted are candidates that the discriminator passes and whose"

@@ -97,7 +97,7 @@ def two_adapters(rounds: int, requests: int, base: str) -> list[str]:
 
 
 def eight_transfers(rounds: int, requests: int, base: str) -> list[str]:
-    """Eight transfers with two adapters each on one engine: a thread each, or one after the other, `Vllm.packs` packs at a time."""
+    """Eight transfers with two adapters each on one engine: as many packs at once as a stream of all of them has, or of one after the other."""
     from translora_ray.engines.vllm import VllmEngine
 
     kit, count = example_kit(), 8
@@ -136,7 +136,7 @@ def interleaved(engine: Any, chains: list[list[Any]], size: int, rounds: int) ->
 
         return measure
 
-    measured = alternate({"in turn": run("in turn", SETTINGS.packs), "interleaved": run("interleaved", SETTINGS.packs * len(chains))}, rounds)
+    measured = alternate({"in turn": run("in turn", SETTINGS.packs), "interleaved": run("interleaved", SETTINGS.at_once(len(chains), size))}, rounds)
     pairs = [(set(answered["in turn"][turn]), set(answered["interleaved"][turn])) for turn in answered["in turn"]]
     same = [len(ours & theirs) / max(1, len(ours)) for ours, theirs in pairs]
     return [*table(measured, "in turn"), "", f"Rows (prompt and answer) that are the same both ways: {statistics.mean(same):.1%}."]

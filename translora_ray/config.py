@@ -264,6 +264,10 @@ class Recipe(Section):
         return hashlib.sha256(json.dumps(self.model_dump(), sort_keys=True).encode()).hexdigest()[:16]
 
 
+FULL_BATCH = 256
+"""Requests with which an engine of vLLM has enough to do."""
+
+
 class Vllm(Section):
     """Engines on vLLM (its engine arguments, docs.vllm.ai/en/stable/configuration/engine_args); unused by the transformers engine."""
 
@@ -278,11 +282,16 @@ class Vllm(Section):
     context: int | None = Field(None, ge=1)
     """Most tokens of a prompt and its answer. None: the base's own, or what the memory holds."""
     adapters: int | None = Field(None, ge=1)
-    """Most different adapters in one batch. None: as many as the engine's roles name, at most 8."""
+    """Most different adapters in one batch. None: as many as the engine's roles name, at most 16."""
     rank: int | None = Field(None, ge=1, le=MOST_RANK)
     """Largest rank of an adapter. None: the largest that the engine's roles name."""
     packs: int = Field(2, ge=1)
-    """Packs that one engine computes at the same time, in one batch: while one is read, another is written."""
+    """Packs of a transfer that one engine computes at the same time, in one batch: while one is read, another is written. Transfers that share the engine have
+    as many each, until 256 requests are under way (`make bench-sharing`)."""
+
+    def at_once(self, transfers: int, pack_size: int) -> int:
+        """Packs that one engine computes at the same time for so many transfers."""
+        return max(self.packs, min(self.packs * transfers, FULL_BATCH // pack_size))
 
 
 class Nodes(Section):

@@ -9,7 +9,8 @@ from typing import Any
 from translora_ray import adapters, kit, models, releasing
 from translora_ray.errors import UsageError
 from translora_ray.evaluation.report import show_facts
-from translora_ray.registry import Registry
+from translora_ray.registry import RELEASES, Registry
+from translora_ray.releases import parse_id
 from translora_ray.storage import ADAPTER, IDENTITY, MANIFEST, RunStore
 
 
@@ -22,6 +23,11 @@ def inspect(paths: list[str]) -> None:
         return
     if (registry := Registry(paths[0])).exists():
         releasing.show(registry)
+        return
+    where, _, name = paths[0].rstrip("/").rpartition(f"/{RELEASES}/")
+    if where and parse_id(name):
+        title, facts = releasing.described(Registry(where), name)
+        show_facts(title, facts)
         return
     title, facts = _facts(paths[0])
     show_facts(title, facts)

@@ -31,9 +31,10 @@ from pydantic import TypeAdapter
 
 from translora_ray import adapters
 from translora_ray.errors import UsageError
+from translora_ray.kit import FACTS
 from translora_ray.ledger import Ledger, Skip, Unreachable, Unsound, refuse
 from translora_ray.releases import STABLE, NotFound, Release, Trial, check_name, of_kit, of_run, parse_channel, parse_id, some
-from translora_ray.storage import MANIFEST, RELEASE
+from translora_ray.storage import MANIFEST, RELEASE, RunStore
 
 __all__ = ["STABLE", "NotFound", "Registry", "Release", "Trial", "Unreachable", "Unsound"]
 
@@ -283,7 +284,8 @@ def _leave_out(_: Unsound) -> None:
 
 
 def _is_kit(path: str) -> bool:
-    return "://" not in path and (Path(path) / "kit.json").is_file() and not (Path(path) / MANIFEST).exists()
+    store = RunStore(path)
+    return store.exists(FACTS) and not store.exists(MANIFEST)
 
 
 def _digest(folder: Path) -> str | None:

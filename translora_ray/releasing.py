@@ -92,6 +92,31 @@ def show(registry: Registry) -> None:
         raise UsageError(f"{len(wrong)} releases or channels are not sound; the first: {wrong[0]}")
 
 
+def described(registry: Registry, reference: str) -> tuple[str, dict[str, Any]]:
+    """(title, facts) of a release: what it is and where it comes from. Raises `UsageError` where it is not sound."""
+    release = registry.release(reference)
+    if problem := _problem(registry, release):
+        raise UsageError(problem)
+    arms = (release.evaluation or {}).get("arms", {})
+    accuracy = {name: round(arms[name]["accuracy"], 3) for name in ("source_adapter", "transferred") if name in arms}
+    return f"release {release.id}, sound", {
+        "target base": release.target_base,
+        "source base": release.source_base,
+        "task": release.task["name"],
+        "adapter": ", ".join(f"{key} {value}" for key, value in release.adapter.items()),
+        "kit": release.kit,
+        "adapters before it": ", ".join(release.lineage) or "none",
+        "recipe": release.recipe_hash or "none: a kit's source adapter",
+        "published from": release.run or "unknown",
+        "gate": "; ".join([release.gate["verdict"], *release.gate["reasons"]]),
+        "accuracy on real rows": accuracy or "not evaluated",
+        "verdict": release.verdict + (", reviewed" if release.reviewed else ""),
+        "channels": ", ".join(_roles(release, registry.changes(name=release.name))) or "none",
+        "created": release.created,
+        "digest": release.digest,
+    }
+
+
 def _roles(release: Release, changes: dict[str, Any]) -> list[str]:
     """The channels that name the release, and those on which it is tried, with how."""
     from translora_ray.registry import trial_in

@@ -103,7 +103,11 @@ def check(kit_path: str, target: str, out: str, config: Config, engine: EngineKi
         raise UsageError("A base in few bits can not be spread over workers: leave training.base_bits or cluster.spread_base out.")
     _check_models(loaded, target, config.recipe)
     checked.plan.check()
-    _check_limits(checked.plan, _target_adapter(loaded, target, config.recipe))
+    adapter = _target_adapter(loaded, target, config.recipe)
+    _check_limits(checked.plan, adapter)
+    display.say(f"target adapter: {adapters.title(adapter)}")
+    if adapter.type not in adapters.SERVED_BY_VLLM:
+        display.say("vLLM can not serve an adapter of this type; transformers and peft do.")
     return checked
 
 
@@ -222,9 +226,6 @@ def train(plan: Plan, store: RunStore, worker: Resources, steps: Any, display: D
     if store.exists(f"{TRAIN}.json") and store.exists(f"{ADAPTER}/{adapters.CONFIG}"):
         return store.read_json(f"{TRAIN}.json")
     adapter = _target_adapter(plan.kit, plan.target, plan.recipe)
-    display.say(f"target adapter: {adapters.title(adapter)}")
-    if adapter.type not in adapters.SERVED_BY_VLLM:
-        display.say("vLLM can not serve an adapter of this type; transformers and peft do.")
     rows = (store, plan.quota) if plan.recipe.overlap else frozenset(candidate.index for candidate in examples(plan, store)[0])
     job = Job(plan.kit.task, plan.target, adapter, plan.recipe.training, plan.recipe.seed, plan.cluster, steps, rows)
     with _watching(steps, display):

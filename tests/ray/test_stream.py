@@ -49,7 +49,7 @@ class Waiting:
 
 def test_packs_of_an_actor_overlap_and_the_pool_grows(tiny_kit: Path, tiny_gemma: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipeline, "StageActor", Waiting)
-    monkeypatch.setattr(Plan, "packs_at_once", lambda self, pool: 2)
+    monkeypatch.setattr(Plan, "packs_at_once", lambda self, pool, transfers: 2)
     cluster = Cluster(engines=(1, 2))
     plan = Plan(kit.load(tiny_kit), tiny_gemma, Recipe(synthesis=Synthesis(pack_size=2)), cluster, "transformers", 0.5, 0.0)
     with ray_session(cluster):

@@ -168,11 +168,24 @@ def test_the_fleet_fits_the_clusters_when_they_have_no_node_yet(tmp_path: Path, 
 def test_serve_accepts_what_the_service_deploys() -> None:
     from ray.serve.schema import ServeDeploySchema
 
+    from translora_ray.serving.app import Service
+
     config = ServeDeploySchema.model_validate(yaml.safe_load(manifest("rayservice.yaml")["spec"]["serveConfigV2"]))
     (application,) = config.applications
     assert application.import_path == "translora_ray.serving.app:build"
     ports = cluster_of(manifest("rayservice.yaml"))["headGroupSpec"]["template"]["spec"]["containers"][0]["ports"]
     assert config.http_options.port in [port["containerPort"] for port in ports]
+    service = Service.model_validate(application.args)
+    assert service.keys and not service.open, "nobody is let in without a key"
+    spec = cluster_of(manifest("rayservice.yaml"))
+    for group in [spec["headGroupSpec"], *spec["workerGroupSpecs"]]:  # the gateway runs anywhere
+        pod = group["template"]["spec"]
+        secrets = {volume["name"]: volume["secret"]["secretName"] for volume in pod["volumes"] if "secret" in volume}
+        mounts = {mount["mountPath"]: mount["name"] for mount in pod["containers"][0]["volumeMounts"]}
+        assert secrets[mounts[str(Path(service.keys).parent)]] == "translora-keys"
+    (gpu,) = [group for group in spec["workerGroupSpecs"] if group["groupName"] == "gpu"]
+    assert isinstance(service.replicas, tuple) and service.replicas[1] == gpu["maxReplicas"]
+    assert service.cpus < int(gpu["template"]["spec"]["containers"][0]["resources"]["limits"]["cpu"]) and service.gpus == 1
 
 
 def test_the_launcher_accepts_its_file() -> None:

@@ -65,6 +65,9 @@ def test_a_registry_leads_to_the_newest_release_of_each_name_for_a_base(tmp_path
         ("dates", f"{registry.uri}/releases/dates@1", "dates"),
         ("routing", f"{registry.uri}/releases/routing@2", "routing"),
     ]
+    registry.promote("routing@1")  # as after a roll-back: what is served is what moves on
+    _, wanted = load_fleet(write(tmp_path, kits=[{"releases": "registry", "base": "old"}]))
+    assert [each.kit for each in wanted] == [f"{registry.uri}/releases/{release}" for release in ("dates@1", "routing@1")]
     with pytest.raises(UsageError, match="registry has no release for the base older"):
         load_fleet(write(tmp_path, kits=[{"releases": "registry", "base": "older"}]))
 

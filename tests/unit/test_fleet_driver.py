@@ -9,6 +9,7 @@ import queue
 import signal
 import subprocess
 import sys
+import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -55,6 +56,21 @@ def test_a_lease_of_another_machine_counts_until_it_expires(tmp_path: Path) -> N
     store.write_json(leases.FILE, {**there, "expires": time.time() - 1})
     with lease(store, print):
         assert store.read_json(leases.FILE)["owner"] != "x"
+
+
+def test_who_resumes_waits_for_a_lease_to_run_out_and_for_none_that_is_renewed(tmp_path: Path) -> None:
+    store, said = RunStore(str(tmp_path / "fleet")), list[str]()
+    gone = {"owner": "x", "host": "far", "machine": "far", "pid": 7, "expires": time.time() + 1.5}
+    store.write_json(leases.FILE, gone)
+    with lease(store, print, wait=said.append):
+        assert time.time() > gone["expires"] and store.read_json(leases.FILE)["owner"] != "x"
+    assert said == ["process 7 on far drove this fleet last: waiting up to 1 s for a sign of it"]
+    store.write_json(leases.FILE, {**gone, "expires": time.time() + 30})
+    renewing = threading.Timer(0.5, lambda: store.write_json(leases.FILE, {**gone, "expires": time.time() + 60}))
+    renewing.start()
+    with pytest.raises(UsageError, match=r"is driven by process 7 on far"), lease(store, print, wait=said.append):
+        pass
+    renewing.join()
 
 
 def test_a_lease_is_renewed_and_its_loss_is_told(tmp_path: Path) -> None:

@@ -163,7 +163,7 @@ def test_the_page_says_what_manifest_and_evaluation_say(made: Made) -> None:
         "Verdict: review", "Accuracy of the arms", "What the gate measured without real rows", "Candidates over time", "Scores of the discriminator",
         "Lengths and labels", "Map of the prompts", "Training", "Examples", "Negative flips", "Seconds and tokens", "Lineage",
     ]  # fmt: skip
-    assert "On 60 real rows" in seen.text and "without real rows, the verdict was review (the adapter answers new prompts otherwise" in seen.text
+    assert "On 60 real rows" in seen.text and "The other one, without real rows, is review (the adapter answers new prompts otherwise" in seen.text
     for arm in result["arms"].values():
         assert {f"{arm['accuracy']:.3f}", f"{arm['low']:.3f} to {arm['high']:.3f}"} <= set(seen.words)
     for check in facts["gate"]["checks"]:
@@ -194,6 +194,18 @@ def test_every_plot_is_sound_and_told_in_words(made: Made) -> None:
     assert f"rejected ({sum(row.reason not in (None, NOT_NEEDED) for row in candidates(True))})" in told
     assert "mean of the first epoch 2.100, of the last 0.310" in told
     assert all(label in told for label in LABELS)
+
+
+def test_what_one_of_two_verdicts_refuses_is_refused(run: Path, made: Made, tmp_path: Path) -> None:
+    """As the registry has it, which would not take such a run."""
+    store = RunStore(str(shutil.copytree(run, tmp_path / "run")))
+    _, facts, result = made
+    facts = facts | {"gate": facts["gate"] | {"verdict": "refuse"}}
+    store.write_json(RESULT, result | {"gate": {"verdict": "ship", "reasons": []}})
+    page.write(store, facts, SEEDS)
+    seen = Seen(store.read(REPORT).decode())
+    assert seen.headings[0] == "Verdict: refuse"
+    assert "Without real rows: the adapter must not ship." in seen.text and "The other one, on 60 real rows, is ship." in seen.text
 
 
 def test_texts_are_escaped_and_nothing_is_loaded(made: Made) -> None:

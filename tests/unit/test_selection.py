@@ -4,6 +4,7 @@ import json
 import math
 import random
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -62,6 +63,14 @@ def test_excess_takes_the_highest(loaded: kit.Kit) -> None:
     rows[3].excess, rows[4].excess = None, math.nan
     trained, held_out = choose(planned(loaded, method="excess"), rows)
     assert {row.index for row in trained + held_out} == {row.index for row in best}
+
+
+def test_what_is_chosen_has_no_more_of_a_label_than_its_share(loaded: kit.Kit) -> None:
+    rows = candidates(44)
+    for row in rows:
+        row.excess, row.target = (1.0, "a") if row.index < 30 else (0.5, "b")
+    trained, held_out = choose(planned(loaded, method="excess", balance=1.2), rows)
+    assert Counter(row.target for row in trained + held_out) == {"a": 9, "b": 9}  # 1.2 * 22 / 3 of each at most
 
 
 def test_importance_draws_by_the_calibrated_odds_and_not_only_the_best(loaded: kit.Kit) -> None:
@@ -130,7 +139,7 @@ def test_labels_are_asked_for_where_there_are_some(loaded: kit.Kit) -> None:
 def test_no_label_gets_more_than_its_share(loaded: kit.Kit, tmp_path: Path) -> None:
     assert loaded.task.classes == ["a", "b", "c"]
     plan = planned(loaded, balance=1.2, near_duplicate=1.0)
-    assert plan.label_cap == 9  # 1.2 * 22 / 3
+    assert plan.most_of_a_label(plan.wanted) == 9  # 1.2 * 22 / 3
     collector = Collector(plan, RunStore(str(tmp_path / "run")))
     for number in range(20):
         pack = request_pack(0, number, 4)

@@ -35,10 +35,12 @@ from translora_ray.serving.gateway import Gateway, _Frame, _Seen, _Stream
 from translora_ray.serving.index import Index
 from translora_ray.serving.loading import Loader
 from translora_ray.serving.local import TransformersBackend
+from translora_ray.serving.measures import EngineMeasures
 from translora_ray.serving.prompting import Prompter
 from translora_ray.serving.protocol import ChatRequest, CompletionRequest, Piece, ServiceError, asked, parse
 from translora_ray.serving.reading import read_body
 from translora_ray.serving.routing import Router, Serves
+from translora_ray.serving.run import _model
 
 CHAT = {"model": "a", "messages": [{"role": "user", "content": "x"}]}
 COMPLETION = {"model": "a", "prompt": "x"}
@@ -471,3 +473,42 @@ def test_the_application_of_serve_deploy_is_built_from_the_example(tiny_llama: s
     assert engine._bound_deployment.func_or_class is TransformersBackend, "auto is transformers"
     with pytest.raises(UsageError, match="no registry"):
         build(example | mine | {"registry": str(tmp_path / "absent")})
+    with pytest.raises(UsageError, match="whoever reaches the port would be let in"):
+        build(example | mine | {"keys": None})
+    assert build(example | mine | {"keys": None, "open": True})
+
+
+def test_the_model_that_is_shown_to_ask_for_is_one_that_is_served(tiny_llama: str, tiny_gemma: str, tmp_path: Path) -> None:
+    registry = Registry(str(tmp_path / "registry"))
+    registry.publish(finished_run(tmp_path / "old", tiny_gemma, "animals", 1))
+    registry.promote("animals@1")
+    registry.publish(finished_run(tmp_path / "run", tiny_llama, "colours", 1))
+    service = Service(registry=registry.uri, bases=(tiny_llama,))
+    assert _model(service) == "colours@1"
+    registry.promote("colours@1")
+    assert _model(service) == "colours:stable"
+    assert _model(service.model_copy(update={"bases": (tiny_llama, tiny_gemma)})) == "animals:stable"
+
+
+def test_a_release_that_can_not_be_had_is_known_before_another_makes_room(tiny_llama: str, tmp_path: Path) -> None:
+    registry = Registry(str(tmp_path / "registry"))
+    registry.publish(finished_run(tmp_path / "run", tiny_llama, "colours", 1))
+    backend = object.__new__(TransformersBackend)
+    backend.loader, backend.measures, looked_for = Loader(registry.uri, tiny_llama), EngineMeasures(), list[str]()
+
+    async def load(release: str) -> None:
+        looked_for.append(release)
+        raise InterruptedError
+
+    backend._load = load  # Serve's, which makes room first
+
+    async def answer(release: str) -> None:
+        async for _ in TransformersBackend.answer(backend, asked(parse(CompletionRequest, json.dumps(COMPLETION).encode(), 64), release, 64)):
+            raise AssertionError
+
+    with pytest.raises(ServiceError) as refused:
+        asyncio.run(answer("colours@2"))
+    assert refused.value.status == 404 and not looked_for
+    with pytest.raises(InterruptedError):
+        asyncio.run(answer("colours@1"))
+    assert looked_for == ["colours@1"]

@@ -1,6 +1,7 @@
 """The loop: labelled positions only, every row once an epoch, the same mathematics for any number of workers."""
 
 import contextlib
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,11 +12,11 @@ from safetensors.torch import load_file
 from torch.nn import functional
 
 from tests.conftest import lora, save_model
-from translora_ray import adapters, adapting, models
+from translora_ray import adapters, adapting, models, workflow
 from translora_ray.config import Adapter, AdapterType, Cluster, Task, Training
 from translora_ray.errors import Diverged, RunFailed, StreamEnded, UsageError
 from translora_ray.prompts import Prompt
-from translora_ray.records import Step
+from translora_ray.records import Candidate, Step, TaskRow
 from translora_ray.storage import RunStore
 from translora_ray.training import loop, trainer
 from translora_ray.training.task import encode, start, train_adapter
@@ -132,12 +133,14 @@ def in_float32() -> None:
     models.computes_in_bf16 = loop.computes_in_bf16 = lambda device: False
 
 
-def one_of_two(rank: int, base: str, folder: str, spread: bool) -> None:
-    """A worker of two, on gloo; the first saves what it learnt and its losses."""
+def one_of_two(rank: int, base: str, folder: str, spread: bool, at_once: int) -> None:
+    """A worker of two, on gloo; the first saves what it learnt and its losses. Where it may, the second finds that its memory holds one row."""
     in_float32()
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     settings = Training(epochs=2, batch_size=5, learning_rate=0.01, held_out=0.2)
-    training = start(base, PAIRS, lora(), settings, 0, rank, 2, "cpu", at_once=1, spread=spread)
+    training = start(base, PAIRS, lora(), settings, 0, rank, 2, "cpu", at_once=at_once, spread=spread)
+    if rank and at_once > 1:
+        training.model.register_forward_pre_hook(refuse_more_than(1, torch.OutOfMemoryError()), with_kwargs=True)
     if spread:
         base_weights = [weight for weight in training.model.parameters() if not weight.requires_grad]
         assert 2 * sum(weight.to_local().numel() for weight in base_weights) == sum(weight.numel() for weight in base_weights)
@@ -149,16 +152,25 @@ def one_of_two(rank: int, base: str, folder: str, spread: bool) -> None:
     if rank == 0:
         adapting.save(training.model, f"{folder}/adapter", base)
         torch.save((losses, training.held_out_losses), f"{folder}/losses")
+    assert training.at_once == (1 if rank else at_once)
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("spread", [False, True])
+def refuse_more_than(room: int, error: RuntimeError) -> Callable[..., None]:
+    def refuse(_module: torch.nn.Module, _args: object, kwargs: dict[str, torch.Tensor]) -> None:
+        if len(kwargs["input_ids"]) > room:
+            raise error
+
+    return refuse
+
+
+@pytest.mark.parametrize(("spread", "at_once"), [(False, 3), (True, 1)])
 def test_two_workers_take_the_steps_of_one_with_the_base_whole_or_spread(
-    tiny_gemma: str, tmp_path: Path, spread: bool, monkeypatch: pytest.MonkeyPatch
+    tiny_gemma: str, tmp_path: Path, spread: bool, at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for module in (models, loop):
         monkeypatch.setattr(module, "computes_in_bf16", lambda device: False)
-    torch.multiprocessing.spawn(one_of_two, (tiny_gemma, str(tmp_path), spread), nprocs=2)
+    torch.multiprocessing.spawn(one_of_two, (tiny_gemma, str(tmp_path), spread, at_once), nprocs=2)
     losses, held_out = torch.load(tmp_path / "losses")
     alone = start(tiny_gemma, PAIRS, lora(), Training(epochs=2, batch_size=5, learning_rate=0.01, held_out=0.2), 0)
     assert [step.loss for _ in range(2) for step in alone.run_epoch()] == pytest.approx(losses, rel=1e-4)
@@ -183,19 +195,29 @@ def test_gradients_that_add_up_are_those_of_all_rows_together(tiny_llama: str, m
 def test_memory_that_runs_out_halves_the_rows_at_once_until_one_is_too_many(tiny_llama: str, monkeypatch: pytest.MonkeyPatch, error: RuntimeError) -> None:
     monkeypatch.setattr(loop, "autocast", lambda device: contextlib.nullcontext())
     calm, poor = fresh(tiny_llama, ROWS * 3), fresh(tiny_llama, ROWS * 3)
-    room = 2
-
-    def refuse(_module: torch.nn.Module, _args: object, kwargs: dict[str, torch.Tensor]) -> None:
-        if len(kwargs["input_ids"]) > room:
-            raise error
-
-    poor.model.register_forward_pre_hook(refuse, with_kwargs=True)
+    hook = poor.model.register_forward_pre_hook(refuse_more_than(2, error), with_kwargs=True)
     losses = [[step.loss for step in one.run_epoch()] for one in (calm, poor)]
     assert poor.at_once == 2
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-    room = 0
+    hook.remove()
+    poor.model.register_forward_pre_hook(refuse_more_than(0, error), with_kwargs=True)
     with pytest.raises(RunFailed, match=r"does not hold 1 rows of training at once: spread the base over workers"):
         poor._step([0])
+
+
+def test_without_examples_or_with_one_answer_alone_nothing_is_trained(tiny_llama: str) -> None:
+    with pytest.raises(UsageError, match=r"nothing to train on"):
+        fresh(tiny_llama, [])
+    plan: Any = SimpleNamespace(kit=SimpleNamespace(seeds=[TaskRow("red", "a"), TaskRow("blue", "b")]))
+
+    def given(answers: str) -> Any:
+        return SimpleNamespace(candidates=lambda: [Candidate(number, 0, "red", target=answer) for number, answer in enumerate(answers)])
+
+    with pytest.raises(RunFailed, match=r"each of the 20 examples the same answer, 'a': prepare the kit with more seeds"):
+        workflow.check_answers(plan, given("a" * 20))
+    workflow.check_answers(plan, given("a" * 19 + "b"))
+    plan.kit.seeds.pop()
+    workflow.check_answers(plan, given("a" * 20))  # it is the only answer of the seeds, too
 
 
 def test_a_step_whose_loss_is_not_a_number_names_its_rows_and_changes_nothing(tiny_llama: str) -> None:

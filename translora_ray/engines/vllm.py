@@ -29,7 +29,7 @@ from translora_ray.references import resolve
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, MOST_RANK)
 """Ranks that vLLM makes room for."""
-ADAPTERS_AT_ONCE = 8
+ADAPTERS_AT_ONCE = 16
 CONFIGURATION = "VLLM_LOGGING_CONFIG_PATH"
 OWNER = "TRANSLORA_ENGINE_OWNER"
 """Tells vLLM's processes whose they are, so that they end with it (`vllm_worker.py`)."""
@@ -57,6 +57,7 @@ def engine_arguments(base: str, used: Sequence[AdapterRef], settings: Vllm, gpus
         if settings.dtype == "auto" and not computes_in_bf16("cpu"):
             arguments["dtype"] = "float32"
         arguments |= {"enforce_eager": True, "kv_cache_memory_bytes": round(settings.cpu_cache_gib * 2**30)}
+        arguments["block_size"] = 32  # whole blocks alone are found again: with vLLM's 128 here no prompt of seeds would be
         # A prompt that is read in parts makes vLLM rewind its request's random generator, which torch can not do on CPUs: the process dies.
         arguments |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(2048, settings.context or context_of(skeleton(folder)))}
     elif not gpus:

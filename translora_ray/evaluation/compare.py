@@ -126,28 +126,35 @@ def _lines(rows: Sequence[TaskRow], found: dict[str, Answered]) -> bytes:
 def summary(scores: dict[str, list[float]], metric: str) -> dict[str, Any]:
     """The stable `--json` output from scores per arm and row.
 
-    `against` compares transferred with the better of source adapter and bare target, row by row: the mean difference with its 95 % interval, and
-    McNemar's p. Where no row is lost, or none is gained, a bootstrap finds none either: that end of the interval is then Wilson's for none of so many rows.
-    `negative_flips` counts rows that the bare target got right and the transferred adapter gets wrong.
+    Each arm but `transferred` has a `paired` comparison with it; `against` is that of the better of source adapter and bare target. Each has its `recovery`,
+    and its `negative_flips`: rows that the bare target got right and the arm gets wrong.
     """
-    found = {}
+    ours, found = scores["transferred"], dict[str, dict[str, Any]]()
     for arm, values in scores.items():
         low, high = wilson(sum(values), len(values))
-        found[arm] = {"accuracy": sum(values) / len(values), "low": low, "high": high}
-    ours = scores["transferred"]
-    against = max(("source_adapter", "target_base"), key=lambda arm: found[arm]["accuracy"])
-    difference, low, high = paired_interval(ours, scores[against])
-    unseen, apart = wilson(0, len(ours))[1], [a - b for a, b in zip(ours, scores[against], strict=True)]
+        found[arm] = {"accuracy": sum(values) / len(values), "low": low, "high": high, "negative_flips": len(flips(scores["target_base"], values))}
+        if arm != "transferred":
+            found[arm]["paired"] = paired(ours, values)
+    for arm in found:
+        found[arm]["recovery"] = recovery(found, arm)
+    against = max(("source_adapter", "target_base"), key=lambda arm: float(found[arm]["accuracy"]))
+    result = {"n": len(ours), "metric": metric, "arms": found, "against": {"arm": against, **found[against]["paired"]}}
+    return result | {name: found["transferred"][name] for name in ("recovery", "negative_flips")}
+
+
+def paired(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
+    """Ours minus theirs, row by row: the mean difference with its 95 % interval, and McNemar's p. Where no row is lost, or none is gained, a bootstrap finds
+    none either: that end of the interval is then Wilson's for none of so many rows."""
+    difference, low, high = paired_interval(ours, theirs)
+    unseen, apart = wilson(0, len(ours))[1], [a - b for a, b in zip(ours, theirs, strict=True)]
     low = max(-1.0, min(low, difference - unseen)) if min(apart) >= 0 else low
     high = min(1.0, max(high, difference + unseen)) if max(apart) <= 0 else high
-    paired = {"arm": against, "difference": difference, "low": low, "high": high, "p": mcnemar(ours, scores[against])}
-    flipped = len(flips(scores["target_base"], ours))
-    return {"n": len(ours), "metric": metric, "arms": found, "recovery": recovery(found), "against": paired, "negative_flips": flipped}
+    return {"difference": difference, "low": low, "high": high, "p": mcnemar(ours, theirs)}
 
 
-def recovery(accuracies: dict[str, dict[str, float]], arm: str = "transferred") -> float | None:
+def recovery(accuracies: dict[str, dict[str, Any]], arm: str = "transferred") -> float | None:
     """(`arm` - bare target) / (oracle - bare target); None without an oracle or where the oracle gains nothing."""
     if "oracle" not in accuracies or accuracies["oracle"]["accuracy"] <= accuracies["target_base"]["accuracy"]:
         return None
-    bare = accuracies["target_base"]["accuracy"]
-    return (accuracies[arm]["accuracy"] - bare) / (accuracies["oracle"]["accuracy"] - bare)
+    bare, oracle, ours = (float(accuracies[name]["accuracy"]) for name in ("target_base", "oracle", arm))
+    return (ours - bare) / (oracle - bare)

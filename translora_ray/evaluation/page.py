@@ -17,6 +17,7 @@ from translora_ray.evaluation.markup import Html, document, figure, listed, sect
 from translora_ray.evaluation.report import ARMS
 from translora_ray.evaluation.statistics import flips
 from translora_ray.records import Candidate, TaskRow
+from translora_ray.releases import verdict
 from translora_ray.storage import ANSWERS, MAP, REPORT, RESULT, RunStore
 from translora_ray.stream.collect import NOT_NEEDED
 
@@ -80,17 +81,20 @@ def render(run: Run) -> str:
 
 def _verdict(run: Run) -> Html:
     without, real = run.manifest.get("gate"), run.result and run.result["gate"]
-    judged = real or without
+    judged, before = (real, without) if real else (without, None)
+    if real and without and verdict(without, run.result) != real["verdict"]:
+        judged, before = without, real
     if judged is None:
         reason = "The recipe holds no examples out for the gate (gate.held_out is 0), and the run was not evaluated on real rows."
         return tag("div", tag("h2", "Verdict: none"), tag("p", reason), class_="banner")
-    where = f"On {run.result['n']} real rows" if real and run.result else "Without real rows"
-    lines = [tag("h2", f"Verdict: {judged['verdict']}"), tag("p", f"{where}: {VERDICTS[judged['verdict']]}.")]
+    on_rows = f"on {run.result['n']} real rows" if run.result else ""
+    where, there = ("without real rows", on_rows) if judged is without else (on_rows, "without real rows")
+    lines = [tag("h2", f"Verdict: {judged['verdict']}"), tag("p", f"{where[0].upper()}{where[1:]}: {VERDICTS[judged['verdict']]}.")]
     if judged["reasons"]:
         lines.append(listed(judged["reasons"]))
-    if real and without:
-        why = f" ({'; '.join(without['reasons'])})" if without["reasons"] else ""
-        lines.append(tag("p", f"Before that, without real rows, the verdict was {without['verdict']}{why}."))
+    if before:
+        why = f" ({'; '.join(before['reasons'])})" if before["reasons"] else ""
+        lines.append(tag("p", f"The other one, {there}, is {before['verdict']}{why}."))
     return tag("div", *lines, class_=f"banner {judged['verdict']}")
 
 

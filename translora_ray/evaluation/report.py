@@ -24,10 +24,13 @@ ARMS = {
 
 def show_evaluation(result: dict[str, Any]) -> None:
     table = Table(title=f"{result['metric']} on {result['n']} rows")
-    for column in ("arm", "accuracy", "95 % interval"):
+    for column in ("arm", "accuracy", "95 % interval", "transferred minus it", "p", "recovery"):
         table.add_column(column, justify="left" if column == "arm" else "right")
     for arm, value in result["arms"].items():
-        table.add_row(ARMS[arm], f"{value['accuracy']:.3f}", f"{value['low']:.3f} to {value['high']:.3f}")
+        paired, recovered = value.get("paired"), value["recovery"]
+        difference = (f"{paired['difference']:+.3f} ({paired['low']:+.3f} to {paired['high']:+.3f})", f"{paired['p']:.2g}") if paired else ("", "")
+        share = "" if recovered is None else f"{recovered:.2f}"
+        table.add_row(ARMS[arm], f"{value['accuracy']:.3f}", f"{value['low']:.3f} to {value['high']:.3f}", *difference, share)
     Console().print(table)
     against = result["against"]
     interval = f"{against['low']:+.3f} to {against['high']:+.3f}, McNemar p {against['p']:.2g}"

@@ -56,7 +56,7 @@ def run_fleet(fleet: Fleet, wanted: Sequence[Wanted], resume: bool, engine: Engi
     if not store.exists(states.FILE) and set(store.names("")) - {leases.FILE}:
         raise UsageError(f"{store.uri} is not empty and not a fleet: choose another out.")
     try:
-        with lease(store, _end):
+        with lease(store, _end, wait=display.say if resume else None):
             return Driver(fleet, wanted, store, engine, display).run()
     except UsageError:
         if new and store.local and not store.names(""):  # a usage error leaves nothing behind

@@ -36,12 +36,14 @@ def holder(store: RunStore) -> dict[str, Any] | None:
 
 
 @contextlib.contextmanager
-def lease(store: RunStore, lost: Callable[[str], None], seconds: float = SECONDS) -> Iterator[None]:
-    """Hold the fleet. Raises `UsageError` where another driver does; calls `lost` with the reason, in a thread, where it can be held no longer."""
-    mine = {"owner": uuid.uuid4().hex, "host": socket.gethostname(), "machine": _machine(), "pid": os.getpid()}
+def lease(store: RunStore, lost: Callable[[str], None], seconds: float = SECONDS, wait: Callable[[str], None] | None = None) -> Iterator[None]:
+    """Hold the fleet. Raises `UsageError` where another driver does; calls `lost` with the reason, in a thread, where it can be held no longer.
+
+    With `wait`, which is told of it, a lease may run out, as that of a driver whose machine is gone does; it is another's when it is renewed meanwhile.
+    """
+    mine: dict[str, Any] = {"owner": uuid.uuid4().hex, "host": socket.gethostname(), "machine": _machine(), "pid": os.getpid()}
     with store.lock():
-        other = holder(store)
-        if other and not (store.local and other["machine"] == mine["machine"]):  # on this machine the lock shows that its process is gone
+        if other := _other(store, mine["machine"], seconds, wait):
             left = other["expires"] - time.time()
             raise UsageError(
                 f"{store.uri} is driven by process {other['pid']} on {other['host']}: wait for it, or stop it; it is given up {left:.0f} s after its last sign."
@@ -57,6 +59,20 @@ def lease(store: RunStore, lost: Callable[[str], None], seconds: float = SECONDS
         finally:
             if _holds(store, mine):
                 store.fs.delete_file(store.path(FILE))
+
+
+def _other(store: RunStore, machine: str, seconds: float, wait: Callable[[str], None] | None) -> dict[str, Any] | None:
+    """The lease of another driver, who may live."""
+    first = found = holder(store)
+    if found and store.local and found["machine"] == machine:  # the lock shows that its process is gone
+        return None
+    if found and wait:
+        left = found["expires"] - time.time()
+        wait(f"process {found['pid']} on {found['host']} drove this fleet last: waiting up to {left:.0f} s for a sign of it")
+    while wait and found and found == first:
+        time.sleep(min(1.0, seconds / 20))
+        found = holder(store)
+    return found
 
 
 def _keep(store: RunStore, mine: dict[str, Any], seconds: float, done: threading.Event, lost: Callable[[str], None]) -> None:

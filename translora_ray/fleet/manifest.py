@@ -27,7 +27,7 @@ class Item(Section):
     kit: str | None = None
     """A transfer kit, a finished run or a release, or a pattern (`kits/*`)."""
     releases: str | None = None
-    """In place of `kit`: a registry, of which the newest release of each name that is for `base` moves on, under its name."""
+    """In place of `kit`: a registry, of which a release of each name that is for `base` moves on, under its name: that of its channel stable, or the newest."""
     base: str | None = None
     name: str | None = Field(None, pattern=f"^{NAME}$")
     """Of the transfer's directory, and of its releases in the registry. None: the directory has the kit's name, releases the task's."""
@@ -133,24 +133,26 @@ def _kits(pattern: str, folder: Path, where: str) -> dict[str, tuple[str, str]]:
 
 
 def _released(item: Item, folder: Path, where: str) -> dict[str, tuple[str, str]]:
-    """The newest release of each name for the item's base: its name, and what is wrong with it. A newer one that is damaged stands for its name, and fails,
-    as an older one in its place would be another adapter; unless its adapter is for another base."""
+    """The release of each name for the item's base that its channel stable names, or the newest: its name, and what is wrong with it. A newer one that is
+    damaged stands for its name, and fails, as an older one in its place would be another adapter; unless its adapter is for another base."""
     from translora_ray.registry import Registry, Unsound
-    from translora_ray.releases import parse_id
+    from translora_ray.releases import STABLE, parse_id
 
     registry, damaged = Registry(_located(item.releases or "", folder, where)), list[Unsound]()
     registry.check()
     sound = registry.releases(item.base, damaged.append)
     newest = {release.name: (release.version, release.uri, "") for release in sound}
+    stable = {change["release"] for channel, change in registry.changes(lambda _: None).items() if channel.endswith(f":{STABLE}")}
+    chosen = {release.name: release.uri for release in sound if release.id in stable}
     bases = {item.base, *(release.target_base for release in sound)}
     for error in damaged:
         place = registry.place_of(error.path)
         (name, version), base = parse_id(error.path.split("/")[1]) or ("", 0), _base_in(place)
-        if version > newest.get(name, (0,))[0] and (base in bases or (base is None and name in newest)):
+        if name not in chosen and version > newest.get(name, (0,))[0] and (base in bases or (base is None and name in newest)):
             newest[name] = version, place, str(error)
     if not newest:
         raise UsageError(f"{where}: {registry.uri} has no release for the base {item.base}; `translora inspect {registry.uri}` shows what there is.")
-    return {uri: (name, obstacle) for name, (_, uri, obstacle) in newest.items()}
+    return {chosen.get(name, uri): (name, obstacle) for name, (_, uri, obstacle) in newest.items()}
 
 
 def _base_in(release: str) -> str | None:

@@ -36,7 +36,9 @@ class Service(BaseModel):
     engine: EngineKind = "auto"
     """`auto` is transformers, which serves all kinds of adapters."""
     keys: str | None = None
-    """File of keys (`translora keys`). None: no keys; whoever reaches the port is let in."""
+    """File of keys (`translora keys`). None: no keys, which a config file has to ask for with `open`."""
+    open: bool = False
+    """Let whoever reaches the port in, without keys. `translora serve` without keys listens on its own machine alone."""
     replicas: Annotated[int, Field(ge=1)] | tuple[int, int] = 1
     """Engines of each base, or the least and the most between which Serve scales with the load."""
     ingresses: int = Field(1, ge=1)
@@ -56,7 +58,10 @@ class Service(BaseModel):
 
 def build(arguments: dict[str, Any]) -> Application:
     """The application from the arguments of a Serve config file. Raises `UsageError` where they can not work."""
-    return application(service(arguments))
+    asked = service(arguments)
+    if not (asked.keys or asked.open):
+        raise UsageError("args.keys: whoever reaches the port would be let in. Name a file of keys (translora keys), or set open: true.")
+    return application(asked)
 
 
 def service(arguments: dict[str, Any]) -> Service:

@@ -13,7 +13,7 @@ import contextlib
 import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -133,15 +133,17 @@ class Gateway:
 
     @app.get("/v1/models")
     async def models(self, request: Request) -> Response:
-        key = self._admit(request)
-        self.router.require_index()
-        found = self.router.index.models(lambda release: self.router.listed(release, key))
-        return JSONResponse({"object": "list", "data": found}, headers=self.router.staleness())
+        with self._told(request) as (key, _):
+            self.router.require_index()
+            found = self.router.index.models(lambda release: self.router.listed(release, key))
+            return JSONResponse({"object": "list", "data": found}, headers=self.router.staleness())
 
     @app.get("/v1/models/{model:path}")
     async def model(self, model: str, request: Request) -> Response:
-        release = await self.router.resolve(model, self._admit(request))
-        return JSONResponse(self.router.index.card(model, release), headers=self.router.staleness())
+        with self._told(request) as (key, seen):
+            release = await self.router.resolve(model, key)
+            seen.release = release.id
+            return JSONResponse(self.router.index.card(model, release), headers=self.router.staleness())
 
     @app.post("/v1/chat/completions")
     async def chat(self, request: Request) -> Response:
@@ -279,6 +281,21 @@ class Gateway:
     def _require_open(self) -> None:
         if self._ending:
             raise ServiceError(503, "service_ending", "This service is ending: try again.", 5)
+
+    @contextlib.contextmanager
+    def _told(self, request: Request) -> Iterator[tuple[Key, _Seen]]:
+        """A request that no engine answers, in log and metrics."""
+        seen = _Seen(time.monotonic())
+        try:
+            key = self._admit(request)
+            seen.key = key.name
+            yield key, seen
+            seen.status = 200
+        except ServiceError as error:
+            seen.status = error.status
+            raise
+        finally:
+            self._say(seen)
 
     def _end(self, seen: _Seen) -> None:
         self._running -= 1

@@ -43,8 +43,8 @@ class Downloader:
         self.loader, self.measures = loader, measures
 
     async def load_model_from_config(self, lora_model_id: str, llm_config: LLMConfig) -> _Held:
-        with self.measures.load(lora_model_id):
-            path = await asyncio.to_thread(self.loader.load, lora_model_id)
+        path = await asyncio.to_thread(self.loader.load, lora_model_id)
+        self.measures.loaded(lora_model_id)
         return _Held(lambda: self.measures.evicted(lora_model_id), lora_model_id, str(path))
 
 
@@ -63,8 +63,8 @@ class VllmBackend(LLMServer):  # type: ignore[misc]
         os.environ[OWNER] = str(os.getpid())  # vLLM's processes end with this one
         self._proved: set[str] = set()
         self._proving = asyncio.Lock()
-        loader, measures = await asyncio.to_thread(Loader, registry, base), EngineMeasures()
-        await super().__init__(llm_config, model_downloader=partial(Downloader, loader, measures))
+        self._loader, self._measures = await asyncio.to_thread(Loader, registry, base), EngineMeasures()
+        await super().__init__(llm_config, model_downloader=partial(Downloader, self._loader, self._measures))
         self._prompter = Prompter(base, self.engine._engine_client.model_config.max_model_len)
 
     async def answer(self, asked: Asked) -> AsyncIterator[Piece]:
@@ -74,6 +74,7 @@ class VllmBackend(LLMServer):  # type: ignore[misc]
         """
         _, max_tokens = await self._prompter.read(asked)
         asked = replace(asked, max_tokens=max_tokens)
+        await self._loader.require(asked.release, self._measures)
         await self._hold(asked.release)
         answers = await (self.chat(_chat(asked)) if asked.chat else self.completions(_completion(asked)))
         said: list[str] = []

@@ -1,9 +1,11 @@
-"""From a release to a directory that an engine can load: fetched, its digest checked, and compared with the base. No Ray here."""
+"""From a release to a directory that an engine can load: fetched, its digest checked, and compared with the base."""
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import tempfile
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +13,7 @@ from pathlib import Path
 from translora_ray import adapters, models
 from translora_ray.errors import RunFailed, UsageError
 from translora_ray.registry import NotFound, Registry, Unreachable
+from translora_ray.serving.measures import EngineMeasures
 from translora_ray.serving.protocol import ServiceError, unknown
 
 logger = logging.getLogger("ray.serve")
@@ -37,11 +40,20 @@ class Loader:
         self.shapes, self.width = models.linear_shapes(base), models.width(base)
         self._scratch = tempfile.TemporaryDirectory(prefix="translora-serve-")
         self._paths: dict[str, Path] = {}
+        self._fetching = threading.Lock()
+
+    async def require(self, release: str, measures: EngineMeasures) -> None:
+        """Have the release on this disk, for what comes next makes another adapter leave memory: one that can not be had must not. Raises as `load` does."""
+        if release not in self._paths:
+            with measures.fetch(release):
+                await asyncio.to_thread(self.load, release)
 
     def load(self, release: str) -> Path:
         """The directory of a release's adapter. Raises `ServiceError` that a client may read: what is wrong in full is in the log."""
-        if release in self._paths:
-            return self._paths[release]
+        with self._fetching:
+            return self._paths.get(release) or self._fetch(release)
+
+    def _fetch(self, release: str) -> Path:
         try:
             found = self.registry.release(release)
             path = self.registry.fetch(found, Path(self._scratch.name))

@@ -32,10 +32,10 @@ class TransformersBackend:
         self.measures = EngineMeasures()
 
         async def load(release: str) -> _Loaded:
-            with self.measures.load(release):
-                path = await asyncio.to_thread(self.loader.load, release)
+            path = await asyncio.to_thread(self.loader.load, release)
             virtual_tokens = adapters.inspect(path).virtual_tokens
             self.batches.hold(str(path))
+            self.measures.loaded(release)
             return _Loaded(lambda: self._evict(release, path), path, virtual_tokens)
 
         self._load = serve.multiplexed(max_num_models_per_replica=adapters_at_once)(load)
@@ -43,6 +43,7 @@ class TransformersBackend:
     async def answer(self, asked: Asked) -> AsyncIterator[Piece]:
         if asked.top_p not in (None, 1.0):
             raise ServiceError(400, "invalid_request", "top_p: the transformers engine takes temperature and min_p.")
+        await self.loader.require(asked.release, self.measures)
         loaded: _Loaded = await self._load(asked.release)
         prompt, max_tokens = await self.prompter.read(asked, loaded.virtual_tokens)
         sampling = Sampling(max_tokens, asked.temperature, asked.min_p, asked.stop)

@@ -18,14 +18,21 @@ class EngineMeasures:
     def __init__(self) -> None:
         self._loads = Counter("translora_adapter_loads", "Adapters loaded", RELEASE)
         self._evictions = Counter("translora_adapter_evictions", "Adapters that made room for others", RELEASE)
+        self._failures = Counter("translora_adapter_failures", "Adapters that could not be fetched, or are damaged", RELEASE)
         self._seconds = Histogram("translora_adapter_load_seconds", "Time to fetch and check an adapter", SECONDS, RELEASE)
 
     @contextlib.contextmanager
-    def load(self, release: str) -> Iterator[None]:
+    def fetch(self, release: str) -> Iterator[None]:
         began = time.monotonic()
-        yield
-        self._loads.inc(1, {"release": release})
+        try:
+            yield
+        except Exception:
+            self._failures.inc(1, {"release": release})
+            raise
         self._seconds.observe(time.monotonic() - began, {"release": release})
+
+    def loaded(self, release: str) -> None:
+        self._loads.inc(1, {"release": release})
 
     def evicted(self, release: str) -> None:
         self._evictions.inc(1, {"release": release})

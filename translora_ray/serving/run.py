@@ -16,6 +16,7 @@ from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
+from translora_ray import models
 from translora_ray.config import Cluster
 from translora_ray.errors import RunFailed, UsageError
 from translora_ray.placement import cpus, ray_failures, ray_session
@@ -95,9 +96,11 @@ def _wait_ready(url: str, ending: threading.Event) -> None:
 
 def _model(service: Service) -> str:
     """One to ask for. Raises `UsageError` where the service can not work."""
-    releases, _ = plan(service)
+    releases, bases = plan(service)
+    served = {models.fingerprint(base) for base in bases}
+    names = [release.id for release in releases if release.base_fingerprint in served]
     channels = Registry(service.registry).changes(skip=logger.warning)
-    return next(iter([*channels, *(release.id for release in releases)]), "NAME")
+    return next(iter([*(channel for channel, change in channels.items() if change["release"] in names), *names]), "NAME")
 
 
 def _greet(service: Service, url: str, model: str, say: Callable[[str], None]) -> None:

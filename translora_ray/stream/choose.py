@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections import Counter
 from collections.abc import Sequence
 
 from translora_ray.config import Synthesis
@@ -25,11 +26,22 @@ def choose(plan: Plan, candidates: Sequence[Candidate]) -> tuple[list[Candidate]
     accepted = sorted((candidate for candidate in candidates if candidate.accepted), key=lambda candidate: candidate.index)
     wanted = plan.quota + plan.held_out
     if plan.chooses:
-        best = sorted(accepted, key=lambda candidate: _worth(plan, candidate), reverse=True)[:wanted]
-        accepted = sorted(best, key=lambda candidate: candidate.index)
+        best = _balanced(sorted(accepted, key=lambda candidate: _worth(plan, candidate), reverse=True), plan.most_of_a_label(wanted))
+        accepted = sorted(best[:wanted], key=lambda candidate: candidate.index)
     chosen = accepted[:wanted]
     held_out = len(chosen) * plan.held_out // wanted
     return chosen[: len(chosen) - held_out], chosen[len(chosen) - held_out :]
+
+
+def _balanced(candidates: Sequence[Candidate], most: int | None) -> list[Candidate]:
+    """The first `most` candidates of each label."""
+    counted = Counter[str | None]()
+    kept = []
+    for candidate in candidates:
+        counted[candidate.target] += 1
+        if most is None or counted[candidate.target] <= most:
+            kept.append(candidate)
+    return kept
 
 
 def by_generator(synthesis: Synthesis, candidates: Sequence[Candidate]) -> dict[str, dict[str, int]]:

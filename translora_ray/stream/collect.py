@@ -64,6 +64,7 @@ class Collector:
         self.totals = Totals()
         self.seen = Seen(plan.recipe.selection.near_duplicate)
         self.labels: Counter[str] = Counter()
+        self.most = plan.most_of_a_label(plan.wanted)
         for last, candidates, facts in store.shards():
             self.totals.add(last, candidates, facts)
             for candidate in candidates:
@@ -110,7 +111,7 @@ class Collector:
         self._decided.append(pack)
 
     def _enough_of(self, label: str) -> bool:
-        return self.plan.label_cap is not None and self.labels[label] >= self.plan.label_cap
+        return self.most is not None and self.labels[label] >= self.most
 
     def commit(self, loads: list[str]) -> None:
         if not self._decided:

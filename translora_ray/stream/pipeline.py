@@ -49,7 +49,7 @@ def run_stream(
     phases = [display.phase("examples" if len(plans) == 1 else f"examples, {store.uri.rpartition('/')[2]}") for store in stores]
     for phase, plan, total in zip(phases, plans, totals, strict=True):
         phase.update(total.accepted, plan.wanted, "loading engines")
-    cap = sum((plans[0].packs_at_once(pool) + 1) * plans[0].cluster.engines[1] for pool in plans[0].pools())
+    cap = sum((plans[0].packs_at_once(pool, len(plans)) + 1) * plans[0].cluster.engines[1] for pool in plans[0].pools())
     desk = open_desk([each.packs for each in totals], cap, shares)
     ray.get(desk.full.remote(*{*range(len(plans))} - running.keys()))
     measures = StreamMeasures(totals)
@@ -147,7 +147,7 @@ def open_stream(plans: Sequence[Plan], desk: Any) -> Generator[Pack]:
     packs = ray.data.read_datasource(source, override_num_blocks=1, **beside_driver())
     low, high = plan.cluster.engines
     for pool in plan.pools():
-        at_once = plan.packs_at_once(pool)
+        at_once = plan.packs_at_once(pool, len(plans))
         packs = packs.map_batches(
             StageActor,
             fn_constructor_args=(plans, pool, desk),

@@ -93,11 +93,10 @@ class Plan:
         a, b = (self.kit.discriminator or {})["calibration"]
         return a, b
 
-    @property
-    def label_cap(self) -> int | None:
-        """Most examples of one label, None where any number may be."""
+    def most_of_a_label(self, examples: int) -> int | None:
+        """Most of so many examples that may have one label, None where any number may."""
         balance, labels = self.recipe.selection.balance, self.kit.task.classes
-        return math.ceil(balance * self.wanted / len(labels)) if balance and labels else None
+        return math.ceil(balance * examples / len(labels)) if balance and labels else None
 
     def check(self) -> None:
         """Raise `UsageError` where the kit has not what the recipe asks for."""
@@ -115,9 +114,9 @@ class Plan:
         if self.recipe.overlap and self.chooses:
             raise UsageError(f"{method} chooses among all examples, before training begins: leave overlap out, or set selection.method to none.")
 
-    def packs_at_once(self, pool: Pool) -> int:
-        """Packs that one engine of the pool computes at the same time."""
-        return self.cluster.vllm.packs if pool.engine == "vllm" else 1
+    def packs_at_once(self, pool: Pool, transfers: int) -> int:
+        """Packs that one engine of the pool computes at the same time, of all transfers of the stream together."""
+        return self.cluster.vllm.at_once(transfers, self.recipe.synthesis.pack_size) if pool.engine == "vllm" else 1
 
     def adapters(self, pool: Pool) -> list[AdapterRef]:
         """The adapters that the pool's roles name."""

@@ -112,7 +112,8 @@ class Loop:
 
     `run_epoch` is called for each epoch in turn until `done`. A step's rows and random numbers derive from its number, so a loop that goes on
     from a state makes the steps that an undisturbed one would. Each worker has all trainable weights, and adds up its gradients with the others'.
-    `at_once` is the most rows that a worker computes together, whose gradients add up to a step's; alone, it is halved when memory runs out.
+    `at_once` is the most rows that a worker computes together, whose gradients add up to a step's; it is halved when memory runs out, unless the base is spread
+    over the workers, who then have to compute as often as each other.
     `in_order` takes the rows of the first epoch one after the other, for rows that come while it trains.
     """
 
@@ -130,7 +131,11 @@ class Loop:
     ) -> None:
         self.model, self.pad_id, self.settings, self.seed, self.in_order = model, pad_id, settings, seed, in_order
         self.rows, self.held_out = hold_out(rows, settings.held_out, seed)
+        if not self.rows:
+            raise UsageError("There is nothing to train on: no example was accepted.")
         self.rank, self.world = rank, world
+        self._in_step = any(hasattr(weight, "device_mesh") for weight in model.parameters())
+        """Whether the base is spread over the workers."""
         self.at_once = min(at_once or settings.batch_size, settings.batch_size)
         self.device = next(model.parameters()).device
         self.steps_per_epoch = -(-len(self.rows) // settings.batch_size)
@@ -261,7 +266,7 @@ class Loop:
                     raise
                 self.optimizer.zero_grad(set_to_none=True)
                 held = min(self.at_once, len(rows))
-                if held == 1 or self.world > 1:
+                if held == 1 or self._in_step:
                     fewer = f"set cluster.rows_at_once to {held // 2}" if held > 1 else "spread the base over workers (cluster.workers, cluster.spread_base)"
                     raise RunFailed(f"Memory does not hold {held} rows of training at once: {fewer}, or set cluster.recompute.") from None
                 self.at_once = held // 2
