@@ -1,17 +1,20 @@
-"""How much of what real rows teach does a transfer keep? The default, the paper's way and the other arms, on public tasks, SmolLM2 to Gemma.
+"""How much of what real rows teach does a transfer keep? The default, the paper's way, one without a discriminator, on public tasks, SmolLM2 to Gemma.
 
-    make bench-quality         (or: python benchmarks/quality.py --data ../shared/data --seeds 3 [--quick])
+    make bench-quality         (or: python benchmarks/quality.py --data ../shared/data --seeds 3 [--quick | --more])
 
-Each (task, seed) is a whole chain: a kit, a transfer by default, a transfer in the paper's way (a list of seeds to continue, the discriminator's cut), one
-with each other generator, the arms made from the candidates of the first two, and an oracle on the real rows. --quick takes three tasks and fewer arms.
---jobs chains run at a time, on an even share of the cores each. Results and logs lie in runs/quality/; what is there is not computed again. The table goes to
-benchmarks/RESULTS.md, the plot beside it.
+Each (task, seed) is a whole chain: a kit, a transfer in each way, the arms made from the paper's candidates, and an oracle on the real rows. --quick takes
+three tasks; --more adds transfers with each other generator, and more arms. --jobs chains run at a time, on an even share of the cores each.
+
+Logs and runs lie in runs/quality/; what is there is not computed again. Figures of finished chains are kept in benchmarks/quality.json, so that chains may be
+run on several days; table and plot are made from it, and say of which commits they are. A chain of another task, recipe or set of ways replaces what was kept.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,11 +22,17 @@ from typing import Any
 import results
 import transfer
 import yaml
+from rounds import answered
 
-from translora_ray.evaluation import compare
+from translora_ray.config import Recipe
+from translora_ray.engines.base import AdapterRef
+from translora_ray.evaluation import gate
+from translora_ray.evaluation.compare import summary
 from translora_ray.evaluation.statistics import paired_interval
+from translora_ray.kit import load
 from translora_ray.reading import load_task
 from translora_ray.records import read_rows
+from translora_ray.storage import ANSWERS
 from translora_ray.stream.dedup import normal
 
 INTENT = {"prompt": "Message: {input}\nIntent:", "max_new_tokens": 10, "source_training": {"epochs": 5}}
@@ -41,39 +50,39 @@ TASKS: dict[str, dict[str, Any]] = {
     },
 }
 QUICK = list(TASKS)[:3]
-WAYS: dict[str, dict[str, dict[str, Any]]] = {
-    "default": {},
-    "paper": {"synthesis": {"by_label": False}, "selection": {"method": "discriminator"}},
+WAYS: dict[str, dict[str, dict[str, Any]]] = {"paper": {"selection": {"method": "discriminator"}}, "default": {}, "alone": {"selection": {"method": "excess"}}}
+"""A recipe's sections that turn the default into each transfer's way. The paper's has a kit of its own, whose task is `open`: a list of seeds goes on, the
+discriminator has learnt from such lists, and any answer of the teacher counts. `alone` is what a kit without a discriminator does."""
+GENERATORS: dict[str, dict[str, dict[str, Any]]] = {
     "target": {"synthesis": {"generator": "target"}},
     "turns": {"synthesis": {"generator": ["source", "target"]}},
     "adapter": {"synthesis": {"generator": "adapter"}},
 }
-"""A recipe's sections that turn the default into each transfer's way."""
-ARMS: dict[str, list[str]] = {way: [] for way in WAYS}
-ARMS |= {"default": ["unfiltered", "excess"], "paper": ["unfiltered", "seeds_only", "importance", "excess", "both"]}
-"""Arms that are made from the candidates of each transfer."""
-QUICK_ARMS = {"default": [], "paper": ["unfiltered"]}
-SHOWN: dict[str, tuple[str, str]] = {
-    "bare target": ("paper", "target_base"),
-    "few-shot target": ("paper", "target_few_shot"),
-    "seeds alone": ("paper", "seeds_only"),
-    "list, unfiltered": ("paper", "unfiltered"),
-    "list, discriminator (paper)": ("paper", "transferred"),
-    "list, importance": ("paper", "importance"),
-    "list, excess (no discriminator)": ("paper", "excess"),
-    "list, both": ("paper", "both"),
-    "default": ("default", "transferred"),
-    "default's candidates, unfiltered": ("default", "unfiltered"),
-    "default's candidates, excess (no discriminator)": ("default", "excess"),
-    "default, the target base writes": ("target", "transferred"),
-    "default, source and target base write in turn": ("turns", "transferred"),
-    "default, a generator adapter writes": ("adapter", "transferred"),
-    "source adapter": ("paper", "source_adapter"),
-    "oracle": ("paper", "oracle"),
+ARMS, MORE_ARMS = ["unfiltered"], ["seeds_only", "importance", "excess", "both"]
+"""Arms that are made from the paper's candidates."""
+SHOWN: dict[str, str] = {
+    "target_base": "bare target",
+    "target_few_shot": "few-shot target",
+    "seeds_only": "seeds alone",
+    "unfiltered": "list, unfiltered",
+    "paper": "list, discriminator (paper)",
+    "importance": "list, importance",
+    "excess": "list, excess",
+    "both": "list, both",
+    "default": "default",
+    "alone": "default without a discriminator (excess)",
+    "target": "default, the target base writes",
+    "turns": "default, source and target base write in turn",
+    "adapter": "default, a generator adapter writes",
+    "source_adapter": "source adapter",
+    "oracle": "oracle",
 }
-"""Rows of the table: (transfer, arm of its evaluation)."""
-Chain = dict[str, dict[str, Any]]
-"""{transfer: {"evaluation", "manifest"}} of a chain; nothing in it where the transfer failed."""
+"""Rows of the table: a transfer's way, or an arm of the paper's evaluation, and its title."""
+PAIRS = [("default", "unfiltered"), ("default", "paper"), ("alone", "unfiltered")]
+"""Which should be above which."""
+KEPT = results.ROOT / "benchmarks" / "quality.json"
+Chain = dict[str, Any]
+"""What is kept of a chain: `commit`, `settings` (a digest), `accuracy` of each of `SHOWN`, `verdicts` (without and with real rows) and `candidates` by way."""
 
 
 def write_task(name: str, here: Path, data: Path, tested: int | None = None, **keys: object) -> Path:
@@ -88,51 +97,91 @@ def write_task(name: str, here: Path, data: Path, tested: int | None = None, **k
     return here / "task.yaml"
 
 
-def run(name: str, seed: int, data: Path, work: Path, threads: int, arms: dict[str, list[str]]) -> Chain:
+def run(name: str, seed: int, data: Path, work: Path, threads: int, more: bool) -> Chain:
     """One chain, on `threads` cores."""
-    here = work / f"{name.split('/')[1]}-{seed}"
-    task = write_task(name, here, data, seed=seed, generator_adapter=True, **TASKS[name]["task"])
-    transfer.keep_to(here, {"commit": results.commit(), "task": load_task(task).model_dump()})
-    if not (here / "kit").exists():
-        transfer.translora(here, threads, "prepare", str(task), "--base", transfer.SOURCE, "--out", str(here / "kit"))
-    found: Chain = {}
-    for way, extra in arms.items():
-        recipe = {"seed": seed, "cluster": {"engine_cpus": threads, "worker_cpus": threads}, **TASKS[name]["recipe"]}
-        for section, keys in WAYS[way].items():
-            recipe[section] = {**recipe.get(section, {}), **keys}
-        (here / f"{way}.yaml").write_text(yaml.safe_dump(recipe))
-        try:
-            made = (str(here / "kit"), "--target", transfer.TARGET, "--recipe", str(here / f"{way}.yaml"))
-            manifest = transfer.transferred(here, threads, here / way, *made)
-            result = here / f"{way}-{'-'.join(extra)}.json"
-            if not result.exists():
-                asked = ["--data", str(here / "test.jsonl"), "--json", str(result), *(["--oracle", str(data / name / "train.jsonl")] if way == "paper" else [])]
-                transfer.translora(here, threads, "evaluate", str(here / way), *asked, *(["--arms", *extra] if extra else []))
-        except transfer.Failed:
-            if way == "paper":  # its arms are those that the others are compared with
-                raise
-            found[way] = {}
-            continue
-        found[way] = {"evaluation": json.loads(result.read_text()), "manifest": manifest}
+    here, ways = work / f"{name.split('/')[1]}-{seed}", WAYS | (GENERATORS if more else {})
+    task = write_task(name, here, data, seed=seed, generator_adapter=more, **TASKS[name]["task"])
+    recipes = {way: _recipe(here, way, seed, threads, TASKS[name]["recipe"], sections) for way, sections in ways.items()}
+    asked = load_task(task).model_dump() | {"train": name}
+    settings = {"task": asked, "recipes": {way: recipe.model_dump() for way, recipe in recipes.items()}, "more": more}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+    if (kept := finished().get(name, {}).get(str(seed))) and kept["settings"] == digest:
+        return dict(kept)
+    transfer.keep_to(here, settings)
+    kit = here / "kit"
+    if not kit.exists():
+        transfer.translora(here, threads, "prepare", str(task), "--base", transfer.SOURCE, "--out", str(kit))
+    labels = bool(load(kit).task.classes)
+    kits = dict.fromkeys(ways, kit) | ({"paper": _paper_kit(name, here, data, threads, seed)} if labels else {})
+    arms, oracle = [*ARMS, *(MORE_ARMS if more else [])], data / name / "train.jsonl"
+    chain: Chain = {"commit": results.commit(), "settings": digest, "accuracy": {}, "verdicts": {}, "candidates": {}}
+    answers: dict[str, list[float]] = {}
+    for way in ways:
+        out = here / ("paper" if way == "default" and not labels else way)  # where answers are open, both are one
+        manifest = transfer.transferred(here, threads, out, str(kits[way]), "--target", transfer.TARGET, "--recipe", str(here / f"{way}.yaml"))
+        if way == "paper":
+            result = _evaluated(here, threads, out, arms, oracle)
+            rows = [json.loads(line) for line in (out / ANSWERS).read_text().splitlines()]
+            answers = {arm: [row["scores"][arm] for row in rows] for arm in result["arms"]}
+            chain["accuracy"] = {arm: value["accuracy"] for arm, value in result["arms"].items() if arm in SHOWN}
+        else:
+            adapter = AdapterRef("transferred", str(out / "adapter"))
+            scores = answered(load(kit), transfer.TARGET, adapter, read_rows(here / "test.jsonl"), here / f"{way}-scores.json")
+            result = summary(answers | {"transferred": scores}, "exact_match")
+            result["gate"] = gate.on_rows(recipes[way].gate, result["against"])
+        chain["accuracy"][way] = result["arms"]["transferred"]["accuracy"]
+        chain["verdicts"][way] = [manifest["gate"]["verdict"], result["gate"]["verdict"]]
+        chain["candidates"][way] = manifest["counts"]["candidates"]
+    return chain
+
+
+def _recipe(here: Path, way: str, seed: int, threads: int, common: dict[str, Any], sections: dict[str, dict[str, Any]]) -> Recipe:
+    """The recipe of a way, which also lies in a file."""
+    recipe = {"seed": seed, **common}
+    for section, keys in sections.items():
+        recipe[section] = {**recipe.get(section, {}), **keys}
+    (here / f"{way}.yaml").write_text(yaml.safe_dump({"cluster": {"engine_cpus": threads, "worker_cpus": threads}, **recipe}))
+    return Recipe.model_validate(recipe)
+
+
+def _paper_kit(name: str, here: Path, data: Path, threads: int, seed: int) -> Path:
+    """The same source adapter, and a discriminator that has learnt from lists that go on."""
+    kit = here / "paper-kit"
+    task = write_task(name, here / "open", data, seed=seed, labels="open", **TASKS[name]["task"])
+    if not kit.exists():
+        transfer.translora(here, threads, "prepare", str(task), "--base", transfer.SOURCE, "--adapter", str(here / "kit" / "adapter"), "--out", str(kit))
+    return kit
+
+
+def _evaluated(here: Path, threads: int, out: Path, arms: list[str], oracle: Path) -> dict[str, Any]:
+    result = here / f"{out.name}-{'-'.join(arms)}.json"
+    if not result.exists():
+        options = ("--oracle", str(oracle), "--arms", *arms, "--json", str(result))
+        transfer.translora(here, threads, "evaluate", str(out), "--data", str(here / "test.jsonl"), *options)
+    found: dict[str, Any] = json.loads(result.read_text())
     return found
 
 
-def accuracy(chain: Chain, arm: str) -> float | None:
-    way, name = SHOWN[arm]
-    found = _arms(chain, way).get(name)
-    return None if found is None else float(found["accuracy"])
+def finished() -> dict[str, dict[str, Chain]]:
+    """{task: {seed: chain}} of what is kept."""
+    found: dict[str, dict[str, Chain]] = json.loads(KEPT.read_text()) if KEPT.exists() else {}
+    return found
+
+
+def keep(chains: dict[str, dict[int, Chain]]) -> dict[str, dict[str, Chain]]:
+    """Add chains to what is kept; returns all of it."""
+    found = finished()
+    for name, by_seed in chains.items():
+        found.setdefault(name, {}).update({str(seed): chain for seed, chain in by_seed.items()})
+    kept = {name: dict(sorted(found[name].items())) for name in TASKS if found.get(name)}
+    KEPT.write_text(json.dumps(kept, indent=1) + "\n")
+    return kept
 
 
 def recovery(chain: Chain, arm: str) -> float | None:
-    """Of an arm, whichever transfer it belongs to; None where it was not made."""
-    way, name = SHOWN[arm]
-    found = _arms(chain, way)
-    return compare.recovery({**_arms(chain, "paper"), name: found[name]}, name) if name in found else None
-
-
-def _arms(chain: Chain, way: str) -> dict[str, Any]:
-    arms: dict[str, Any] = chain.get(way, {}).get("evaluation", {}).get("arms", {})
-    return arms
+    """(arm - bare target) / (oracle - bare target); None where the arm was not made."""
+    found = chain["accuracy"]
+    return (found[arm] - found["target_base"]) / (found["oracle"] - found["target_base"]) if arm in found else None
 
 
 def interval(ours: Sequence[float], theirs: Sequence[float] = ()) -> str:
@@ -140,57 +189,58 @@ def interval(ours: Sequence[float], theirs: Sequence[float] = ()) -> str:
     return results.interval(*paired_interval(ours, theirs or [0.0] * len(ours)))
 
 
-def table(finished: dict[str, dict[int, Chain]]) -> str:
-    """Markdown for what is finished: {task: {seed: chain}}."""
-    tasks = {name: list(by_seed.values()) for name, by_seed in finished.items() if by_seed}
-    chains = [chain for found in tasks.values() for chain in found]
-    lines = [f"Commit {results.commit()}. Accuracy on the test rows, mean of the seeds; recovery over all chains with a 95 % interval.", ""]
-    heads = [f"{name.split('/')[1]} ({len(found)} seeds)" for name, found in tasks.items()]
-    lines += [f"| | {' | '.join(heads)} | recovery |", "|---" * (len(tasks) + 2) + "|"]
-    for arm in SHOWN:
-        cells = [_mean([accuracy(chain, arm) for chain in found]) for found in tasks.values()]
-        recovered = [value for value in (recovery(chain, arm) for chain in chains) if value is not None]
-        if any(cell != "-" for cell in cells):
-            lines.append(f"| {arm} | {' | '.join(cells)} | {interval(recovered) if recovered else '-'} |")
-    for other in ("list, unfiltered", "list, discriminator (paper)"):
-        pairs = [(recovery(chain, "default"), recovery(chain, other)) for chain in chains]
+def table(kept: dict[str, dict[str, Chain]]) -> str:
+    """Markdown for what is finished."""
+    chains = [chain for by_seed in kept.values() for chain in by_seed.values()]
+    commits = ", ".join(sorted({chain["commit"] for chain in chains}))
+    lines = [f"Commits {commits}. Accuracy on the test rows, mean of the seeds; recovery over all chains with a 95 % interval.", ""]
+    heads = [f"{name.split('/')[1]} ({len(by_seed)} seeds)" for name, by_seed in kept.items()]
+    lines += [f"| | {' | '.join(heads)} | recovery |", "|---" * (len(kept) + 2) + "|"]
+    for arm, title in SHOWN.items():
+        cells = [[chain["accuracy"][arm] for chain in by_seed.values() if arm in chain["accuracy"]] for by_seed in kept.values()]
+        recovered = [value for chain in chains if (value := recovery(chain, arm)) is not None]
+        if recovered:
+            lines.append(f"| {title} | {' | '.join(f'{statistics.mean(cell):.3f}' if cell else '-' for cell in cells)} | {interval(recovered)} |")
+    lines.append("")
+    for ours, theirs in PAIRS:
+        pairs = [(recovery(chain, ours), recovery(chain, theirs)) for chain in chains]
         sides = list(zip(*[(a, b) for a, b in pairs if a is not None and b is not None], strict=True))
-        if sides:
-            lines += ["", f"Default less {other}, chain by chain: {interval(*sides)} of recovery."]
-    failed = [way for chain in chains for way, parts in chain.items() if not parts]
-    lines += ["", *(f"Failed, and in no mean: {way}, {failed.count(way)} of {len(chains)}." for way in sorted(set(failed)))]
+        lines.append(f"{SHOWN[ours][0].upper()}{SHOWN[ours][1:]} less {SHOWN[theirs]}, chain by chain: {interval(*sides)} of recovery.  ")
     return "\n".join([*lines, "", *verdicts(chains)])
 
 
 def verdicts(chains: Sequence[Chain]) -> list[str]:
     """The gate's verdict without real rows beside the one on the test rows. They contradict each other where one ships what the other refuses."""
-    pairs = [(found["manifest"]["gate"]["verdict"], found["evaluation"]["gate"]["verdict"]) for chain in chains for found in chain.values() if found]
-    counted = {pair: pairs.count(pair) for pair in sorted(set(pairs))}
+    counted = Counter(tuple(pair) for chain in chains for pair in chain["verdicts"].values())
     lines = ["| gate without real rows | on the test rows | transfers |", "|---|---|---|"]
-    lines += [f"| {before} | {after} | {count} |" for (before, after), count in counted.items()]
-    return [*lines, "", f"Contradictions: {sum(set(pair) == {'ship', 'refuse'} for pair in pairs)} of {len(pairs)}."]
+    lines += [f"| {before} | {after} | {counted[before, after]} |" for before, after in sorted(counted)]
+    same, contradictions = (sum(count for pair, count in counted.items() if wrong(pair)) for wrong in (_same, _contradicting))
+    return [*lines, "", f"The same in {same} of {counted.total()}; contradictions (one ships what the other refuses): {contradictions}."]
 
 
-def _mean(values: Sequence[float | None]) -> str:
-    known = [value for value in values if value is not None]
-    return f"{statistics.mean(known):.3f}" if known else "-"
+def _same(pair: tuple[str, ...]) -> bool:
+    return len(set(pair)) == 1
 
 
-def plot(finished: dict[str, dict[int, Chain]], place: Path) -> None:
+def _contradicting(pair: tuple[str, ...]) -> bool:
+    return set(pair) == {"ship", "refuse"}
+
+
+def plot(kept: dict[str, dict[str, Chain]], place: Path) -> None:
     """Recovery of each arm in each chain."""
     import matplotlib
 
     matplotlib.use("svg")
     from matplotlib import pyplot
 
-    chains = {name: list(by_seed.values()) for name, by_seed in finished.items() if by_seed}
-    arms = [arm for arm in SHOWN if arm not in {"bare target", "oracle"} and any(recovery(c, arm) is not None for found in chains.values() for c in found)]
+    chains = {name: list(by_seed.values()) for name, by_seed in kept.items()}
+    arms = [arm for arm in SHOWN if arm not in {"target_base", "oracle"} and any(recovery(c, arm) is not None for found in chains.values() for c in found)]
     figure, axes = pyplot.subplots(figsize=(8, 0.4 * len(arms) + 1.2), layout="constrained")
     for number, (name, found) in enumerate(chains.items()):
         points = [(recovery(chain, arm), line) for line, arm in enumerate(arms) for chain in found]
         known = [(value, line + 0.12 * (number - len(chains) / 2)) for value, line in points if value is not None]
         axes.plot(*zip(*known, strict=True), "o", markersize=4, label=name.split("/")[1])
-    axes.set_yticks(range(len(arms)), arms)
+    axes.set_yticks(range(len(arms)), [SHOWN[arm] for arm in arms])
     axes.invert_yaxis()
     axes.axvline(0.9, color="0.7", linewidth=1)
     axes.set_xlabel("recovery: (arm - bare target) / (oracle - bare target)")
@@ -202,15 +252,15 @@ def plot(finished: dict[str, dict[int, Chain]], place: Path) -> None:
 def main() -> None:
     chosen, threads = transfer.options(__doc__, list(TASKS), "quality", quick=True)
     names = chosen.task or (QUICK if chosen.quick else list(TASKS))
-    arms = QUICK_ARMS if chosen.quick else ARMS
 
     def work(name: str, seed: int) -> Chain:
-        return run(name, seed, chosen.data.resolve(), chosen.work.resolve(), threads, arms)
+        return run(name, seed, chosen.data.resolve(), chosen.work.resolve(), threads, chosen.more)
 
-    def show(finished: dict[str, dict[int, Chain]]) -> None:
-        if any(finished.values()):
-            results.replace("quality-quick" if chosen.quick else "quality", table(finished))
-            plot(finished, results.ROOT / "benchmarks" / f"quality{'-quick' if chosen.quick else ''}.svg")
+    def show(chains: dict[str, dict[int, Chain]]) -> None:
+        if any(chains.values()):
+            kept = keep(chains)
+            results.replace("quality", table(kept))
+            plot(kept, KEPT.with_suffix(".svg"))
 
     transfer.run_all(chosen, names, work, show)
 

@@ -88,9 +88,9 @@ def judged_kit() -> Kit:
     return load(place)
 
 
-def accuracy_of(kit: Kit, base: str, adapter: AdapterRef | None, rows: Sequence[TaskRow], result: Path) -> list[float]:
-    """Accuracy on the rows and its 95 % interval, as `translora evaluate` finds them, of one arm alone, on the transformers engine, which serves every type.
-    It lies in the file `result`, and is not computed again where it is there."""
+def answered(kit: Kit, base: str, adapter: AdapterRef | None, rows: Sequence[TaskRow], result: Path) -> list[float]:
+    """Scores of the rows, as `translora evaluate` finds them, of one arm alone, on the transformers engine, which serves every type. They lie in the file
+    `result`, and are not computed again where it is there."""
     if result.exists():
         before: list[float] = json.loads(result.read_text())
         return before
@@ -99,9 +99,14 @@ def accuracy_of(kit: Kit, base: str, adapter: AdapterRef | None, rows: Sequence[
     with Display() as display:
         scores = answer_all(engine, {"accuracy": (prompts, adapter)}, kit.task, kit.seeds, list(rows), display)["accuracy"].scores
     engine.close()
-    found = [sum(scores) / len(scores), *wilson(sum(scores), len(scores))]
-    result.write_text(json.dumps(found))
-    return found
+    result.write_text(json.dumps(scores))
+    return scores
+
+
+def accuracy_of(kit: Kit, base: str, adapter: AdapterRef | None, rows: Sequence[TaskRow], result: Path) -> list[float]:
+    """Accuracy on the rows and its 95 % interval, from `answered`."""
+    scores = answered(kit, base, adapter, rows, result)
+    return [sum(scores) / len(scores), *wilson(sum(scores), len(scores))]
 
 
 def packs_of(turn: int, packs: int, size: int) -> list[Pack]:

@@ -148,7 +148,8 @@ def options(about: str | None, tasks: Sequence[str] = (), work: str = "bench", q
     if tasks:
         parser.add_argument("--task", action="append", choices=tasks, help="default: all")
     if quick:
-        parser.add_argument("--quick", action="store_true", help="three tasks and fewer arms")
+        parser.add_argument("--quick", action="store_true", help="three tasks")
+        parser.add_argument("--more", action="store_true", help="other generators, and more arms")
     chosen = with_data(parser)
     return chosen, max(1, (os.cpu_count() or 1) // chosen.jobs)
 

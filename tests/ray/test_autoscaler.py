@@ -224,7 +224,7 @@ def test_a_node_is_lost_in_training_which_goes_on_from_its_checkpoint(growing: G
     run.mkdir()
     shutil.copytree(calm / "shards", run / "shards")  # the same rows, trained again
     shutil.copy(calm / "run.json", run)
-    driver = transfer(growing, tiny_kit, tiny_gemma, run)
+    driver = transfer(growing, tiny_kit, tiny_gemma, run, "cluster.workers=[1, 2]")  # with two of them, or with one while there is no other node
     wait(lambda: driver.poll() is not None or has_checkpoint(run), SECONDS, "a checkpoint", 0.02)
     lost = growing.lose(b"ray::RayTrainWorker")
     assert not any(b"Controller" in name for name in lost), "what coordinates is beside the driver"

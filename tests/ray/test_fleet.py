@@ -19,6 +19,7 @@ import yaml
 from ray.exceptions import RayActorError
 
 from tests.ray.conftest import rows, same_weights
+from tests.unreliable import unreliable
 from translora_ray import kit
 from translora_ray.adapters import digest
 from translora_ray.cli import main
@@ -205,6 +206,28 @@ def test_killed_three_times_and_stopped_once_it_comes_to_the_same(
     for name in ("one", "two"):
         assert rows(tmp_path / "fleet" / "runs" / name) == rows(calm / "fleet" / "runs" / name)
         same_weights(tmp_path / "fleet" / "runs" / name, calm / "fleet" / "runs" / name)
+
+
+def test_on_a_store_that_refuses_one_request_in_twenty_it_comes_to_the_same(
+    calm: Path, open_kit: Path, tiny_gemma: str, tmp_path: Path, s3: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS")  # a Ray of its own, whose workers go through that door, too
+    path = write_fleet(tmp_path, open_kit, tiny_gemma)
+    there = {"out": f"{s3}/refusing-fleet", "registry": f"{s3}/refusing-registry"}
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | there))
+    with unreliable() as door:
+        drive = Drive(path)
+        assert drive.process.wait(400) == 1, drive.log.read_text()
+        assert door.refused.total() > 20
+    found = RunStore(there["out"]).read_json("fleet.json")
+    assert {row["name"]: row["state"] for row in found["transfers"]} == states(calm)
+    releases = [Registry(registry).releases() for registry in (there["registry"], str(calm / "registry"))]
+    assert [release.id for release in releases[0]] == [release.id for release in releases[1]]
+    for name in ("one", "two"):
+        store = RunStore(f"{there['out']}/runs/{name}")
+        assert store.candidates() == rows(calm / "fleet" / "runs" / name)
+        store.fetch_folder("adapter", tmp_path / name / "adapter")
+        same_weights(tmp_path / name, calm / "fleet" / "runs" / name)
 
 
 def die_once(mark: str) -> int:

@@ -1,19 +1,25 @@
-"""`ray job submit` against a real local cluster with token authentication."""
+"""`ray job submit` and `serve deploy` against a real local cluster with token authentication."""
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import yaml
 
-from tests.conftest import free_port
+from tests.conftest import free_port, processes
 from tests.ray.conftest import arguments, token_in
+from tests.serving import chat_base, eventually, expected, fetch, finished_run, post
+from translora_ray.registry import Registry
+from translora_ray.serving.auth import add_key
 
 pytestmark = pytest.mark.ray
 ROOT = Path(__file__).parents[2]
@@ -97,3 +103,49 @@ def test_a_submitted_fleet_tells_its_counts_where_it_failed(cluster: tuple[str, 
     status = subprocess.run([RAY, "job", "status", "--address", address, "fleet-test"], env=environment, capture_output=True, text=True, check=True)
     told = status.stdout + status.stderr
     assert "FAILED" in told.upper() and "0 shipped, 1 review, 0 refused, 1 failed" in told, told
+
+
+def test_a_deployed_service_answers_and_grows_with_its_load(cluster: tuple[str, dict[str, str]], tmp_path: Path) -> None:
+    """examples/serve.yaml, with a registry, a base and machines that there are."""
+    address, environment = cluster
+    base, registry, keys = chat_base(tmp_path / "base"), Registry(str(tmp_path / "registry")), tmp_path / "keys.yaml"
+    run = finished_run(tmp_path / "run", base, "colours", 1)
+    registry.publish(run)
+    key, port = add_key(keys, "team", ("*",), max_tokens=900, requests_per_minute=100_000), free_port()
+    config = yaml.safe_load((ROOT / "examples" / "serve.yaml").read_text())
+    config["http_options"] = {"host": "127.0.0.1", "port": port}
+    here = {"registry": registry.uri, "bases": [base], "keys": str(keys), "replicas": [1, 2], "ingresses": 1, "batch_size": 1, "cpus": 0.5, "gpus": 0}
+    config["applications"][0]["args"] |= here
+    (tmp_path / "serve.yaml").write_text(yaml.safe_dump(config))
+    serve, url, stop = str(Path(RAY).parent / "serve"), f"http://127.0.0.1:{port}", threading.Event()
+    done = subprocess.run([serve, "deploy", "-a", address, str(tmp_path / "serve.yaml")], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    asked = {"model": "colours@1", "prompt": "question 1", "max_tokens": 8, "temperature": 0}
+
+    def ready() -> bool:
+        try:
+            return fetch(f"{url}/ready")[0] == 200
+        except OSError:
+            return False
+
+    def load(_client: int) -> set[int]:
+        found = set()
+        while not stop.is_set():
+            found.add(post(f"{url}/v1/completions", asked | {"max_tokens": 400}, key)[0])
+        return found
+
+    try:
+        assert eventually(ready), "it is not ready"
+        assert post(f"{url}/v1/completions", asked)[0] == 401
+        status, _, body = post(f"{url}/v1/completions", asked, key)
+        assert status == 200 and json.loads(body)["choices"][0]["text"] == expected(base, run, "question 1", 8)
+        assert len(processes(b"ray::ServeReplica:translora:engine-0")) == 1
+        with ThreadPoolExecutor(8) as clients:
+            answers = [clients.submit(load, client) for client in range(8)]
+            try:
+                assert eventually(lambda: len(processes(b"ray::ServeReplica:translora:engine-0")) == 2), "no second engine"
+            finally:
+                stop.set()
+            assert set.union(*(answer.result() for answer in answers)) == {200}
+    finally:
+        subprocess.run([serve, "shutdown", "-a", address, "-y"], env=environment, capture_output=True, check=False)

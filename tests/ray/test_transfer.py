@@ -97,7 +97,7 @@ def test_killed_in_the_stream_and_in_training_the_rows_and_the_adapter_are_the_s
     same_weights(run, calm)
 
 
-def test_a_worker_killed_inside_an_epoch_goes_on_from_there(calm: Path, tiny_kit: Path, tiny_gemma: str, tmp_path: Path) -> None:
+def test_a_worker_killed_inside_an_epoch_goes_on_from_there_with_the_base_spread_over_two(calm: Path, tiny_kit: Path, tiny_gemma: str, tmp_path: Path) -> None:
     undisturbed, run, short = tmp_path / "undisturbed", tmp_path / "run", "training.epochs=2"
     identity = json.loads((calm / "run.json").read_text())
     identity["recipe"]["training"]["epochs"] = 2  # a checkpoint after each step takes time
@@ -116,7 +116,8 @@ def test_a_worker_killed_inside_an_epoch_goes_on_from_there(calm: Path, tiny_kit
 
     thread = threading.Thread(target=kill_a_worker_once, daemon=True)
     thread.start()
-    assert main(arguments(tiny_kit, tiny_gemma, run, short, "cluster.workers=2", "cluster.checkpoint_seconds=0", "cluster.worker_cpus=0.5")) == 0
+    two = ("cluster.workers=2", "cluster.spread_base=true", "cluster.checkpoint_seconds=0", "cluster.worker_cpus=0.5")
+    assert main(arguments(tiny_kit, tiny_gemma, run, short, *two)) == 0
     thread.join(5)
     assert len(killed) == 2
     manifests = [json.loads((place / "manifest.json").read_text()) for place in (run, undisturbed)]
@@ -271,7 +272,8 @@ def test_overlapped_training_begins_before_the_stream_ends_and_a_kill_changes_no
     assert rows(run) == rows(calm)
     trained = [json.loads((place / "manifest.json").read_text())["training"] for place in (run, calm)]
     assert trained[0]["started_at_steps"][-1] > 0
-    assert trained[0]["rows"] == 160 and trained[0]["tokens"] == trained[1]["tokens"]
+    learnt = [f"Q: {row.input}\nA: {row.target}" for row in rows(calm) if row.accepted]  # what training after the stream takes; a token for each character
+    assert trained[0]["rows"] == 160 and trained[0]["tokens"] == trained[1]["tokens"] == 2 * sum(len(text) + 1 for text in learnt)
     assert trained[0]["epoch_losses"] == pytest.approx(trained[1]["epoch_losses"], rel=1e-3)
     same_weights(run, calm)
 

@@ -16,7 +16,8 @@ ROLE = "generator"
 class Synthesizer:
     """Lets a base continue a numbered list of seed inputs, one item per request (Trans-LoRA, section 3.2), or a list of inputs after their labels.
 
-    The seeds are drawn and shuffled anew for each request (`make bench-generation`: as fast, and twice as many different candidates on Gemma).
+    Seeds are drawn and shuffled anew for each request of a list. By label they are for each pack, and in it for each label: an engine that keeps what it
+    has read reads those once, and as many candidates differ from each other (`benchmarks/generation.py choices`).
     """
 
     adapter: AdapterRef | None = None
@@ -29,10 +30,10 @@ class Synthesizer:
         self.max_tokens = settings.max_tokens or 2 * max(map(engine.count_tokens, self.inputs)) + 8
 
     def _prompts(self, pack: Pack) -> list[Prompt]:
-        shots = self.settings.shots
+        shots, seed = self.settings.shots, pack.candidates[0].seed
         if not self.settings.by_label:
             return [synthesis_prompt(self.inputs, shots, candidate.seed) for candidate in pack.candidates]
-        return [labelled_prompt(self.seeds, shots, candidate.seed, candidate.label_of(self.classes)) for candidate in pack.candidates]
+        return [labelled_prompt(self.seeds, shots, seed, candidate.label_of(self.classes)) for candidate in pack.candidates]
 
     def _read(self, text: str) -> str:
         return parse_synthesis(text)
