@@ -25,12 +25,18 @@ from translora_ray.training import loop
 from translora_ray.training.task import encode, task_pairs
 
 SETTINGS = Training(epochs=1, batch_size=8, learning_rate=5e-4)
-Epoch = Callable[[Any, list[loop.Encoded], int, int], list[float]]
-"""(base with a fresh adapter, rows, padding token, seed) -> the loss of each step."""
+Epoch = Callable[[Any, list[loop.Encoded], int, int], tuple[float, list[float]]]
+"""(base with a fresh adapter, rows, padding token, seed) -> seconds of the epoch, without what is made before it, and the loss of each step."""
 
 
-def ours(model: Any, rows: list[loop.Encoded], pad: int, seed: int) -> list[float]:
-    return [step.loss for step in loop.Loop(model, rows, pad, SETTINGS, seed).run_epoch()]
+def ours(model: Any, rows: list[loop.Encoded], pad: int, seed: int) -> tuple[float, list[float]]:
+    training = loop.Loop(model, rows, pad, SETTINGS, seed)
+    began = time.perf_counter()
+    return _since(began, [step.loss for step in training.run_epoch()])
+
+
+def _since(began: float, losses: list[float]) -> tuple[float, list[float]]:
+    return time.perf_counter() - began, losses
 
 
 def common(scratch: str, seed: int) -> dict[str, Any]:
@@ -55,15 +61,16 @@ def common(scratch: str, seed: int) -> dict[str, Any]:
     }
 
 
-def logged(trainer: Any) -> list[float]:
+def logged(trainer: Any) -> tuple[float, list[float]]:
     from transformers import PrinterCallback
 
     trainer.remove_callback(PrinterCallback)
+    began = time.perf_counter()
     trainer.train()
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return _since(began, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
 
 
-def transformers_trainer(model: Any, rows: list[loop.Encoded], pad: int, seed: int) -> list[float]:
+def transformers_trainer(model: Any, rows: list[loop.Encoded], pad: int, seed: int) -> tuple[float, list[float]]:
     import torch
     from transformers import Trainer, TrainingArguments
 
@@ -75,7 +82,7 @@ def transformers_trainer(model: Any, rows: list[loop.Encoded], pad: int, seed: i
         return logged(Trainer(model=model, args=arguments, train_dataset=rows, data_collator=collate))
 
 
-def trl_trainer(model: Any, rows: list[loop.Encoded], _pad: int, seed: int) -> list[float]:
+def trl_trainer(model: Any, rows: list[loop.Encoded], _pad: int, seed: int) -> tuple[float, list[float]]:
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
@@ -102,9 +109,7 @@ def side(name: str, base: str, count: int, pipe: Any) -> None:
     while (turn := pipe.recv()) is not None:
         adapted = adapting.create(model, LORA, turn[1])
         adapted.peft_config["default"].base_model_name_or_path = references.resolve(base)
-        began = time.perf_counter()
-        losses = SIDES[name](adapted, rows, tokenizer.pad_token_id, turn[1])
-        seconds = time.perf_counter() - began
+        seconds, losses = SIDES[name](adapted, rows, tokenizer.pad_token_id, turn[1])
         learnt = loop.Loop(adapted, rows, tokenizer.pad_token_id, SETTINGS, turn[1]).loss_on(held_out)
         adapted.unload()
         pipe.send((seconds, sum(len(row.ids) for row in rows), losses, 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, learnt))

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.unit.conftest import scripted_pack, stream
-from translora_ray.config import Cluster
+from translora_ray.config import Cluster, Vllm
 from translora_ray.engines.base import AdapterRef
 from translora_ray.errors import EngineDied, RunFailed, TransLoraError, UsageError
 from translora_ray.records import Pack, pack_to_table, packs_from_table, request_pack
@@ -203,3 +203,9 @@ def test_the_desk_hands_out_again_what_does_not_come_back() -> None:
 
     later = 2 * LATE + 2  # the first that goes out when so many times both that may be under way came after pack 1
     assert asyncio.run(ask()) == [*((0, number) for number in range(later)), (0, 1), (0, later), (0, later + 1)]
+
+
+def test_transfers_that_share_an_engine_of_vllm_have_packs_each_until_its_batch_is_full() -> None:
+    assert [Vllm().at_once(transfers, 8) for transfers in (1, 2, 8, 50)] == [2, 4, 16, 32]
+    assert [Vllm(packs=packs).at_once(8, 64) for packs in (1, 2, 6)] == [4, 4, 6]
+    assert Vllm().at_once(3, 1000) == 2

@@ -166,8 +166,9 @@ def test_told_to_end_it_leaves_nothing_behind(world: World) -> None:
     assert not processes(b"ray::ServeReplica:translora") and not processes(b"VLLM::EngineCore")
 
 
-def test_a_packaged_model_is_served(tmp_path: Path) -> None:
-    base = resolve("packaged:smollm2-135m-instruct")
+@pytest.mark.parametrize("name", ["smollm2-135m-instruct", "gemma-3-270m"])
+def test_a_packaged_model_is_served(name: str, tmp_path: Path) -> None:
+    base = resolve(f"packaged:{name}")
     found = World(tmp_path, base, Registry(str(tmp_path / "registry")))
     for seed in (1, 2):
         found.registry.promote(found.publish("support", seed))
@@ -180,5 +181,8 @@ def test_a_packaged_model_is_served(tmp_path: Path) -> None:
         wanted = {release: found.says(release, prompt) for release in ("support@1", "support@2")}
         whole = [(release, text.rstrip("\ufffd")) for release, text in answers]  # a character may lack its last bytes
         assert whole == [(release, wanted[release].rstrip("\ufffd")) for release in ("support@1", "support@2", "support@1", "support@2")]
-        chat = found.client.chat.completions.create(model="support", messages=[{"role": "user", "content": "Hello"}], max_tokens=8, temperature=0)
-        assert chat.usage and chat.usage.completion_tokens <= 8 and chat.model == "support@2"
+        pieces = list(found.client.completions.create(model="support@1", prompt=prompt, max_tokens=8, temperature=0, stream=True))
+        assert "".join(piece.choices[0].text for piece in pieces).rstrip("\ufffd") == whole[0][1] and len(pieces) > 2
+        if name.endswith("instruct"):
+            chat = found.client.chat.completions.create(model="support", messages=[{"role": "user", "content": "Hello"}], max_tokens=8, temperature=0)
+            assert chat.usage and chat.usage.completion_tokens <= 8 and chat.model == "support@2"

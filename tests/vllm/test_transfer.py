@@ -108,6 +108,14 @@ def test_an_engine_asks_for_the_gpus_it_spreads_over(
     assert not (tmp_path / "run").exists()
 
 
+def test_an_engine_that_does_not_start_is_told_in_its_own_words(tiny_kit: Path, tiny_gemma: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(on_vllm(tiny_kit, tiny_gemma, tmp_path / "run", "cluster.vllm.context=100000")) == 1
+    told = capsys.readouterr().err
+    assert "vLLM did not start with" in told and "max_model_len" in told and "change cluster.vllm, or use --engine transformers" in told
+    assert "Traceback" not in told and "ray::" not in told
+    assert not (tmp_path / "run" / "shards").exists()
+
+
 def test_transformers_serves_the_role_that_vllm_can_not_and_says_so(
     tiny_llama: str, tiny_gemma: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
