@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.conftest import free_port, processes
+from tests.conftest import free_port
 from tests.ray.conftest import arguments, token_in
 from tests.serving import chat_base, eventually, expected, fetch, finished_run, post
 from translora_ray.registry import Registry
@@ -128,6 +128,11 @@ def test_a_deployed_service_answers_and_grows_with_its_load(cluster: tuple[str, 
         except OSError:
             return False
 
+    def engines() -> int:
+        told = subprocess.run([serve, "status", "-a", address], env=environment, capture_output=True, text=True, check=True).stdout
+        states = yaml.safe_load(told)["applications"]["translora"]["deployments"]["engine-0"]["replica_states"]
+        return int(states.get("RUNNING", 0))
+
     def load(_client: int) -> set[int]:
         found = set()
         while not stop.is_set():
@@ -139,11 +144,11 @@ def test_a_deployed_service_answers_and_grows_with_its_load(cluster: tuple[str, 
         assert post(f"{url}/v1/completions", asked)[0] == 401
         status, _, body = post(f"{url}/v1/completions", asked, key)
         assert status == 200 and json.loads(body)["choices"][0]["text"] == expected(base, run, "question 1", 8)
-        assert len(processes(b"ray::ServeReplica:translora:engine-0")) == 1
+        assert engines() == 1
         with ThreadPoolExecutor(8) as clients:
             answers = [clients.submit(load, client) for client in range(8)]
             try:
-                assert eventually(lambda: len(processes(b"ray::ServeReplica:translora:engine-0")) == 2), "no second engine"
+                assert eventually(lambda: engines() == 2), "no second engine"
             finally:
                 stop.set()
             assert set.union(*(answer.result() for answer in answers)) == {200}
