@@ -148,7 +148,8 @@ def _evaluate(options: argparse.Namespace) -> int:
     _check_json(options.json)
     engine, cluster = choose_engine(options.engine), _placement(options.set)
     with Display() as display:
-        result = evaluate(options.run, options.data, options.oracle, options.arms, opener(engine, cluster.vllm, cluster.engine_gpus, display.say), display)
+        engines = opener(engine, cluster.vllm, cluster.engine_gpus, display.say)
+        result = evaluate(options.run, options.data, options.oracle, options.arms, engines, display, options.train)
     _write_json(options.json, result)
     if options.json != "-":
         show_evaluation(result)

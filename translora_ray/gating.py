@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +19,6 @@ from translora_ray.storage import ADAPTER, RunStore
 from translora_ray.stream.choose import choose
 from translora_ray.stream.collect import Totals
 from translora_ray.stream.plan import Plan
-from translora_ray.stream.teach import OTHER_LABEL
-
-MOST_DISPUTED = 64
-"""Prompts answered with another label than asked for that the adapter is asked."""
 
 
 def examples(plan: Plan, store: RunStore) -> tuple[list[Candidate], list[Candidate]]:
@@ -31,33 +26,21 @@ def examples(plan: Plan, store: RunStore) -> tuple[list[Candidate], list[Candida
     return choose(plan, store.candidates())
 
 
-def pass_gate(plan: Plan, store: RunStore, candidates: Sequence[Candidate], totals: Totals, run: Run, display: Display) -> dict[str, Any] | None:
-    """The verdict on the adapter in the run, None where the recipe holds nothing out for it. Its engine is loaded by `run`.
-
-    Agreement with the teacher is that on all prompts that look like the task's: on examples held out, and on prompts that the teacher answered with another
-    label than asked for, which nobody trained on either, each weighted by how many of its kind there are. The former alone are the easy ones.
-    """
+def pass_gate(
+    plan: Plan, store: RunStore, trained: Sequence[Candidate], held_out: Sequence[Candidate], totals: Totals, run: Run, display: Display
+) -> dict[str, Any] | None:
+    """The verdict on the adapter in the run, None where the recipe holds nothing out for it. Its engine is loaded by `run`."""
     if not plan.held_out:
         return None
-    trained, held_out = choose(plan, candidates)
-    disputed = [candidate for candidate in candidates if candidate.reason == OTHER_LABEL]
-    groups = {"held_out": held_out, "disputed": disputed[-MOST_DISPUTED:]}
     phase = display.phase("gate")
     phase.update(0, 1, "loading the adapter")
-    rows = [[TaskRow(candidate.input, candidate.target or "") for candidate in group] for group in groups.values()]
-    scores = iter(run(_scores, plan, store, [*rows[0], *rows[1], *plan.kit.seeds]))
+    rows = [TaskRow(candidate.input, candidate.target or "") for candidate in held_out]
+    scores = run(_scores, plan, store, [*rows, *plan.kit.seeds])
     phase.update(1, 1)
-    agreed = {name: _mean(list(islice(scores, len(group)))) for name, group in groups.items() if group}
-    shares = {"held_out": totals.accepted, "disputed": len(disputed)}
-    agreement = sum(value * shares[name] for name, value in agreed.items()) / sum(shares[name] for name in agreed)
+    sides = {"agreement": scores[: len(rows)], "seeds": scores[len(rows) :]}
+    measured = {name: sum(side) / len(side) for name, side in sides.items()}
     answers = gate.answers(plan.kit.task.classes, plan.kit.seeds, [candidate.target or "" for candidate in trained])
-    measured = {"agreement": agreement, "seeds": _mean(list(scores))}
-    found = gate.without_rows(plan.recipe.gate, measured, totals.accepted / totals.candidates, answers)
-    return {**found, **{name: len(group) for name, group in groups.items()}, "agreed": agreed}
-
-
-def _mean(scores: Sequence[float]) -> float:
-    return sum(scores) / len(scores)
+    return {**gate.without_rows(plan.recipe.gate, measured, totals.accepted / totals.candidates, answers), "held_out": len(rows)}
 
 
 def _scores(plan: Plan, store: RunStore, rows: Sequence[TaskRow]) -> list[float]:

@@ -55,6 +55,7 @@ def _one_adapter(commands: Commands) -> tuple[_Parser, _Parser, _Parser]:
     evaluate = commands.add_parser("evaluate", help="compare a finished run with its baselines on real rows")
     evaluate.add_argument("run", metavar="RUN")
     evaluate.add_argument("--data", required=True, metavar="test.jsonl")
+    evaluate.add_argument("--train", metavar="train.jsonl", help="rows that the source adapter learnt from: none of the test rows may be among them")
     evaluate.add_argument("--oracle", metavar="train.jsonl", help="also train an adapter on these real rows, for comparison")
     evaluate.add_argument(
         "--arms", nargs="+", default=[], metavar="ARM", help="also adapters made in other ways: copy, seeds_only, unfiltered, a selection method"

@@ -11,6 +11,7 @@ from tests.conftest import task_rows, write_task
 from tests.ray.conftest import accuracy, answers, arguments, rows
 from translora_ray.cli import main
 from translora_ray.stream.collect import NOT_NEEDED
+from translora_ray.stream.dedup import COPIES, normal
 
 pytestmark = pytest.mark.ray
 
@@ -35,7 +36,11 @@ def test_evaluate_measures_every_arm(calm: Path, tiny_kit: Path, tiny_llama: str
     assert len(result["verdicts"]["real"]) == 30
     assert f"<h2>Verdict: {result['gate']['verdict']}</h2><p>On 30 real rows" in (calm / "report.html").read_text()
     shown = json.loads((calm / "evaluation" / "map.json").read_text())["points"]
-    rejected = {row.input for row in rows(calm) if row.input and row.reason not in (None, NOT_NEEDED)}
+    texts = {row.reason in (None, NOT_NEEDED): set[str]() for row in rows(calm)}
+    for row in rows(calm):
+        if row.input and row.reason not in COPIES:  # of seeds, which are shown themselves
+            texts[row.reason in (None, NOT_NEEDED)].add(normal(row.input))
+    rejected = texts[False] - texts[True]
     assert {name: len(points) for name, points in shown.items()} == {"seeds": 5, "real": 30, "accepted": 40, "rejected": len(rejected)}
     answered = [json.loads(line) for line in (calm / "evaluation" / "answers.jsonl").read_text().splitlines()]
     for arm, found in result["arms"].items():
@@ -95,5 +100,7 @@ def test_test_rows_that_were_learnt_from_are_refused(calm: Path, tiny_kit: Path,
     assert "1 of its inputs are among the kit's seeds" in capsys.readouterr().err
     assert main([*command, str(tmp_path / "new.jsonl"), "--oracle", str(tmp_path / "new.jsonl")]) == 2
     assert "10 of its inputs are among --oracle" in capsys.readouterr().err
+    assert main([*command, str(tmp_path / "new.jsonl"), "--train", str(tmp_path / "new.jsonl")]) == 2
+    assert "10 of its inputs are among --train" in capsys.readouterr().err
     assert main([*command, str(tmp_path / "strange.jsonl")]) == 2
     assert "1 rows have a target that is none of the task's labels, 'z' first" in capsys.readouterr().err

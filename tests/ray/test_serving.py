@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import random
+import shlex
 import shutil
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import openai
@@ -84,6 +86,14 @@ def test_the_official_client_gets_what_the_adapters_say(world: World) -> None:
     chat = client.chat.completions.create(model="colours:stable", messages=[{"role": "user", "content": "hi"}], max_tokens=6, temperature=0)
     assert chat.model == "colours@1" and chat.choices[0].message.content == world.says("colours@1", "hi\nA:", 6)
     assert chat.usage and chat.usage.completion_tokens == 6 and chat.choices[0].finish_reason == "length"
+
+
+def test_the_curl_line_that_is_printed_works(world: World) -> None:
+    (line,) = [line for line in world.service.lines if "curl " in line]
+    curl, url, *options = shlex.split(line.replace("KEY", world.keys["all"]))
+    headers = dict(value.split(": ", 1) for option, value in pairwise(options) if option == "-H")
+    status, _, body = fetch(url, "POST", options[options.index("-d") + 1].encode(), headers)
+    assert (curl, status) == ("curl", 200) and json.loads(body)["model"] == "colours@1"
 
 
 def test_streams_add_up_to_the_whole_answer(world: World) -> None:

@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy
@@ -23,7 +22,6 @@ from translora_ray.errors import UsageError
 from translora_ray.evaluation import gate
 from translora_ray.evaluation.distance import bandwidth, embed, mmd
 from translora_ray.evaluation.metrics import well_formed
-from translora_ray.gating import pass_gate
 from translora_ray.progress import Display
 from translora_ray.prompts import task_prompt
 from translora_ray.records import Candidate, Pack, TaskRow, request_pack
@@ -32,7 +30,7 @@ from translora_ray.stream.choose import choose
 from translora_ray.stream.collect import LABEL_FULL, Collector
 from translora_ray.stream.discriminate import calibrate
 from translora_ray.stream.plan import Plan
-from translora_ray.stream.teach import ILL_FORMED, OTHER_LABEL, UNSURE, Teacher
+from translora_ray.stream.teach import ILL_FORMED, UNSURE, Teacher
 
 
 @pytest.fixture
@@ -286,23 +284,3 @@ def test_a_recipe_that_can_not_be_is_refused() -> None:
         Recipe(overlap=True, selection=Selection(method="excess"))
     with pytest.raises(ValueError, match="refuse must not be higher than ship"):
         Gate(ship=0.3, refuse=0.5)
-
-
-def test_agreement_is_that_on_examples_and_on_disputed_prompts_by_how_many_there_are(loaded: kit.Kit, tmp_path: Path) -> None:
-    rows = candidates(44)
-    for row in rows[22:]:
-        row.reason = OTHER_LABEL
-    plan, asked = planned(loaded), list[TaskRow]()
-
-    def scores(_function: Any, _plan: Plan, _store: RunStore, wanted: list[TaskRow]) -> list[float]:
-        asked.extend(wanted)
-        return [1.0, 1.0, *[0.5] * 22, *[0.0] * len(loaded.seeds)]
-
-    totals: Any = SimpleNamespace(accepted=22, candidates=44)
-    with Display() as display:
-        found = pass_gate(plan, RunStore(str(tmp_path / "run")), rows, totals, scores, display)
-    assert found and [row.input for row in asked[:24]] == [row.input for row in rows[20:]]
-    checks = {check["name"]: check["value"] for check in found["checks"]}
-    assert (checks["agreement with the teacher"], checks["accuracy on the seeds"]) == (0.75, 0.0)
-    assert (found["held_out"], found["disputed"], found["agreed"]) == (2, 22, {"held_out": 1.0, "disputed": 0.5})
-    assert "agreed" not in (pass_gate(planned(loaded, held_out=0.0), RunStore(str(tmp_path / "run")), rows, totals, scores, display) or {})

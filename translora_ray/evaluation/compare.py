@@ -35,17 +35,20 @@ class Answered:
     scores: list[float]
 
 
-def evaluate(run: str, data: str, oracle: str | None, extra: Sequence[str], open_engine: OpenEngine, display: Display) -> dict[str, Any]:
+def evaluate(
+    run: str, data: str, oracle: str | None, extra: Sequence[str], open_engine: OpenEngine, display: Display, train: str | None = None
+) -> dict[str, Any]:
     """Accuracy of every arm on `data`, with Wilson's 95 % interval, and recovery where there is an `oracle` training set; `extra` are names of `arms.EXTRA`.
 
-    The oracle is an adapter on the target base, trained on the real rows for as many epochs, and at the same rate, as the transferred one on its examples.
+    `train` are the rows that the source adapter learnt from, which the test rows must not be among. The oracle is an adapter on the target base, trained on the
+    real rows for as many epochs, and at the same rate, as the transferred one on its examples.
     """
     store = RunStore(run)
     manifest = store.manifest(run)
     loaded = kit.behind(manifest, run)
     rows = read_rows(data)
     oracle_rows = read_rows(oracle) if oracle else []
-    _check_rows(loaded, rows, data, oracle_rows, display)
+    _check_rows(loaded, rows, data, {"--oracle": oracle_rows, "--train": read_rows(train) if train else []}, display)
     task, recipe = loaded.task, Recipe.model_validate(manifest["recipe"])
     with tempfile.TemporaryDirectory() as scratch:
         transferred = AdapterRef("transferred", str(store.fetch_folder(ADAPTER, Path(scratch) / ADAPTER)))
@@ -83,11 +86,11 @@ def evaluate(run: str, data: str, oracle: str | None, extra: Sequence[str], open
     return result
 
 
-def _check_rows(loaded: kit.Kit, rows: Sequence[TaskRow], data: str, oracle: Sequence[TaskRow], display: Display) -> None:
+def _check_rows(loaded: kit.Kit, rows: Sequence[TaskRow], data: str, learnt: dict[str, Sequence[TaskRow]], display: Display) -> None:
     """Raise `UsageError` for test rows that were seen in training or have no label of the task; say how little a few rows tell."""
     kit.check_labels(loaded.task, rows, data)
     tested = {normal(row.input) for row in rows}
-    for known, name in ((loaded.seeds, "the kit's seeds"), (oracle, "--oracle")):
+    for name, known in {"the kit's seeds": loaded.seeds, **learnt}.items():
         if common := tested & {normal(row.input) for row in known}:
             raise UsageError(f"{data}: {len(common)} of its inputs are among {name}, which adapters learn from: take them out.")
     if len(rows) < FEW:

@@ -24,13 +24,19 @@ ARMS = {
 
 def show_evaluation(result: dict[str, Any]) -> None:
     table = Table(title=f"{result['metric']} on {result['n']} rows")
-    for column in ("arm", "accuracy", "95 % interval", "transferred minus it", "p", "recovery"):
+    for column in ("arm", "accuracy", "95 % interval"):
         table.add_column(column, justify="left" if column == "arm" else "right")
     for arm, value in result["arms"].items():
-        paired, recovered = value.get("paired"), value["recovery"]
-        difference = (f"{paired['difference']:+.3f} ({paired['low']:+.3f} to {paired['high']:+.3f})", f"{paired['p']:.2g}") if paired else ("", "")
-        share = "" if recovered is None else f"{recovered:.2f}"
-        table.add_row(ARMS[arm], f"{value['accuracy']:.3f}", f"{value['low']:.3f} to {value['high']:.3f}", *difference, share)
+        table.add_row(ARMS[arm], f"{value['accuracy']:.3f}", f"{value['low']:.3f} to {value['high']:.3f}")
+    Console().print(table)
+    table = Table(title="the transferred adapter against each")
+    for column in ("arm", "transferred minus it", "McNemar's p", "its recovery"):
+        table.add_column(column, justify="left" if column == "arm" else "right")
+    for arm, value in result["arms"].items():
+        if paired := value.get("paired"):
+            difference = f"{paired['difference']:+.3f} ({paired['low']:+.3f} to {paired['high']:+.3f})"
+            share = "" if value["recovery"] is None else f"{value['recovery']:.3f}"
+            table.add_row(arm.replace("_", " "), difference, f"{paired['p']:.2g}", share)
     Console().print(table)
     against = result["against"]
     interval = f"{against['low']:+.3f} to {against['high']:+.3f}, McNemar p {against['p']:.2g}"
