@@ -119,13 +119,15 @@ def _transfer(options: argparse.Namespace) -> int:
 def _fleet(options: argparse.Namespace) -> int:
     from translora_ray.fleet.manifest import load_fleet
 
+    if options.pace and not options.dry_run:
+        raise UsageError("--pace belongs to --dry-run: add it, or leave --pace out.")
     fleet, wanted = load_fleet(options.fleet)
     from translora_ray.fleet import driver, forecast, state, status
     from translora_ray.progress import Display
 
     with Display() as display:
         if options.dry_run:
-            return forecast.show_plan(fleet, wanted, options.engine, display)
+            return forecast.show_plan(fleet, wanted, options.engine, display, options.pace)
         ended = driver.run_fleet(fleet, wanted, options.resume, options.engine, display)
     print(f"fleet {ended.store.uri}: {status.counts_line(list(ended.records.values()))}")
     return int(bool({state.FAILED, state.REFUSED} & ended.counts.keys()))

@@ -70,6 +70,7 @@ def _fleets(commands: Commands) -> _Parser:
     fleet.add_argument("fleet", metavar="FLEET.yaml")
     fleet.add_argument("--resume", action="store_true", help="go on with a fleet that is there; begin where there is none")
     fleet.add_argument("--dry-run", action="store_true", help="say what would be done, and do nothing")
+    fleet.add_argument("--pace", metavar="RUN", help="with --dry-run: a finished run, by whose pace hours are told until transfers of the fleet are finished")
 
     status = commands.add_parser("status", help="how far a fleet is")
     status.add_argument("out", metavar="FLEET", help="FLEET.yaml, or the directory or URI that it names as out")

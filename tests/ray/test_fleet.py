@@ -141,7 +141,7 @@ def test_a_finished_fleet_is_left_alone_and_its_failures_are_tried_again(calm: P
     assert {release.id for release in Registry(str(folder / "registry")).releases()} == {"one@1", "two@1"}
 
 
-def test_the_plan_is_said_and_nothing_is_made(open_kit: Path, tiny_gemma: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_plan_is_said_and_nothing_is_made(calm: Path, open_kit: Path, tiny_gemma: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write_fleet(tmp_path, open_kit, tiny_gemma)
     there = sorted(tmp_path.rglob("*"))
     assert main([*fleet_command(path), "--dry-run"]) == 1  # one of the kits is not whole
@@ -152,6 +152,11 @@ def test_the_plan_is_said_and_nothing_is_made(open_kit: Path, tiny_gemma: str, t
     seeds = [json.loads(line) for line in (open_kit / "seeds.jsonl").read_text().splitlines()]
     trained = sum(len(f"Q: {seed['input']}\nA:") + len(f" {seed['target']}") + 1 for seed in seeds)  # a token for each character, one for the end
     assert f"{40 * 4 * trained // len(seeds):,}" in told
+    assert "or by that of a run like them (--pace RUN)" in told
+    assert main([*fleet_command(path), "--dry-run", "--pace", str(calm / "fleet" / "runs" / "one")]) == 1
+    assert "At the pace of 1 finished the others take 0.0 hours of an engine" in capsys.readouterr().out
+    assert main([*fleet_command(path), "--dry-run", "--pace", str(tmp_path)]) == 2
+    assert main([*fleet_command(path), "--pace", str(calm / "fleet" / "runs" / "one")]) == 2
     assert sorted(tmp_path.rglob("*")) == there
 
 

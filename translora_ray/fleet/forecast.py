@@ -15,13 +15,14 @@ from translora_ray.models import load_tokenizer
 from translora_ray.placement import fit_beside, nodes_of, ray_session
 from translora_ray.progress import Display
 from translora_ray.prompts import answer_ids, prompt_ids, task_prompt
-from translora_ray.storage import MANIFEST
+from translora_ray.storage import MANIFEST, RunStore
 
 HOW = "Tokens are estimates from below: each example as long as the mean seed, every candidate accepted. A rejected candidate costs what it is long besides."
 
 
-def show_plan(fleet: Fleet, wanted: Sequence[Wanted], engine: EngineKind, display: Display) -> int:
-    """Print the plan; returns 1 where a transfer could not begin. Raises `UsageError` where the cluster is too small."""
+def show_plan(fleet: Fleet, wanted: Sequence[Wanted], engine: EngineKind, display: Display, pace: str | None = None) -> int:
+    """Print the plan; returns 1 where a transfer could not begin. Raises `UsageError` where the cluster is too small, or `pace` is no finished run."""
+    paces = [RunStore(pace).manifest(pace)] if pace else []
     sound, failures = check_all(wanted, engine, display)
     done = {each.name: checked.store.read_json(MANIFEST) for each, checked in sound if checked.finished}
     with ray_session(fleet.cluster) as local:
@@ -33,7 +34,7 @@ def show_plan(fleet: Fleet, wanted: Sequence[Wanted], engine: EngineKind, displa
             for line in _engines(fleet, group):
                 console.print(line, markup=False, highlight=False, soft_wrap=True)
     plans = [transfer.plan for group in groups for transfer in group]
-    lines = [there, HOW, _hours(list(done.values()), sum(plan.wanted for plan in plans), sum(plan.quota for plan in plans))]
+    lines = [there, HOW, _hours(list(done.values()) or paces, sum(plan.wanted for plan in plans), sum(plan.quota for plan in plans))]
     lines = lines if groups else ["There is nothing left to compute."]
     lines += [f"{name}: finished already" for name in done]
     lines += [f"{name}: {reason}" for name, reason in {**failures, **unplanned}.items()]
@@ -51,12 +52,12 @@ def _there(nodes: Sequence[Mapping[str, float]], cluster: Cluster, local: bool) 
 def _hours(finished: Sequence[dict[str, Any]], answered: int, examples: int) -> str:
     """What so many examples take at the pace of finished runs, given their manifests."""
     if not finished:
-        return "Hours are told when a transfer of the fleet is finished, by its pace."
+        return "Hours are told by the pace of finished transfers, of which the fleet has none yet; or by that of a run like them (--pace RUN)."
     training = sum(manifest["seconds"]["training"] for manifest in finished)
     engines = sum(sum(manifest["seconds"].values()) for manifest in finished) - training
     streamed = engines / sum(manifest["counts"]["accepted"] for manifest in finished) * answered / 3600
     trained = training / sum(manifest["counts"]["trained"] for manifest in finished) * examples / 3600
-    return f"At the pace of the {len(finished)} that are finished the others take {streamed:.1f} hours of an engine and {trained:.1f} hours of training."
+    return f"At the pace of {len(finished)} finished the others take {streamed:.1f} hours of an engine and {trained:.1f} hours of training."
 
 
 def _table(title: str, group: Sequence[Transfer]) -> Table:

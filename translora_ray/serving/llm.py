@@ -68,7 +68,7 @@ class VllmBackend(LLMServer):  # type: ignore[misc]
         self._prompter = Prompter(base, self.engine._engine_client.model_config.max_model_len)
 
     async def answer(self, asked: Asked) -> AsyncIterator[Piece]:
-        """Always streamed inside: the counts of tokens come at the end, and one kind of answer is read.
+        """In pieces where they are asked for: each costs time on its way.
 
         vLLM would cut what is over its context in silence, or refuse it in words of its own.
         """
@@ -77,14 +77,8 @@ class VllmBackend(LLMServer):  # type: ignore[misc]
         await self._loader.require(asked.release, self._measures)
         await self._hold(asked.release)
         answers = await (self.chat(_chat(asked)) if asked.chat else self.completions(_completion(asked)))
-        said: list[str] = []
         async for piece in self._while_it_lives(_read(answers)):
-            if asked.stream:
-                yield piece
-            else:
-                said.append(piece.text)
-                if piece.finish:
-                    yield Piece("".join(said), piece.finish, piece.prompt_tokens, piece.tokens)
+            yield piece
 
     async def ready(self) -> bool:
         await self.check_health()
@@ -172,8 +166,8 @@ def _shared(asked: Asked) -> dict[str, Any]:
         "min_p": asked.min_p,
         "stop": list(asked.stop) or None,
         "seed": asked.seed,
-        "stream": True,
-        "stream_options": {"include_usage": True},
+        "stream": asked.stream,
+        "stream_options": {"include_usage": True} if asked.stream else None,
     }
 
 
@@ -187,12 +181,17 @@ def _completion(asked: Asked) -> Any:
 
 
 async def _read(answers: Any) -> AsyncIterator[Piece]:
-    """vLLM's server-sent events as pieces. The one that ends the text waits for the counts, which come after it."""
+    """vLLM's server-sent events, or its whole answer, as pieces. The one that ends the text waits for the counts, which come after it."""
     finish, text = None, ""
     async for answer in answers:
         for event in answer if isinstance(answer, list) else [answer]:
-            if not isinstance(event, str):  # an error's answer, of a class that ray.serve.llm does not export
+            if hasattr(event, "error"):  # an error's answer, of a class that ray.serve.llm does not export
                 raise _error(event.error.message, int(event.error.code or 500))
+            if not isinstance(event, str):
+                (choice,), usage = event.choices, event.usage
+                whole = choice.text if hasattr(choice, "text") else choice.message.content or ""
+                yield Piece(whole, "stop" if choice.finish_reason == "stop" else "length", usage.prompt_tokens, usage.completion_tokens)
+                return
             for line in event.split("\n"):
                 if not line.startswith("data: ") or line == "data: [DONE]":
                     continue
