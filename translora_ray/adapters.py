@@ -214,6 +214,9 @@ def has_effect(path: str | Path) -> bool:
         return any(bool(file.get_tensor(name).any()) for name in file.keys() if ".lora_B." in name)  # noqa: SIM118
 
 
+MODULES_NAMED = 5
+
+
 def require_applied(path: str, applied: set[str]) -> None:
     """Raise unless every module of the adapter file is among the modules to which an engine applied it.
 
@@ -221,7 +224,8 @@ def require_applied(path: str, applied: set[str]) -> None:
     """
     expected = set(inspect(path).shapes)
     if missing := expected - applied:
-        raise RunFailed(f"The adapter {path} is not live: {len(missing)} of {len(expected)} modules were not applied, e.g. {sorted(missing)[0]}.")
+        named = ", ".join(sorted(missing)[:MODULES_NAMED]) + (", ..." if len(missing) > MODULES_NAMED else "")
+        raise RunFailed(f"The adapter {path} is not live: {len(missing)} of {len(expected)} modules were not applied: {named}.")
 
 
 def require_change(path: str, changed: bool) -> None:

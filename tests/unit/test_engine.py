@@ -8,7 +8,8 @@ from peft import PeftModel
 
 from tests.serving import finished_run
 from translora_ray import adapting, models
-from translora_ray.config import Adapter
+from translora_ray.config import Adapter, Vllm
+from translora_ray.engines import vllm
 from translora_ray.engines.base import AdapterRef, Complete, Generate, Sampling, Score
 from translora_ray.engines.transformers import TransformersEngine
 from translora_ray.errors import UsageError
@@ -142,3 +143,15 @@ def test_adapters_come_and_go_between_answers_of_the_bare_base(tiny_llama: str, 
     assert (says(None), says(first)) == (bare, one), "and the one that spoke last is gone"
     engine.drop(first.path)
     assert (says(None), says(second), says(None)) == (bare, two, bare)
+
+
+def test_vllm_on_gpus_gets_its_share_of_one_or_spreads_over_several(tiny_llama: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As far as arguments go: nothing here computes on a GPU."""
+    monkeypatch.setattr(vllm, "_on_cpu", lambda: False)
+    shared = vllm.engine_arguments(tiny_llama, [], Vllm(), 0.5)
+    assert (shared["gpu_memory_utilization"], shared["distributed_executor_backend"], shared["dtype"]) == (0.45, None, "auto")
+    assert not {"enforce_eager", "block_size", "kv_cache_memory_bytes"} & shared.keys()
+    spread = vllm.engine_arguments(tiny_llama, [], Vllm(tensor_parallel_size=2, memory_share=0.7, context=512), 2)
+    assert (spread["gpu_memory_utilization"], spread["distributed_executor_backend"], spread["max_model_len"]) == (0.7, "mp", 512)
+    with pytest.raises(UsageError, match=r"computes on GPUs and the engine has none: set cluster\.engine_gpus"):
+        vllm.engine_arguments(tiny_llama, [], Vllm(), 0)

@@ -144,7 +144,7 @@ def test_a_rank_over_the_largest_is_refused(engine: VllmEngine, tiny_llama: str,
 
 def test_modules_that_vllm_would_drop_in_silence_are_named(engine: VllmEngine, adapter: Path) -> None:
     rename_modules(adapter, "layers.1.", "layers.9.")
-    with pytest.raises(RunFailed, match=r"not live: 7 of 14 modules were not applied, e\.g\. model\.layers\.9\.mlp\.down_proj"):
+    with pytest.raises(RunFailed, match=r"not live: 7 of 14 modules were not applied: model\.layers\.9\.mlp\.down_proj, .*, \.\.\."):
         engine.score([Score(PROMPTS[0], ("a", "b"), AdapterRef("renamed", str(adapter)))])
 
 
