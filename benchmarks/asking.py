@@ -62,9 +62,10 @@ def asked(base: str) -> Requests:
         found = []
         for candidate in pack.candidates:
             seed = (candidate if variant.each else pack.candidates[0]).seed
-            shown = synthesis_prompt(kit.seed_inputs, LIST.shots, seed)
             if variant.by_label:
                 shown = labelled_prompt(kit.seeds, LABEL.shots, seed, candidate.label_of(kit.task.classes))
+            else:
+                shown = synthesis_prompt(kit.seed_inputs, LIST.shots, seed)
             found.append((prompt_ids(tokenizer, shown), {"max_tokens": longest, "stop": stops, "seed": candidate.seed, **variant.drawn}))
         return found
 

@@ -55,7 +55,7 @@ def check_all(
 def _checked(wanted: Wanted, engine: EngineKind, display: Display) -> Checked:
     if wanted.obstacle:
         raise UsageError(wanted.obstacle)
-    checked = check(wanted.kit, wanted.target, wanted.out, wanted.config, engine, display)
+    checked = check(wanted.kit, wanted.target, wanted.out, wanted.config, engine, display.named(wanted.name))
     if wanted.data and not checked.store.exists(RESULT):
         check_labels(checked.kit.task, read_rows(wanted.data), wanted.data)
     return checked

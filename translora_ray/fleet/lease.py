@@ -69,9 +69,9 @@ def _other(store: RunStore, machine: str, seconds: float, wait: Callable[[str], 
     if found and wait:
         left = found["expires"] - time.time()
         wait(f"process {found['pid']} on {found['host']} drove this fleet last: waiting up to {left:.0f} s for a sign of it")
-    while wait and found and found == first:
-        time.sleep(min(1.0, seconds / 20))
-        found = holder(store)
+        while found == first:
+            time.sleep(min(1.0, seconds / 20))
+            found = holder(store)
     return found
 
 

@@ -50,8 +50,11 @@ class Loader:
 
     def load(self, release: str) -> Path:
         """The directory of a release's adapter. Raises `ServiceError` that a client may read: what is wrong in full is in the log."""
-        with self._fetching:
-            return self._paths.get(release) or self._fetch(release)
+        if release not in self._paths:
+            with self._fetching:  # one that lies here already does not wait for others
+                if release not in self._paths:
+                    self._paths[release] = self._fetch(release)
+        return self._paths[release]
 
     def _fetch(self, release: str) -> Path:
         try:
@@ -63,7 +66,6 @@ class Loader:
             if isinstance(error, Unreachable) or self._gone():
                 raise ServiceError(503, "registry_unreachable", f"{release} is not loaded and the registry does not answer: try again.", 5) from None
             raise unknown(release) if isinstance(error, NotFound) else unusable(release) from None
-        self._paths[release] = path
         return path
 
     def _gone(self) -> bool:
