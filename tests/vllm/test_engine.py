@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ from translora_ray.config import Vllm
 from translora_ray.engines.base import AdapterRef, Complete, Generate, Sampling, Score
 from translora_ray.engines.transformers import TransformersEngine
 from translora_ray.engines.vllm import VllmEngine
+from translora_ray.engines.vllm_worker import GroupedLora, groups_of
 from translora_ray.errors import EngineDied, RunFailed, UsageError
 from translora_ray.prompts import Prompt
 
@@ -65,6 +67,18 @@ def configure(adapter: Path, **keys: object) -> None:
 def test_verdicts_of_mixed_adapters_are_those_of_the_other_engine(engine: VllmEngine, plain: TransformersEngine, roles: list[AdapterRef | None]) -> None:
     requests = [Score(prompt, ("a", "b"), role) for prompt in PROMPTS for role in roles]
     torch.testing.assert_close(torch.tensor(engine.score(requests)), torch.tensor(plain.score(requests)), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("named", [[-1, 3, 0, 3, 3, 1, -1, 3, 3, 3, 2], [1, 1, 1], [-1, -1], [0, 1, 2, 3]])
+def test_many_adapters_in_a_batch_change_each_its_own_tokens(named: list[int]) -> None:
+    rank, inputs, widths = 2, 6, (4, 3)
+    x, y = torch.randn(len(named), inputs), torch.randn(len(named), sum(widths))
+    a, b = (tuple(torch.randn(4, 1, *shape(width)) for width in widths) for shape in (lambda _: (rank, inputs), lambda width: (width, rank)))
+    changes = [torch.cat([2.0 * part[slot, 0] @ whole[slot, 0] @ row for whole, part in zip(a, b, strict=True)]) for slot, row in zip(named, x, strict=True)]
+    expected = [old if slot < 0 else old + change for slot, old, change in zip(named, y, changes, strict=True)]
+    worker = SimpleNamespace(**dict(zip(("groups", "position"), groups_of(torch.tensor(named)), strict=True)))
+    GroupedLora.add_lora_linear(worker, y, x, a, b, 2.0, widths)
+    torch.testing.assert_close(y, torch.stack(expected))
 
 
 def test_token_log_probabilities_are_those_of_the_other_engine(engine: VllmEngine, plain: TransformersEngine, roles: list[AdapterRef | None]) -> None:

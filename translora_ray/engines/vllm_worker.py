@@ -14,24 +14,53 @@ import os
 import signal
 import threading
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 from vllm.platforms import current_platform
 
 
-class GroupedLora(PunicaWrapperCPU):  # type: ignore[misc]
-    """One product for each adapter in the batch, over the tokens that name it, and none for tokens that name no adapter."""
+class Group(NamedTuple):
+    """Adapters that about as many tokens of a batch name: their `slots`, and in `places` (adapters, most tokens) the tokens of each, filled up with token 0."""
 
-    groups: list[tuple[int, torch.Tensor | None]]
+    slots: torch.Tensor
+    places: torch.Tensor
+
+
+def groups_of(indices: torch.Tensor) -> tuple[list[Group], torch.Tensor]:
+    """The groups of a batch whose tokens name the adapters in these slots (-1: none). Inside a group no adapter has twice as many tokens as another.
+
+    And of each token the position among the places of all groups, one group after the other, or, without an adapter, the position after the last.
+    """
+    by_size: dict[int, list[tuple[int, torch.Tensor]]] = {}
+    for slot in sorted(set(indices.tolist())):
+        if slot >= 0:
+            tokens = (indices == slot).nonzero()[:, 0]
+            by_size.setdefault(len(tokens).bit_length(), []).append((slot, tokens))
+    groups = []
+    position = torch.full_like(indices, -1)
+    count = 0
+    for members in by_size.values():
+        places = pad_sequence([tokens for _, tokens in members], batch_first=True, padding_value=-1)
+        there = (places >= 0).flatten().nonzero()[:, 0]
+        position[places.flatten()[there]] = count + there
+        count += places.numel()
+        groups.append(Group(torch.tensor([slot for slot, _ in members], device=indices.device), places.clamp(min=0)))
+    return groups, torch.where(position < 0, count, position)
+
+
+class GroupedLora(PunicaWrapperCPU):  # type: ignore[misc]
+    """One batched product for each group of adapters: one for each adapter would take longer in calls than in arithmetic."""
+
+    groups: list[Group]
+    position: torch.Tensor
 
     def update_metadata(self, *arguments: Any, **keywords: Any) -> None:
-        """Takes in which token names which adapter, once per step; a group is (slot of the adapter, its tokens; None for all)."""
+        """Takes in which token names which adapter, once per step."""
         super().update_metadata(*arguments, **keywords)
-        indices = self.token_lora_indices
-        slots = indices.unique().tolist()
-        self.groups = [(slot, None if len(slots) == 1 else (indices == slot).nonzero()[:, 0]) for slot in slots if slot >= 0]
+        self.groups, self.position = groups_of(self.token_lora_indices)
 
     def add_lora_linear(
         self,
@@ -47,18 +76,19 @@ class GroupedLora(PunicaWrapperCPU):  # type: ignore[misc]
 
         For each slice, `lora_a_stacked` is (slots, 1, rank, inputs) and `lora_b_stacked` (slots, 1, outputs of the slice, rank).
         """
+        if not self.groups:
+            return
         outputs, inputs = y.view(-1, y.shape[-1]), x.view(-1, x.shape[-1])
-        for slot, rows in self.groups:
-            part = inputs if rows is None else inputs[rows]
-            left = 0
-            for a, b, width in zip(lora_a_stacked, lora_b_stacked, output_slices, strict=True):
-                change = (scale * (part @ a[slot, 0].T) @ b[slot, 0].T).to(outputs.dtype)
-                columns = outputs[:, left : left + width]
-                if rows is None:
-                    columns += change
-                else:
-                    columns.index_add_(0, rows, change)
-                left += width
+        parts = [inputs[group.places] for group in self.groups]
+        left = 0
+        for a, b, width in zip(lora_a_stacked, lora_b_stacked, output_slices, strict=True):
+            changes = [
+                torch.bmm(torch.bmm(part, a[group.slots, 0].mT) * scale, b[group.slots, 0].mT).flatten(0, 1)
+                for part, group in zip(parts, self.groups, strict=True)
+            ]
+            nothing = changes[0].new_zeros(1, width)
+            outputs[:, left : left + width] += torch.cat([*changes, nothing])[self.position]
+            left += width
 
 
 if current_platform.is_cpu():
