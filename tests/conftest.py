@@ -86,6 +86,34 @@ def processes(name: bytes) -> list[int]:
     return [pid for pid, line in command_lines().items() if line.startswith(name)]
 
 
+def parent(pid: int) -> int:
+    """Of a process that has ended, 0."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return 0
+
+
+def own(found: list[int]) -> list[int]:
+    """Those among the processes that this one has started, itself or through others: tests run beside each other."""
+
+    def mine(pid: int) -> bool:
+        return pid == os.getpid() or (pid > 1 and mine(parent(pid)))
+
+    return [pid for pid in found if mine(pid)]
+
+
+SERVICES = {"test_serving.py", "test_rollout.py", "test_job.py", "test_local_cluster.py"}
+"""Files whose tests look for a service's processes on the whole machine, or start a head with Ray's own ports."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What pytest-xdist keeps together (`--dist loadgroup`): a file, whose fixtures take time."""
+    for item in items:
+        group = "services" if item.path.name in SERVICES else f"{item.path.parent.name}/{item.path.name}"
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> str:
     return save_model(tmp_path_factory.mktemp("models") / "llama", "llama")

@@ -15,7 +15,7 @@ from typing import Any
 
 from ray._private.services import get_node_ip_address
 
-from tests.conftest import command_lines, free_port
+from tests.conftest import command_lines, free_port, parent
 from tests.ray.conftest import token_in
 
 RAY = str(Path(sys.executable).parent / "ray")
@@ -60,14 +60,9 @@ class Growing:
         return list(there.values())
 
 
-def children(parent: int) -> dict[int, bytes]:
+def children(of: int) -> dict[int, bytes]:
     """Ids and names of the processes that a process has started."""
-    found = {}
-    for pid, line in command_lines().items():
-        with contextlib.suppress(OSError):
-            if int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]) == parent:
-                found[pid] = line
-    return found
+    return {pid: line for pid, line in command_lines().items() if parent(pid) == of}
 
 
 def processes_in(folder: Path) -> list[tuple[int, list[str]]]:

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.conftest import processes, task_rows, write_task
+from tests.conftest import own, processes, task_rows, write_task
 from tests.ray.conftest import answers, arguments, has_checkpoint, rows, same_weights
 from translora_ray.adapters import digest, inspect
 from translora_ray.cli import main
@@ -111,7 +111,7 @@ def test_a_worker_killed_inside_an_epoch_goes_on_from_there_with_the_base_spread
     def kill_a_worker_once() -> None:
         while not has_checkpoint(run):
             time.sleep(0.02)
-        killed.extend(processes(b"ray::RayTrainWorker"))
+        killed.extend(own(processes(b"ray::RayTrainWorker")))
         os.kill(killed[0], signal.SIGKILL)
 
     thread = threading.Thread(target=kill_a_worker_once, daemon=True)
@@ -128,12 +128,13 @@ def test_a_worker_killed_inside_an_epoch_goes_on_from_there_with_the_base_spread
     same_weights(run, undisturbed)
 
 
-def test_a_loss_that_is_not_a_number_stops_the_run_and_names_the_step(
+def test_a_loss_that_is_not_a_number_stops_the_run_names_the_step_and_leaves_the_checkpoint_before_it(
     tiny_kit: Path, tiny_gemma: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
-    assert main(arguments(tiny_kit, tiny_gemma, run, "training.learning_rate=1e30", "selection.quota=8")) == 1
+    assert main(arguments(tiny_kit, tiny_gemma, run, "training.learning_rate=1e30", "selection.quota=8", "cluster.checkpoint_seconds=0")) == 1
     assert "is not a number in step 2 (epoch 1, rows" in capsys.readouterr().err
+    assert has_checkpoint(run)
     assert not (run / "adapter").exists()
 
 
@@ -163,7 +164,7 @@ def test_an_engine_that_dies_is_replaced_and_no_row_changes(calm: Path, tiny_kit
     def kill_the_engine_once() -> None:
         while not any(run.glob("shards/*.parquet")):
             time.sleep(0.05)
-        killed.extend(processes(b"ray::MapWorker"))
+        killed.extend(own(processes(b"ray::MapWorker")))
         for actor in killed:
             os.kill(actor, signal.SIGKILL)
 

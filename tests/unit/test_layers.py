@@ -38,7 +38,7 @@ LAYERS = [
     {"fleet.page", "fleet.status", "fleet.forecast", "fleet.training"},
     {"fleet.driver"},
     {"serving.auth", "serving.protocol", "serving.measures", "serving.index", "serving.trials"},
-    {"serving.loading", "serving.batches", "serving.prompting", "serving.reading", "serving.routing"},
+    {"serving.loading", "serving.batches", "serving.prompting", "serving.reading", "serving.routing", "serving.health"},
     {"serving.local", "serving.llm", "serving.gateway"},
     {"serving.app"},
     {"serving.run"},
@@ -46,7 +46,7 @@ LAYERS = [
     {"cli"},
 ]
 RAY = {"measures", "stream.actor", "stream.pipeline", "stream.requests", "training.trainer", "placement", "workflow", "fleet.driver", "fleet.training"}
-RAY |= {f"serving.{name}" for name in ("measures", "reading", "local", "llm", "gateway", "app", "run")}
+RAY |= {f"serving.{name}" for name in ("measures", "reading", "health", "local", "llm", "gateway", "app", "run")}
 VLLM = {"engines.vllm", "engines.vllm_worker"}
 
 

@@ -6,7 +6,12 @@ import asyncio
 import contextlib
 import copy
 import json
+import os
 import random
+import shutil
+import subprocess
+import tempfile
+import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator
@@ -28,6 +33,7 @@ from translora_ray.errors import UsageError
 from translora_ray.models import fingerprint
 from translora_ray.prompts import Prompt
 from translora_ray.registry import Registry
+from translora_ray.serving import loading
 from translora_ray.serving.app import Service, build, plan
 from translora_ray.serving.auth import OPEN, add_key
 from translora_ray.serving.batches import Batches, settled
@@ -68,7 +74,9 @@ COMPLETION = {"model": "a", "prompt": "x"}
         (COMPLETION | {"stop": ["a"] * 5}, "stop"),
         (COMPLETION | {"n": 2}, "n"),
         (COMPLETION | {"presence_penalty": 0.5}, "presence_penalty"),
-        (COMPLETION | {"logit_bias": {}}, "logit_bias"),
+        (COMPLETION | {"logit_bias": {"5": 1}}, "logit_bias"),
+        (COMPLETION | {"logprobs": 3}, "logprobs"),
+        (COMPLETION | {"tools": []}, "tools"),
         (COMPLETION | {"echo": True}, "echo"),
     ],
 )
@@ -98,15 +106,19 @@ def test_what_changes_nothing_is_taken() -> None:
         "user": "u",
         "seed": None,
         "temperature": None,
+        "logprobs": None,
+        "top_logprobs": None,
+        "logit_bias": {},
+        "tools": None,
     }
-    chat = parse(ChatRequest, json.dumps(CHAT | neutral | {"max_completion_tokens": 5, "logprobs": False}).encode(), most=64)
+    chat = parse(ChatRequest, json.dumps(CHAT | neutral | {"max_completion_tokens": 5, "response_format": {"type": "text"}}).encode(), most=64)
     found = asked(chat, "a@1", 64)
     assert (found.chat, found.max_tokens, found.temperature, found.messages) == (True, 5, 1.0, (("user", "x"),))
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     assert asked(parse(ChatRequest, json.dumps(CHAT | {"messages": [{"role": "user", "content": parts}]}).encode(), 64), "a@1", 64).messages == (
         ("user", "ab"),
     )
-    completion = asked(parse(CompletionRequest, json.dumps(COMPLETION | {"prompt": ["x"], "stop": "\n"}).encode(), most=64), "a@1", 64)
+    completion = asked(parse(CompletionRequest, json.dumps(COMPLETION | neutral | {"prompt": ["x"], "stop": "\n"}).encode(), most=64), "a@1", 64)
     assert (completion.chat, completion.max_tokens, completion.messages, completion.stop) == (False, 16, (("", "x"),), ("\n",))
 
 
@@ -266,30 +278,37 @@ def test_an_error_nobody_foresaw_ends_one_reading_of_the_registry_and_not_all() 
     assert index.error == "KeyError: 'x'" and not index.loaded and index.age() is not None
 
 
-def test_damaged_weights_are_said_without_a_path_and_mended_ones_load(tiny_llama: str, tmp_path: Path) -> None:
+def test_damaged_weights_are_said_without_a_path_and_mended_ones_load(tiny_llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     registry = Registry(str(tmp_path / "registry"))
     run = finished_run(tmp_path / "run", tiny_llama, "colours", 1)
     for name in ("colours", "numbers"):
         registry.publish(run, name)
     weights = next((tmp_path / "registry").rglob("colours@1/adapter_model.safetensors"))
     sound = weights.read_bytes()
-    loader = Loader(str(tmp_path / "registry"), tiny_llama)
+    loader = Loader(str(tmp_path / "registry"), tiny_llama, EngineMeasures())
+
+    def load(release: str) -> Path:
+        return asyncio.run(loader.load(release))
+
     for damaged in (sound[:-10], sound[:-4] + b"\0\1\2\3", b""):
         weights.write_bytes(damaged)
         with pytest.raises(ServiceError) as refused:
-            loader.load("colours@1")
+            load("colours@1")
         assert refused.value.status == 503 and refused.value.retry_after and str(tmp_path) not in refused.value.message
     weights.write_bytes(sound)
-    path = loader.load("colours@1")
+    with pytest.raises(ServiceError, match="damaged"):
+        load("colours@1")  # it is not fetched again with each request
+    monkeypatch.setattr(loading, "DAMAGED_SECONDS", 0.0)
+    path = load("colours@1")
     assert loader.registry.release("numbers@1"), "its release.json is known, its weights were not fetched"
     with pytest.raises(ServiceError) as refused:
-        loader.load("colours@2")
+        load("colours@2")
     assert refused.value.status == 404
     (tmp_path / "registry").rename(tmp_path / "away")
-    assert loader.load("colours@1") == path, "what was fetched needs no registry"
+    assert load("colours@1") == path, "what was fetched needs no registry"
     for release in ("colours@2", "numbers@1"):
         with pytest.raises(ServiceError) as refused:
-            loader.load(release)
+            load(release)
         assert (refused.value.status, refused.value.code) == (503, "registry_unreachable") and refused.value.retry_after
 
 
@@ -301,7 +320,52 @@ def test_an_adapter_that_does_not_fit_its_base_is_not_loaded(tiny_llama: str, ti
     registry = Registry(str(tmp_path / "registry"))
     registry.publish(run)
     with pytest.raises(ServiceError, match="do not fit the base"):
-        Loader(registry.uri, tiny_llama).load("colours@1")
+        asyncio.run(Loader(registry.uri, tiny_llama, EngineMeasures()).load("colours@1"))
+
+
+def test_who_waits_for_an_adapter_waits_for_that_one_alone(tiny_llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loader, fetched, slow = Loader(Registry(str(tmp_path)).uri, tiny_llama, EngineMeasures()), list[str](), threading.Event()
+
+    def fetch(release: str) -> Path:
+        fetched.append(release)
+        if release == "slow@1":
+            slow.wait(20)
+        path = Path(loader._scratch.name) / release
+        path.mkdir(exist_ok=True)
+        return path
+
+    monkeypatch.setattr(loader, "_fetch", fetch)
+    monkeypatch.setattr(loading, "KEPT", 2)
+
+    async def ask() -> None:
+        waiting = [asyncio.create_task(loader.load("slow@1")) for _ in range(40)]
+        await asyncio.sleep(0.1)
+        waiting[0].cancel()  # a client that has gone takes nothing from the others
+        first, second = await loader.load("a@1"), await loader.load("b@1")
+        assert await loader.load("a@1") == first and second.exists()
+        assert fetched == ["slow@1", "a@1", "b@1"] and not any(task.done() for task in waiting[1:])
+        slow.set()
+        assert len(set(await asyncio.gather(*waiting[1:]))) == 1
+        assert not second.exists(), "the one that nobody asked for longest makes room on the disk"
+        shutil.rmtree(first)
+        assert await loader.load("a@1") == first and first.exists(), "what somebody removed is fetched again"
+
+    asyncio.run(ask())
+    assert fetched == ["slow@1", "a@1", "b@1", "a@1"]
+    place = Path(loader._scratch.name)
+    loader.close()
+    assert not place.exists()
+
+
+def test_what_a_service_left_that_was_killed_is_removed(tiny_llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    left = [tmp_path / f"{loading.PREFIX}{name}" for name in (f"{gone.pid}-abc", f"{os.getppid()}-abc", "abc")]
+    for place in left:
+        place.mkdir()
+    Loader(Registry(str(tmp_path)).uri, tiny_llama, EngineMeasures())
+    assert [place.exists() for place in left] == [False, True, True]
 
 
 def test_while_the_registry_is_away_no_name_is_said_to_be_unknown(tmp_path: Path) -> None:
@@ -494,7 +558,7 @@ def test_a_release_that_can_not_be_had_is_known_before_another_makes_room(tiny_l
     registry = Registry(str(tmp_path / "registry"))
     registry.publish(finished_run(tmp_path / "run", tiny_llama, "colours", 1))
     backend = object.__new__(TransformersBackend)
-    backend.loader, backend.measures, looked_for = Loader(registry.uri, tiny_llama), EngineMeasures(), list[str]()
+    backend.loader, looked_for = Loader(registry.uri, tiny_llama, EngineMeasures()), list[str]()
 
     async def load(release: str) -> None:
         looked_for.append(release)

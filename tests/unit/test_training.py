@@ -297,14 +297,15 @@ def test_every_type_goes_on_from_its_saved_weights(kind: AdapterType, tiny_llama
         torch.testing.assert_close(ours, theirs)
 
 
-def test_a_base_in_eight_bits_learns_what_the_whole_one_does(tiny_llama: str) -> None:
+def test_a_base_in_eight_or_four_bits_learns_what_the_whole_one_does(tiny_llama: str) -> None:
     settings = Training(epochs=6, batch_size=4, learning_rate=0.01)
     losses = []
-    for one in (settings, settings.model_copy(update={"base_bits": 8})):
-        training = start(tiny_llama, PAIRS, lora(), one, 0)
+    for bits in (None, 8, 4):
+        training = start(tiny_llama, PAIRS, lora(), settings.model_copy(update={"base_bits": bits}), 0)
         losses.append(loop.train(training))
-        assert any("8bit" in type(module).__name__ for module in training.model.modules()) == (one.base_bits == 8)
-    assert losses[0] == pytest.approx(losses[1], abs=0.3) and losses[1] < 1.5
+        stored = {kind for module in training.model.modules() for kind in (8, 4) if f"{kind}bit" in type(module).__name__}
+        assert stored == ({bits} if bits else set())
+    assert losses[1:] == pytest.approx([losses[0]] * 2, abs=0.3) and max(losses) < 1.5
 
 
 def test_training_learns_and_saves_an_adapter_that_peft_loads(tiny_llama: str, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from transformers import DynamicCache
 from translora_ray import adapters, adapting
 from translora_ray.engines.base import AdapterRef, Complete, Generate, Generation, Sampling, Score
 from translora_ray.errors import RunFailed, UsageError
-from translora_ray.models import context_of, end_tokens, load_base, load_tokenizer, release
+from translora_ray.models import context_of, end_tokens, keep_freed_memory, load_base, load_tokenizer, release
 from translora_ray.prompts import Prompt, answer_ids, common_length, distinct_tokens, prompt_ids
 
 WORTH_SHARING = 16
@@ -29,6 +29,7 @@ class TransformersEngine:
     """
 
     def __init__(self, base: str, batch_size: int = 64, device: str | None = None) -> None:
+        keep_freed_memory()
         self._load = partial(load_base, base, device=device)
         self.model: Any = self._load()
         self._adapted: Any = None

@@ -67,12 +67,12 @@ def read_keys(path: str | Path) -> tuple[Key, ...]:
         return KeyFile.model_validate(yaml.safe_load(Path(path).read_text()) or {}).keys
     except OSError as error:
         raise UsageError(f"The keys in {path} can not be read ({error.strerror}): make the file with `translora keys {path} --add NAME`.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is neither YAML nor JSON ({first_line(error)}): correct it.") from None
     except ValidationError as error:
         found = error.errors()[0]
         place = ".".join(map(str, found["loc"])) or "the file"
         raise UsageError(f"{path} is not a file of keys: {place}: {found['msg']}.") from None
+    except (yaml.YAMLError, ValueError) as error:  # a date that is none, or bytes that are no text, are ValueErrors
+        raise UsageError(f"{path} is neither YAML nor JSON ({first_line(error)}): correct it.") from None
 
 
 def add_key(path: str | Path, name: str, adapters: tuple[str, ...], **limits: int) -> str:
@@ -99,6 +99,8 @@ def _add(file: Path, name: str, adapters: tuple[str, ...], limits: dict[str, int
     text = yaml.safe_dump({"keys": [key.model_dump(mode="json") for key in (*keys, new)]}, sort_keys=False)
     scratch = file.with_name(f".{file.name}.new")
     scratch.touch(mode=0o600)
+    if file.exists():
+        scratch.chmod(file.stat().st_mode)  # the service may run as another user
     scratch.write_text(text)
     scratch.replace(file)
     return secret

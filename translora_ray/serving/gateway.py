@@ -21,8 +21,6 @@ from typing import Any, NamedTuple
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from ray import serve
-from ray.exceptions import RayError
-from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
@@ -30,6 +28,7 @@ from starlette.types import Receive, Scope, Send
 from translora_ray.registry import Registry, Release
 from translora_ray.serving import protocol
 from translora_ray.serving.auth import Key, Keyring, Limiter
+from translora_ray.serving.health import Health
 from translora_ray.serving.measures import RequestMeasures
 from translora_ray.serving.protocol import Asked, ChatRequest, CompletionRequest, Piece, ServiceError
 from translora_ray.serving.reading import read_body, read_pieces
@@ -39,6 +38,8 @@ from translora_ray.serving.trials import DRAWN, Shadows
 logger = logging.getLogger("ray.serve")
 app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
 CLIENT_GONE = 499
+START_SECONDS = 20
+"""How long a new gateway waits for the registry."""
 UNFORESEEN = ServiceError(500, "internal_error", "The service failed: its log says why.")
 
 
@@ -103,7 +104,8 @@ class _Stream(StreamingResponse):
 class Gateway:
     """One replica of the ingress: `engines` answer for the bases they serve, in the same order as `serves`."""
 
-    def __init__(self, registry: str, keys: str | None, serves: list[Serves], *engines: DeploymentHandle) -> None:
+    async def __init__(self, registry: str, keys: str | None, serves: list[Serves], *engines: DeploymentHandle) -> None:  # type: ignore[misc]
+        """Serve sends it requests afterwards: once the registry was read, or can not be read for a while."""
         self.keyring, self.limiter = Keyring(keys, logger.error), Limiter()
         self.router = Router(Registry(registry), serves)
         self.engines = {each.fingerprint: engine.options(stream=True) for each, engine in zip(serves, engines, strict=True)}
@@ -111,24 +113,24 @@ class Gateway:
         self.shadows = Shadows(self.measures.shadow)
         self._handles: dict[str, Any] = {}
         self._running, self._ending = 0, False
-        self._watching = asyncio.get_running_loop().create_task(self.router.watch())
+        self.health = Health(self.engines)
+        self._watching = [asyncio.create_task(self.router.watch()), asyncio.create_task(self.health.watch())]
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(START_SECONDS):
+                while not self.router.index.loaded:
+                    await asyncio.sleep(0.05)
 
     @app.get("/health")
-    async def health(self) -> Response:
+    async def lives(self) -> Response:
         return JSONResponse({"status": "ok"})
 
     @app.get("/ready")
     async def ready(self) -> Response:
-        """Whether requests would be answered: the registry was read and every engine answers."""
+        """Whether requests would be answered: the registry was read and every engine has a replica that runs."""
         self._require_open()
-        if not self.router.index.loaded:
-            raise ServiceError(503, "registry_unreachable", "The registry has not been read yet: try again.", 1)
-        try:
-            async with asyncio.timeout(5):
-                for engine in self.engines.values():
-                    await engine.options(stream=False).ready.remote()
-        except (TimeoutError, RayError, RayServeException):
-            raise ServiceError(503, "engine_unavailable", "An engine does not answer yet: try again.", 5) from None
+        self.router.require_index()
+        if not self.health.all_run():
+            raise ServiceError(503, "engine_unavailable", "An engine does not run yet: try again.", 5)
         return JSONResponse({"status": "ready"}, headers=self.router.staleness())
 
     @app.get("/v1/models")
@@ -171,7 +173,7 @@ class Gateway:
             wanted = protocol.parse(kind, body, key.max_tokens)
             release = await self.router.resolve(wanted.model, key)
             asked = protocol.asked(wanted, release.id, key.max_tokens)
-            trial = self.router.trial(wanted.model, wanted.user.encode() if wanted.user else body)
+            trial = self.router.trial(wanted.model, (wanted.user or wanted.opening()).encode())
             begun = await self._canary(asked, trial.release, seen) if trial and not trial.shadow else None
             if begun is None:
                 seen.release = release.id
@@ -209,7 +211,7 @@ class Gateway:
         """The answer of a release on trial. None where it can not give one, which counts against it: the release that the channel names answers then."""
         seen.release = release.id
         try:
-            return await self._begin(asked, release)
+            return await self.health.while_running(release.base_fingerprint, self._begin(asked, release))
         except ServiceError as error:
             logger.warning(f"the canary {release.id} could not answer: {error}")
             self._say(replace(seen, status=error.status))
@@ -224,7 +226,7 @@ class Gateway:
 
     async def _whole(self, asked: Asked, release: Release) -> str:
         try:
-            first, _ = await self._begin(replace(asked, stream=False), release)
+            first, _ = await self.health.while_running(release.base_fingerprint, self._begin(replace(asked, stream=False), release))
         except ServiceError as error:
             logger.warning(f"the shadow {release.id} could not answer: {error}")
             raise

@@ -43,7 +43,7 @@ class Downloader:
         self.loader, self.measures = loader, measures
 
     async def load_model_from_config(self, lora_model_id: str, llm_config: LLMConfig) -> _Held:
-        path = await asyncio.to_thread(self.loader.load, lora_model_id)
+        path = await self.loader.load(lora_model_id)
         self.measures.loaded(lora_model_id)
         return _Held(lambda: self.measures.evicted(lora_model_id), lora_model_id, str(path))
 
@@ -63,7 +63,8 @@ class VllmBackend(LLMServer):  # type: ignore[misc]
         os.environ[OWNER] = str(os.getpid())  # vLLM's processes end with this one
         self._proved: set[str] = set()
         self._proving = asyncio.Lock()
-        self._loader, self._measures = await asyncio.to_thread(Loader, registry, base), EngineMeasures()
+        self._measures = EngineMeasures()
+        self._loader = await asyncio.to_thread(Loader, registry, base, self._measures)
         await super().__init__(llm_config, model_downloader=partial(Downloader, self._loader, self._measures))
         self._prompter = Prompter(base, self.engine._engine_client.model_config.max_model_len)
 
@@ -74,15 +75,16 @@ class VllmBackend(LLMServer):  # type: ignore[misc]
         """
         _, max_tokens = await self._prompter.read(asked)
         asked = replace(asked, max_tokens=max_tokens)
-        await self._loader.require(asked.release, self._measures)
+        await self._loader.load(asked.release)  # one that can not be had must not make another leave memory
         await self._hold(asked.release)
         answers = await (self.chat(_chat(asked)) if asked.chat else self.completions(_completion(asked)))
         async for piece in self._while_it_lives(_read(answers)):
             yield piece
 
-    async def ready(self) -> bool:
-        await self.check_health()
-        return True
+    async def __del__(self) -> None:
+        """Serve calls it when the replica ends."""
+        self._loader.close()
+        await super().__del__()
 
     async def _while_it_lives(self, pieces: AsyncIterator[Piece]) -> AsyncIterator[Piece]:
         """The pieces, or an error: a request that arrives while vLLM's process is dying would never be answered."""

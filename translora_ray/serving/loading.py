@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import os
+import shutil
 import tempfile
-import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +21,13 @@ from translora_ray.serving.measures import EngineMeasures
 from translora_ray.serving.protocol import ServiceError, unknown
 
 logger = logging.getLogger("ray.serve")
+PREFIX = "translora-serve-"
+KEPT = 256
+"""Adapters on an engine's disk: more than any engine has in its memory."""
+FETCHES = 4
+"""Adapters that are fetched at once."""
+DAMAGED_SECONDS = 10.0
+UNUSABLE = "adapter_unusable"
 
 
 @dataclass
@@ -32,29 +43,54 @@ class Held:
 
 
 class Loader:
-    """Fetches releases for one engine. What was fetched stays on its disk until it ends, so an adapter that left its memory comes back without the registry."""
+    """Fetches releases for one engine. The last `KEPT` that were asked for stay on its disk: an adapter that left its memory comes back without the registry.
 
-    def __init__(self, registry: str, base: str) -> None:
-        self.registry = Registry(registry)
-        self.base = base
+    Whoever waits for a release waits for that one alone, and what is damaged is looked at again after `DAMAGED_SECONDS`, so that no tenant's adapter holds up
+    another's.
+    """
+
+    def __init__(self, registry: str, base: str, measures: EngineMeasures) -> None:
+        self.registry, self.base, self.measures = Registry(registry), base, measures
         self.shapes, self.width = models.linear_shapes(base), models.width(base)
-        self._scratch = tempfile.TemporaryDirectory(prefix="translora-serve-")
-        self._paths: dict[str, Path] = {}
-        self._fetching = threading.Lock()
+        _sweep()
+        self._scratch = tempfile.TemporaryDirectory(prefix=f"{PREFIX}{os.getpid()}-")
+        self._threads = ThreadPoolExecutor(FETCHES, "adapters")
+        self._here: dict[str, Path] = {}
+        """Releases on this disk, the one asked for last at the end."""
+        self._fetching: dict[str, asyncio.Task[Path]] = {}
+        self._damaged: dict[str, tuple[float, ServiceError]] = {}
 
-    async def require(self, release: str, measures: EngineMeasures) -> None:
-        """Have the release on this disk, for what comes next makes another adapter leave memory: one that can not be had must not. Raises as `load` does."""
-        if release not in self._paths:
-            with measures.fetch(release):
-                await asyncio.to_thread(self.load, release)
-
-    def load(self, release: str) -> Path:
+    async def load(self, release: str) -> Path:
         """The directory of a release's adapter. Raises `ServiceError` that a client may read: what is wrong in full is in the log."""
-        if release not in self._paths:
-            with self._fetching:  # one that lies here already does not wait for others
-                if release not in self._paths:
-                    self._paths[release] = self._fetch(release)
-        return self._paths[release]
+        if (path := self._here.pop(release, None)) and path.exists():
+            self._here[release] = path
+            return path
+        since, error = self._damaged.get(release, (0.0, None))
+        if error and time.monotonic() - since < DAMAGED_SECONDS:
+            raise ServiceError(*error.args)
+        if release not in self._fetching:
+            self._fetching[release] = asyncio.get_running_loop().create_task(self._bring(release))
+            self._fetching[release].add_done_callback(lambda task: task.cancelled() or task.exception())  # also where nobody waits any longer
+        return await asyncio.shield(self._fetching[release])
+
+    def close(self) -> None:
+        """Remove what was fetched."""
+        self._scratch.cleanup()
+
+    async def _bring(self, release: str) -> Path:
+        try:
+            with self.measures.fetch(release):
+                path = await asyncio.get_running_loop().run_in_executor(self._threads, self._fetch, release)
+        except ServiceError as error:
+            if error.code == UNUSABLE:
+                self._damaged[release] = (time.monotonic(), error)
+            raise
+        finally:
+            del self._fetching[release]
+        self._here[release] = path
+        for old in list(self._here)[:-KEPT]:
+            shutil.rmtree(self._here.pop(old), ignore_errors=True)
+        return path
 
     def _fetch(self, release: str) -> Path:
         try:
@@ -77,7 +113,17 @@ class Loader:
         return False
 
 
+def _sweep() -> None:
+    """Remove what services left that were killed."""
+    for left in Path(tempfile.gettempdir()).glob(f"{PREFIX}*-*"):
+        with contextlib.suppress(ValueError, PermissionError):  # another user's
+            try:
+                os.kill(int(left.name.removeprefix(PREFIX).partition("-")[0]), 0)
+            except ProcessLookupError:
+                shutil.rmtree(left, ignore_errors=True)
+
+
 def unusable(release: str) -> ServiceError:
     """The answer for an adapter that an engine can not use."""
     message = f"The weights of {release} are damaged or do not fit the base, so it can not answer: try again later; other models are not affected."
-    return ServiceError(503, "adapter_unusable", message, 10)
+    return ServiceError(503, UNUSABLE, message, DAMAGED_SECONDS)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import secrets
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -25,14 +24,14 @@ class TransformersBackend:
     """Answers `Asked` in `Piece`s. Serve sends requests of one release to replicas that hold it already (`multiplexed_model_id`)."""
 
     def __init__(self, base: str, registry: str, adapters_at_once: int, batch_size: int, gpus: float) -> None:
-        self.loader = Loader(registry, base)
+        self.measures = EngineMeasures()
+        self.loader = Loader(registry, base, self.measures)
         self.engine = TransformersEngine(base, batch_size, None if gpus else "cpu")
         self.batches = Batches(self.engine, batch_size)
         self.prompter = Prompter(base, self.engine.context)  # the engine's own tokenizer belongs to the engine's thread
-        self.measures = EngineMeasures()
 
         async def load(release: str) -> _Loaded:
-            path = await asyncio.to_thread(self.loader.load, release)
+            path = await self.loader.load(release)
             virtual_tokens = adapters.inspect(path).virtual_tokens
             self.batches.hold(str(path))
             self.measures.loaded(release)
@@ -43,7 +42,7 @@ class TransformersBackend:
     async def answer(self, asked: Asked) -> AsyncIterator[Piece]:
         if asked.top_p not in (None, 1.0):
             raise ServiceError(400, "invalid_request", "top_p: the transformers engine takes temperature and min_p.")
-        await self.loader.require(asked.release, self.measures)
+        await self.loader.load(asked.release)  # one that can not be had must not make another leave memory
         loaded: _Loaded = await self._load(asked.release)
         prompt, max_tokens = await self.prompter.read(asked, loaded.virtual_tokens)
         sampling = Sampling(max_tokens, asked.temperature, asked.min_p, asked.stop)
@@ -59,8 +58,9 @@ class TransformersBackend:
         if not self.batches.alive():
             raise RunFailed("The engine's thread has ended: the replica is replaced.")
 
-    async def ready(self) -> bool:
-        return True
+    def __del__(self) -> None:
+        """Serve calls it when the replica ends."""
+        self.loader.close()
 
     def _evict(self, release: str, path: Path) -> None:
         self.measures.evicted(release)

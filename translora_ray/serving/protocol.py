@@ -10,7 +10,7 @@ import json
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from translora_ray.errors import TransLoraError
 
@@ -56,12 +56,18 @@ class Message(BaseModel):
         return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
 
 
+class _Text(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+    type: Literal["text"]
+
+
 class _StreamOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
     include_usage: bool = False
 
 
 _Nothing = Annotated[float, Field(ge=0, le=0)] | None
+_Empty = Annotated[dict[str, float], Field(max_length=0)] | None
 _Stop = Annotated[str, Field(min_length=1, max_length=200)]
 
 
@@ -82,6 +88,14 @@ class _Asked(BaseModel):
     user: str | None = None
     presence_penalty: _Nothing = None
     frequency_penalty: _Nothing = None
+    logit_bias: _Empty = None
+    logprobs: Literal[False] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _given(cls, fields: Any) -> Any:
+        """A field that this service does not know is not asked for where it is null: some clients send all that they know."""
+        return {name: value for name, value in fields.items() if name in cls.model_fields or value is not None} if isinstance(fields, dict) else fields
 
     def stops(self) -> tuple[str, ...]:
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
@@ -93,10 +107,15 @@ class _Asked(BaseModel):
 class ChatRequest(_Asked):
     messages: list[Message] = Field(min_length=1, max_length=1000)
     max_completion_tokens: int | None = Field(None, ge=1)
-    logprobs: Literal[False] | None = None
+    response_format: _Text | None = None
 
     def limit(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens
+
+    def opening(self) -> str:
+        """All up to what the user said first: the same in every request of a conversation."""
+        first = next((i for i, message in enumerate(self.messages) if message.role == "user"), 0)
+        return json.dumps([(message.role, message.text()) for message in self.messages[: first + 1]])
 
 
 class CompletionRequest(_Asked):
@@ -104,6 +123,13 @@ class CompletionRequest(_Asked):
     max_tokens: int | None = Field(16, ge=1)
     echo: Literal[False] | None = None
     best_of: Literal[1] | None = None
+
+    def text(self) -> str:
+        return self.prompt if isinstance(self.prompt, str) else self.prompt[0]
+
+    def opening(self) -> str:
+        """What tells requests apart of which none says whose it is."""
+        return self.text()
 
 
 @dataclass(frozen=True)
@@ -157,7 +183,7 @@ def asked(request: ChatRequest | CompletionRequest, release: str, most: int) -> 
     if isinstance(request, ChatRequest):
         messages: tuple[tuple[str, str], ...] = tuple((message.role, message.text()) for message in request.messages)
     else:
-        messages = (("", request.prompt if isinstance(request.prompt, str) else request.prompt[0]),)
+        messages = (("", request.text()),)
     return Asked(
         release=release,
         chat=isinstance(request, ChatRequest),

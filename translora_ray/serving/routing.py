@@ -61,6 +61,7 @@ class Router:
         if release is None:
             raise self._unreachable() if self.index.error else protocol.unknown(model)
         if refusal := self._refusal(release):
+            self._warn(f"{model} names {release.id}, which is not served: {refusal}")
             raise refusal
         return release
 
@@ -70,11 +71,15 @@ class Router:
         if trial is None or not takes_part(trial.release.id, who, trial.share):
             return None
         if refusal := self._refusal(trial.release):
-            if trial.release.id not in self._warned:
-                self._warned.add(trial.release.id)
-                logger.warning(f"{model} is to try {trial.release.id}, which does not happen: {refusal}")
+            self._warn(f"{model} is to try {trial.release.id}, which does not happen: {refusal}")
             return None
         return trial
+
+    def _warn(self, message: str) -> None:
+        """Once."""
+        if message not in self._warned:
+            self._warned.add(message)
+            logger.warning(message)
 
     def listed(self, release: Release, key: Key) -> bool:
         return key.may_use(release.name) and self._refusal(release) is None

@@ -144,7 +144,7 @@ class Loop:
         self.held_out_losses: list[float] = []
         """Mean loss per label of the rows held out, after each epoch."""
         self._best: list[torch.Tensor] = []
-        self.optimizer = torch.optim.AdamW(self._weights, lr=settings.learning_rate, weight_decay=0.0)
+        self.optimizer = torch.optim.AdamW(self._weights, lr=settings.learning_rate, weight_decay=0.0, fused=True)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: max(0.0, 1.0 - step / total))
         self.epoch = 0
         self.position = 0

@@ -85,6 +85,7 @@ def start(
     """
     spread = spread and world > 1
     models.require_bits(settings.base_bits)
+    models.keep_freed_memory()
     tokenizer = models.load_tokenizer(base)
     model = adapting.create(models.load_base(base, device, settings.base_bits, stays_on_cpu=spread), adapter, derive_seed(seed, "adapter"))
     if recompute:

@@ -1,0 +1,57 @@
+"""Which engines have a replica that runs, as Serve sees it: an engine that is asked itself answers after the requests that wait there."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Coroutine, Mapping
+from typing import Any, TypeVar
+
+from ray import serve
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentHandle
+
+from translora_ray.serving.protocol import ServiceError
+
+SECONDS = 2.0
+"""Between two looks."""
+_T = TypeVar("_T")
+
+
+class Health:
+    """Engines by the fingerprint of their base; `running` are those of which a replica runs."""
+
+    def __init__(self, engines: Mapping[str, DeploymentHandle]) -> None:
+        self.engines = engines
+        self.running: set[str] = set()
+
+    async def watch(self) -> None:
+        """Ask Serve again and again, for ever. While its controller is away all stays as it was."""
+        while True:
+            with contextlib.suppress(RayError, RayServeException):
+                self.running = await asyncio.to_thread(self._look)
+            await asyncio.sleep(SECONDS)
+
+    def all_run(self) -> bool:
+        return self.running == set(self.engines)
+
+    async def while_running(self, engine: str, answer: Coroutine[Any, Any, _T]) -> _T:
+        """The answer, or 503 where the engine has no replica, or loses its last one meanwhile: a request may wait for the next one as long as that takes."""
+        step = asyncio.ensure_future(answer)
+        try:
+            while engine in self.running:
+                if (await asyncio.wait([step], timeout=SECONDS))[0]:
+                    return step.result()
+        finally:
+            step.cancel()  # nothing, where it is done
+        raise ServiceError(503, "engine_unavailable", "The engine is not available at the moment: try again.", 5)
+
+    def _look(self) -> set[str]:
+        applications = serve.status().applications
+        found = set()
+        for fingerprint, handle in self.engines.items():
+            deployments = applications[handle.app_name].deployments if handle.app_name in applications else {}
+            if handle.deployment_name in deployments and deployments[handle.deployment_name].replica_states.get("RUNNING"):
+                found.add(fingerprint)
+        return found
