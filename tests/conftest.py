@@ -11,6 +11,7 @@ import socket
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -107,11 +108,17 @@ SERVICES = {"test_serving.py", "test_rollout.py", "test_job.py", "test_local_clu
 """Files whose tests look for a service's processes on the whole machine, or start a head with Ray's own ports."""
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What pytest-xdist keeps together (`--dist loadgroup`): a file, whose fixtures take time."""
-    for item in items:
-        group = "services" if item.path.name in SERVICES else f"{item.path.parent.name}/{item.path.name}"
-        item.add_marker(pytest.mark.xdist_group(group))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """A process takes a file at a time, whose fixtures take time, in the order of their names."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Files(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.split("::", maxsplit=1)[0]
+            return "services" if Path(file).name in SERVICES else file
+
+    return Files(config, log)
 
 
 @pytest.fixture(scope="session")

@@ -160,7 +160,7 @@ def check_fits(info: AdapterInfo, base_name: str, linear_shapes: dict[str, tuple
 
 
 def inherit(info: AdapterInfo, wanted: Adapter, linear_shapes: dict[str, tuple[int, int]]) -> Adapter:
-    """The target adapter, fully set: what the recipe wants, else what the source adapter has (alpha / rank stays as it is there).
+    """The target adapter, fully set: what the recipe wants, else what the source adapter has. What a LoRA's product is multiplied by stays as it is there.
 
     `linear_shapes` are the target's; kinds of modules are mapped to its names. Raises `UsageError` where wanted modules match nothing.
     """
@@ -173,10 +173,15 @@ def inherit(info: AdapterInfo, wanted: Adapter, linear_shapes: dict[str, tuple[i
     return Adapter(
         type=kind,
         rank=rank,
-        alpha=wanted.alpha or (info.alpha / info.rank if info.rank else 2.0) * rank,
+        alpha=wanted.alpha or (info.alpha / _divisor(info.type, info.rank) if info.rank else 2.0) * _divisor(kind, rank),
         dropout=info.dropout if wanted.dropout is None else wanted.dropout,
         modules=target_modules(info, wanted, linear_shapes),
     )
+
+
+def _divisor(kind: AdapterType, rank: int) -> float:
+    """By what alpha is divided: rsLoRA's root of the rank (arXiv 2312.03732), or the rank."""
+    return math.sqrt(rank) if kind == "rslora" else rank
 
 
 def target_modules(info: AdapterInfo, wanted: Adapter, linear_shapes: dict[str, tuple[int, int]]) -> Literal["all-linear"] | list[str]:

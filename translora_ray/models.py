@@ -77,12 +77,12 @@ def require_bits(bits: int | None) -> None:
         raise UsageError(f"A base in {bits} bits needs bitsandbytes: install the extra quantized, or leave training.base_bits out.")
 
 
-def _c_library(function: str, *arguments: int) -> None:
-    """Call a function of the C library, where it has it: what is asked for below is glibc's."""
+def _c_library(function: str, *arguments: int) -> int:
+    """What a function of the C library returns, 0 where it has none: what is asked for below is glibc's."""
     import ctypes
 
-    if found := getattr(ctypes.CDLL(None), function, None):
-        found(*arguments)
+    found = getattr(ctypes.CDLL(None), function, None)
+    return int(found(*arguments)) if found else 0
 
 
 def keep_freed_memory() -> None:
@@ -94,8 +94,10 @@ def keep_freed_memory() -> None:
     import torch
 
     if not torch.cuda.is_available():
-        for threshold in (-1, -3):
-            _c_library("mallopt", threshold, 1 << 30)
+        for most in (1 << 30, 32 << 20):  # before glibc 2.35 the second was the most
+            if _c_library("mallopt", -3, most):
+                _c_library("mallopt", -1, 1 << 30)
+                return
 
 
 def release() -> None:

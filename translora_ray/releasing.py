@@ -52,6 +52,7 @@ def run(options: argparse.Namespace) -> int:
             registry.promote(release.id, channel)
         print(release.id)
     elif options.command == "promote":
+        registry.check()
         if problem := _problem(registry, registry.release(options.release)):
             raise UsageError(f"{problem} Nothing was changed.")
         if options.shadow or options.share is not None:

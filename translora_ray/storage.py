@@ -125,8 +125,14 @@ class RunStore:
 
     def names(self, folder: str) -> list[str]:
         """File names in a folder of the run, sorted; without unfinished ones."""
-        found = self.fs.get_file_info(pafs.FileSelector(self.path(folder), allow_not_found=True))
-        return sorted(info.base_name for info in found if not info.base_name.startswith("."))
+        for tries_left in reversed(range(TRIES)):
+            try:
+                found = self.fs.get_file_info(pafs.FileSelector(self.path(folder), allow_not_found=True))
+                return sorted(info.base_name for info in found if not info.base_name.startswith("."))
+            except FileNotFoundError:  # another writer's unfinished file went while they were listed
+                if not tries_left:
+                    raise
+        raise AssertionError
 
     def read(self, name: str) -> bytes:
         for tries_left in reversed(range(TRIES)):
@@ -208,16 +214,17 @@ class RunStore:
         pq.write_table(table, sink)
         self.write(f"{SHARDS}/{first:06d}-{last:06d}.parquet", sink.getvalue().to_pybytes())
 
-    def shards(self) -> Iterator[tuple[int, list[Candidate], dict[str, Any]]]:
-        """(last pack, candidates, facts) of the committed shards, in the order of packs."""
+    def shards(self, after: int = 0) -> Iterator[tuple[int, list[Candidate], dict[str, Any]]]:
+        """(last pack, candidates, facts) of the committed shards, in the order of packs, without the first `after`, which are not read."""
         expected = 0
-        for name in self.names(SHARDS):
+        for number, name in enumerate(self.names(SHARDS)):
             match = _SHARD_NAME.search(name)
             if match is None or int(match[1]) != expected:
                 raise UsageError(f"{self.uri}/{SHARDS}/{name} does not follow the shards before it: remove the run and start it anew.")
-            table = pq.ParquetFile(pa.BufferReader(self.read(f"{SHARDS}/{name}")), pre_buffer=False).read(use_threads=False)
-            yield int(match[2]), [Candidate(**row) for row in table.to_pylist()], json.loads(table.schema.metadata[b"facts"])
             expected = int(match[2]) + 1
+            if number >= after:
+                table = pq.ParquetFile(pa.BufferReader(self.read(f"{SHARDS}/{name}")), pre_buffer=False).read(use_threads=False)
+                yield int(match[2]), [Candidate(**row) for row in table.to_pylist()], json.loads(table.schema.metadata[b"facts"])
 
     def candidates(self) -> list[Candidate]:
         """Those of all committed shards, in their order."""

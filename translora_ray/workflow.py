@@ -123,8 +123,12 @@ def planned(checked: Checked, local: bool) -> tuple[Plan, Resources]:
 
 
 def begin(checked: Checked) -> None:
-    """Write down what the run is."""
+    """Write down what the run is. A training that was begun in another way is forgotten."""
     _check_identity(checked.store, checked.identity)
+    if checked.store.exists(IDENTITY):
+        before, now = (identity["recipe"]["training"] for identity in (checked.store.read_json(IDENTITY), checked.identity))
+        if differing_field(before, now):
+            checked.store.remove(TRAIN)
     checked.store.write_json(IDENTITY, checked.identity)
 
 
@@ -140,10 +144,17 @@ def _check_identity(store: RunStore, identity: dict[str, Any]) -> None:
         if store.names(""):
             raise UsageError(f"{store.uri} is not empty and not a run: choose another --out.")
         return
-    stored = {key: value for key, value in store.read_json(IDENTITY).items() if key != "recipe_hash"}
-    wanted = {key: value for key, value in identity.items() if key != "recipe_hash"}
-    if field := differing_field(stored, wanted):
+    trained = store.exists(f"{ADAPTER}/{adapters.CONFIG}")
+    if field := differing_field(_fixed(store.read_json(IDENTITY), trained), _fixed(identity, trained)):
         raise UsageError(f"{store.uri} is a run of something else: {field}. Choose another --out.")
+
+
+def _fixed(identity: dict[str, Any], trained: bool) -> dict[str, Any]:
+    """What must stay as it is in a run. How its adapter is trained may change until there is one, but for what the stream measures for it."""
+    recipe = identity["recipe"]
+    if not trained:
+        recipe = {**recipe, "training": {"token_weights": recipe["training"].get("token_weights")}}
+    return {**{key: value for key, value in identity.items() if key != "recipe_hash"}, "recipe": recipe}
 
 
 def _check_models(loaded: kit.Kit, target: str, recipe: Recipe) -> None:
@@ -208,14 +219,17 @@ def _in_turn(plan: Plan, store: RunStore, worker: Resources, display: Display) -
 def _overlapped(plan: Plan, store: RunStore, worker: Resources, display: Display) -> Phases:
     """Stream, while a thread trains on what is committed."""
     began = time.monotonic()
-    steps = open_desk()
+    steps, failed = open_desk(), threading.Event()
     with ThreadPoolExecutor(1) as pool:
         training = pool.submit(train, plan, store, worker, steps, display)
+        training.add_done_callback(lambda done: failed.set() if done.exception() else None)
         try:
-            (totals,) = run_stream([plan], [store], display)
+            (totals,) = run_stream([plan], [store], display, stop=failed)
             streamed = time.monotonic() - began
             check_answers(plan, store)
         except BaseException as failure:
+            if failed.is_set():
+                training.result()  # raises what ended the stream, too: hours of it would be for nothing
             ray.get(steps.end.remote(f"The stream ended: {first_line(failure)}"))
             raise
         return totals, training.result(), streamed
@@ -228,7 +242,7 @@ def train(plan: Plan, store: RunStore, worker: Resources, steps: Any, display: D
     adapter = _target_adapter(plan.kit, plan.target, plan.recipe)
     rows = (store, plan.quota) if plan.recipe.overlap else frozenset(candidate.index for candidate in examples(plan, store)[0])
     job = Job(plan.kit.task, plan.target, adapter, plan.recipe.training, plan.recipe.seed, plan.cluster, steps, rows)
-    with _watching(steps, display):
+    with _watching(steps, display, plan.cluster.start_timeout_s):
         facts = train_target(
             job, store, lambda trial, name: fit_alone(trial, name, store, run) if run else fit_on_ray_train(trial, name, store, worker.cpus, worker.gpus)
         )
@@ -242,22 +256,26 @@ def train(plan: Plan, store: RunStore, worker: Resources, steps: Any, display: D
 
 def check_answers(plan: Plan, store: RunStore) -> None:
     """Raise `RunFailed` where all examples have one answer and the seeds have several: nothing else could be learnt from them."""
-    given = [candidate.target for candidate in store.candidates() if candidate.accepted]
+    given = [candidate.target for candidate in examples(plan, store)[0]]
     if len(given) >= ENOUGH_ANSWERS and len(set(given)) == 1 and len({seed.target for seed in plan.kit.seeds}) > 1:
         raise RunFailed(f"The teacher gave each of the {len(given)} examples the same answer, {given[0]!r}: prepare the kit with more seeds or rows.")
 
 
 @contextlib.contextmanager
-def _watching(steps: Any, display: Display) -> Iterator[None]:
+def _watching(steps: Any, display: Display, patience: int) -> Iterator[None]:
+    """Shows steps as they come, and says so where none does for `patience` seconds."""
     phase = display.phase("training")
 
     def watch(done: threading.Event) -> None:
-        shown = None
+        shown, since = None, time.monotonic()
         while not done.wait(1.0):
             step = ray.get(steps.latest_step.remote())
             if step and step != shown:
                 phase.step(step)
-                shown = step
+                shown, since = step, time.monotonic()
+            elif time.monotonic() - since > patience:
+                display.say(f"No step of training for {patience} s: it waits for workers (`ray status` tells what is missing), or for rows of its stream.")
+                since = time.monotonic()
 
     phase.update(0, 1, "starting workers")
     with beside(watch):

@@ -225,6 +225,19 @@ def test_a_replica_that_is_killed_under_load_loses_no_request(world: World, vict
     assert eventually(lambda: processes(victim) not in ([], [before])) and world.asks("colours@1") == ("colours@1", world.says("colours@1"))
 
 
+def test_while_a_canarys_engine_is_gone_the_old_release_answers_at_once(world: World) -> None:
+    old, new = world.rollout(1.0)
+    name = old.partition("@")[0]
+    assert world.asks(name) == (new, world.says(new))
+    (before,) = processes(ENGINE + b"1")
+    os.kill(before, signal.SIGKILL)
+    found = []
+    while processes(ENGINE + b"1") in ([], [before]):  # its next replica is not there yet, which a request that waits would be answered by
+        found.append(world.asks(name))
+    assert set(found) == {(old, world.says(old))}
+    assert eventually(lambda: world.asks(name) == (new, world.says(new))), "until it is back"
+
+
 def test_told_to_end_it_leaves_nothing_behind(world: World) -> None:
     """The last test here: it ends the service."""
     assert world.service.end() == 0, world.service.output()

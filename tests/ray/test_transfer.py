@@ -136,6 +136,12 @@ def test_a_loss_that_is_not_a_number_stops_the_run_names_the_step_and_leaves_the
     assert "is not a number in step 2 (epoch 1, rows" in capsys.readouterr().err
     assert has_checkpoint(run)
     assert not (run / "adapter").exists()
+    assert main(arguments(tiny_kit, tiny_gemma, run, "training.learning_rate=0.01", "selection.quota=8")) == 0  # as it was told
+    manifest = json.loads((run / "manifest.json").read_text())
+    assert (manifest["recipe"]["training"]["learning_rate"], manifest["training"]["started_at_steps"]) == (0.01, [0])
+    assert len(manifest["counts"]["engine_loads"]) == 1, "what was streamed stays"
+    assert main(arguments(tiny_kit, tiny_gemma, run, "training.learning_rate=0.02", "selection.quota=8")) == 2
+    assert "training.learning_rate is 0.01 there and 0.02 here" in capsys.readouterr().err
 
 
 def test_another_type_of_adapter_by_the_better_of_two_learning_rates(

@@ -118,6 +118,18 @@ def test_an_adapter_that_changes_nothing_is_found_out(adapter: Path, tiny_llama:
         TransformersEngine(tiny_llama).score([Score(Prompt("Q"), ("a", "b"), AdapterRef("x", str(adapter)))])
 
 
+def test_another_type_or_rank_keeps_what_the_product_is_multiplied_by(tiny_llama: str) -> None:
+    shapes = models.linear_shapes(tiny_llama)
+
+    def alpha(given: AdapterType, wanted: Adapter) -> float | None:
+        return adapters.inherit(adapters.AdapterInfo("", "", given, 0, "", {}, 64, 128.0), wanted, shapes).alpha
+
+    assert alpha("lora", Adapter(type="rslora")) == 16.0  # 128 / 64 = 16 / sqrt(64)
+    assert alpha("rslora", Adapter(type="lora")) == 1024.0  # 128 / sqrt(64) = 1024 / 64
+    assert alpha("rslora", Adapter(rank=16)) == 64.0  # 128 / sqrt(64) = 64 / sqrt(16)
+    assert (alpha("lora", Adapter()), alpha("rslora", Adapter()), alpha("lora", Adapter(rank=16))) == (128.0, 128.0, 32.0)
+
+
 @pytest.mark.parametrize("kind", ["lora", "rslora", "dora", "prompt_tuning", "ia3"])
 @pytest.mark.parametrize("family", ["llama", "gemma"])
 def test_every_type_is_made_saved_read_and_answers_as_peft_does(kind: AdapterType, family: str, tmp_path: Path) -> None:

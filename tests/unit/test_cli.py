@@ -155,8 +155,8 @@ def test_a_run_of_another_recipe_is_refused_by_field(tmp_path: Path, tiny_kit: P
     run = tmp_path / "run"
     run.mkdir()
     (run / "run.json").write_text(json.dumps(_identity(kit.load(tiny_kit), tiny_gemma, load_config(None, []))))
-    arguments = ("transfer", tiny_kit, "--target", tiny_gemma, "--out", run, "--set", "training.epochs=3")
-    assert "recipe.training.epochs is 6 there and 3 here" in fails(capsys, *arguments)
+    arguments = ("transfer", tiny_kit, "--target", tiny_gemma, "--out", run, "--set", "selection.votes=3")
+    assert "recipe.selection.votes is 1 there and 3 here" in fails(capsys, *arguments)
 
 
 def test_an_adapter_of_another_base_of_the_same_shapes_is_refused(tmp_path: Path, tiny_kit: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -248,7 +248,10 @@ def test_prepare_takes_an_adapter_and_leaves_the_discriminator_out(tmp_path: Pat
     assert (out / "adapter" / "adapter_model.safetensors").read_bytes() == (tiny_kit / "adapter" / "adapter_model.safetensors").read_bytes()
 
 
-def test_inspect_says_what_things_are(tiny_kit: Path, tiny_llama: str, tiny_gemma: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_says_what_things_are(
+    tiny_kit: Path, tiny_llama: str, tiny_gemma: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "300")  # tests that run beside each other have longer paths
     for path, words in ((tiny_kit, "transfer kit, sound"), (tiny_kit / "adapter", "14 modules"), (Path(tiny_llama), "llama")):
         assert main(["inspect", str(path)]) == 0
         assert words in capsys.readouterr().out

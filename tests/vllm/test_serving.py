@@ -126,7 +126,7 @@ def test_what_can_not_be_answered_is_the_clients_error(world: World) -> None:
     chat = {"model": "colours", "messages": [{"role": "user", "content": "a" * 3000}]}
     both = {"model": "colours", "prompt": "a" * 1500, "max_tokens": 700}
     for route, body in (
-        ("completions", long), ("completions", both), ("chat/completions", chat), ("completions", b"{"), ("completions", long | {"logit_bias": {}})
+        ("completions", long), ("completions", both), ("chat/completions", chat), ("completions", b"{"), ("completions", long | {"logit_bias": {"5": 1}})
     ):  # fmt: skip
         status, _, answer = post(f"{url}{route}", body)  # type: ignore[arg-type]
         assert status == 400 and ("context has 2048" in json.loads(answer)["error"]["message"]) == (body in (long, both, chat)), (route, answer)

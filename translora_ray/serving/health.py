@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import logging
 from collections.abc import Coroutine, Mapping
 from typing import Any, TypeVar
 
 from ray import serve
-from ray.exceptions import RayError
-from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from translora_ray.serving.protocol import ServiceError
 
+logger = logging.getLogger("ray.serve")
 SECONDS = 2.0
 """Between two looks."""
+WORKING = {"RUNNING", "RECOVERING", "UPDATING"}
 _T = TypeVar("_T")
 
 
@@ -28,9 +28,15 @@ class Health:
 
     async def watch(self) -> None:
         """Ask Serve again and again, for ever. While its controller is away all stays as it was."""
+        said: str | None = None
         while True:
-            with contextlib.suppress(RayError, RayServeException):
-                self.running = await asyncio.to_thread(self._look)
+            try:
+                self.running, now = await asyncio.to_thread(self._look), None
+            except Exception as error:  # whatever it is, it is tried again in a moment
+                now = f"{type(error).__name__}: {error}"
+                if now != said:
+                    logger.warning(f"Serve does not tell which engines run: {now}")
+            said = now
             await asyncio.sleep(SECONDS)
 
     def all_run(self) -> bool:
@@ -52,6 +58,8 @@ class Health:
         found = set()
         for fingerprint, handle in self.engines.items():
             deployments = applications[handle.app_name].deployments if handle.app_name in applications else {}
-            if handle.deployment_name in deployments and deployments[handle.deployment_name].replica_states.get("RUNNING"):
+            states = {state for state, count in deployments[handle.deployment_name].replica_states.items() if count} if deployments else set()
+            # After a restart Serve's controller takes replicas over that answer all the while.
+            if states & (WORKING if fingerprint in self.running else {"RUNNING"}):
                 found.add(fingerprint)
         return found

@@ -83,7 +83,8 @@ class VllmBackend(LLMServer):  # type: ignore[misc]
 
     async def __del__(self) -> None:
         """Serve calls it when the replica ends."""
-        self._loader.close()
+        if loader := getattr(self, "_loader", None):  # none where it could not be made
+            loader.close()
         await super().__del__()
 
     async def _while_it_lives(self, pieces: AsyncIterator[Piece]) -> AsyncIterator[Piece]:

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import os
 import shutil
+import socket
 import tempfile
 import time
 from collections.abc import Callable
@@ -21,7 +22,8 @@ from translora_ray.serving.measures import EngineMeasures
 from translora_ray.serving.protocol import ServiceError, unknown
 
 logger = logging.getLogger("ray.serve")
-PREFIX = "translora-serve-"
+PREFIX = f"translora-serve-{socket.gethostname()}-"
+"""Containers may share the folder, and not know of each other's processes."""
 KEPT = 256
 """Adapters on an engine's disk: more than any engine has in its memory."""
 FETCHES = 4
@@ -53,7 +55,7 @@ class Loader:
         self.registry, self.base, self.measures = Registry(registry), base, measures
         self.shapes, self.width = models.linear_shapes(base), models.width(base)
         _sweep()
-        self._scratch = tempfile.TemporaryDirectory(prefix=f"{PREFIX}{os.getpid()}-")
+        self._scratch = tempfile.TemporaryDirectory(prefix=f"{PREFIX}{os.getpid()}-", ignore_cleanup_errors=True)
         self._threads = ThreadPoolExecutor(FETCHES, "adapters")
         self._here: dict[str, Path] = {}
         """Releases on this disk, the one asked for last at the end."""

@@ -60,7 +60,8 @@ class TransformersBackend:
 
     def __del__(self) -> None:
         """Serve calls it when the replica ends."""
-        self.loader.close()
+        if loader := getattr(self, "loader", None):  # none where it could not be made
+            loader.close()
 
     def _evict(self, release: str, path: Path) -> None:
         self.measures.evicted(release)

@@ -7,6 +7,7 @@ Logits and loss exist only where there is a label: the output embedding sees the
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +25,7 @@ from translora_ray.records import Step, derive_seed
 IGNORE = -100
 BUCKET_BATCHES = 4
 """Batches made together of rows of like length. More of them save padding and learn slower: like rows have like answers, so steps differ more."""
+OTHER_ORDER = "The training's last checkpoint is of a version that takes rows in another order: remove the folder train in the run, and it begins anew."
 CURVE_POINTS = 200
 """Most points of the loss over the steps that are kept."""
 
@@ -158,13 +160,19 @@ class Loop:
 
     def state_dict(self) -> dict[str, Any]:
         place = {"epoch": self.epoch, "position": self.position, "tokens": self.tokens, "held_out_losses": self.held_out_losses, "best": self._best}
-        return {"optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict(), **place}
+        return {"optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict(), "order": self._order(), **place}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> str | None:
+        """Go on from a state; or, with nothing changed, why that can not be."""
+        self.epoch = state["epoch"]
+        if state.get("order") != self._order():
+            self.epoch = 0
+            return OTHER_ORDER
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
-        self.epoch, self.position, self.tokens = state["epoch"], state["position"], state["tokens"]
+        self.position, self.tokens = state["position"], state["tokens"]
         self.held_out_losses, self._best = state["held_out_losses"], state["best"]
+        return None
 
     @property
     def best_epoch(self) -> int:
@@ -207,6 +215,10 @@ class Loop:
         if self.in_order and self.epoch == 0:
             return [list(range(start, min(start + size, len(self.rows)))) for start in range(0, len(self.rows), size)]
         return epoch_batches([len(row.ids) for row in self.rows], size, self.seed, self.epoch)
+
+    def _order(self) -> str:
+        """A digest of the epoch's steps."""
+        return hashlib.sha256(repr(self._batches()).encode()).hexdigest() if self.epoch < self.settings.epochs else ""
 
     def loss_on(self, held_out: Sequence[Encoded]) -> float:
         """Mean loss per label of rows that are not trained on."""

@@ -25,7 +25,7 @@ from translora_ray.errors import Diverged, RunFailed, StreamEnded
 from translora_ray.records import TaskRow
 from translora_ray.storage import ADAPTER, SHARDS, TRAIN, RunStore
 from translora_ray.training import task as task_training
-from translora_ray.training.loop import Loop, add_point
+from translora_ray.training.loop import OTHER_ORDER, Loop, add_point
 
 STATE = "state.pt"
 METRICS = "metrics.json"
@@ -104,6 +104,8 @@ def train_target(job: Job, store: RunStore, fit: Fit) -> dict[str, Any]:
         results.append(fit(replace(job, training=trial), f"target{number}"))
         if results[-1].failure and (reason := ray.get(job.steps.why_ended.remote())):
             raise StreamEnded(reason)  # it was stopped, which says nothing of its learning rate
+        if results[-1].failure == OTHER_ORDER:  # nor does this
+            raise RunFailed(OTHER_ORDER)
     if not (sound := [result for result in results if not result.failure]):
         kept = f" The last good checkpoint is in {store.path(TRAIN)}." if results[0].metrics else ""
         raise RunFailed(f"{results[0].failure}{kept}")
@@ -219,10 +221,11 @@ class Arriving(Sequence[task_training.Pair]):
         if len(self.store.names(SHARDS)) == self.shards:
             time.sleep(POLL_SECONDS)
             return False
-        shards = [candidates for _, candidates, _ in self.store.shards()]
+        shards = [candidates for _, candidates, _ in self.store.shards(self.shards)]
         accepted = [candidate for candidates in shards for candidate in candidates if candidate.accepted]
         rows = [TaskRow(candidate.input, candidate.target or "", tuple(candidate.char_excess or ())) for candidate in accepted]
-        self.shards, self.pairs = len(shards), task_training.task_pairs(self.job.task, rows)
+        self.shards += len(shards)
+        self.pairs += task_training.task_pairs(self.job.task, rows)
         return True
 
 
@@ -241,7 +244,8 @@ def work(job: Job, post: Post) -> str | None:
         if folder:
             adapting.load_weights(loop.model, folder)
             state = torch.load(Path(folder) / STATE, map_location="cpu", weights_only=True)
-            loop.load_state_dict(state["loop"])
+            if failure := loop.load_state_dict(state["loop"]):
+                return failure
             history |= state["history"]
     history["started_at_steps"].append(loop.step)
     try:
