@@ -26,7 +26,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pyarrow.fs as pafs
 from pydantic import TypeAdapter
 
 from translora_ray import adapters
@@ -104,8 +103,8 @@ class Registry:
     def changes(self, skip: Skip = refuse, name: str = "") -> dict[str, Change]:
         """The change that counts of each channel, {"name:channel": change}, sorted; of one name's, where it is given. `trial_in` reads a trial from it."""
         with self._ledger.reaching():
-            selector = pafs.FileSelector(self._store.path(f"{CHANNELS}/{name}".rstrip("/")), allow_not_found=True, recursive=True)
-            paths = sorted(info.path.removeprefix(f"{self._store.root}/") for info in self._store.fs.get_file_info(selector) if info.is_file)
+            found = self._store.listed(f"{CHANNELS}/{name}".rstrip("/"), recursive=True)
+            paths = sorted(info.path.removeprefix(f"{self._store.root}/") for info in found if info.is_file)
             latest = {path[:-12]: path for path in paths if _CHANGE.fullmatch(path[-11:])}
             named = self._ledger.load(latest.values(), _check_change, skip)
         return {":".join(path.split("/")[1:3]): change for path, change in named.items()}

@@ -55,13 +55,15 @@ def run(options: argparse.Namespace) -> int:
         registry.check()
         if problem := _problem(registry, registry.release(options.release)):
             raise UsageError(f"{problem} Nothing was changed.")
+        tried = ""
         if options.shadow or options.share is not None:
             wanted = trial(options.release, options.share, options.shadow)
             release = registry.try_out(wanted, options.channel)
-            print(f"{release.name}:{options.channel} {registry.release(f'{release.name}:{options.channel}').id}, {replace(wanted, release=release.id)}")
+            tried = f", {replace(wanted, release=release.id)}"
         else:
-            name = registry.promote(options.release, options.channel).name
-            print(f"{name}:{options.channel} {registry.release(f'{name}:{options.channel}').id}")
+            release = registry.promote(options.release, options.channel)
+        channel = f"{release.name}:{options.channel}"
+        print(f"{channel} {registry.release(channel).id}{tried}")
     elif options.command == "roll-back":
         release = registry.roll_back(options.name, options.channel)
         print(f"{release.name}:{options.channel} {release.id}")

@@ -125,10 +125,14 @@ class RunStore:
 
     def names(self, folder: str) -> list[str]:
         """File names in a folder of the run, sorted; without unfinished ones."""
+        return sorted(info.base_name for info in self.listed(folder) if not info.base_name.startswith("."))
+
+    def listed(self, folder: str, recursive: bool = False) -> list[Any]:
+        """pyarrow's `FileInfo` of what is in a folder of the run, also inside its folders; nothing where there is none."""
+        selector = pafs.FileSelector(self.path(folder), allow_not_found=True, recursive=recursive)
         for tries_left in reversed(range(TRIES)):
             try:
-                found = self.fs.get_file_info(pafs.FileSelector(self.path(folder), allow_not_found=True))
-                return sorted(info.base_name for info in found if not info.base_name.startswith("."))
+                return list(self.fs.get_file_info(selector))
             except FileNotFoundError:  # another writer's unfinished file went while they were listed
                 if not tries_left:
                     raise

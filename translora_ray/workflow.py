@@ -124,11 +124,9 @@ def planned(checked: Checked, local: bool) -> tuple[Plan, Resources]:
 
 def begin(checked: Checked) -> None:
     """Write down what the run is. A training that was begun in another way is forgotten."""
-    _check_identity(checked.store, checked.identity)
-    if checked.store.exists(IDENTITY):
-        before, now = (identity["recipe"]["training"] for identity in (checked.store.read_json(IDENTITY), checked.identity))
-        if differing_field(before, now):
-            checked.store.remove(TRAIN)
+    stored = _check_identity(checked.store, checked.identity)
+    if stored and differing_field(stored["recipe"]["training"], checked.identity["recipe"]["training"]):
+        checked.store.remove(TRAIN)
     checked.store.write_json(IDENTITY, checked.identity)
 
 
@@ -137,16 +135,19 @@ def _identity(loaded: kit.Kit, target: str, config: Config) -> dict[str, Any]:
     return {"kit": loaded.digest, "target": models.fingerprint(target), "recipe_hash": recipe.digest(), "recipe": recipe.model_dump()}
 
 
-def _check_identity(store: RunStore, identity: dict[str, Any]) -> None:
+def _check_identity(store: RunStore, identity: dict[str, Any]) -> dict[str, Any] | None:
+    """What is written down of the run, None where nothing is. Raises `UsageError` where it is another one."""
     if not store.exists():
-        return
+        return None
     if not store.exists(IDENTITY):
         if store.names(""):
             raise UsageError(f"{store.uri} is not empty and not a run: choose another --out.")
-        return
+        return None
+    stored: dict[str, Any] = store.read_json(IDENTITY)
     trained = store.exists(f"{ADAPTER}/{adapters.CONFIG}")
-    if field := differing_field(_fixed(store.read_json(IDENTITY), trained), _fixed(identity, trained)):
+    if field := differing_field(_fixed(stored, trained), _fixed(identity, trained)):
         raise UsageError(f"{store.uri} is a run of something else: {field}. Choose another --out.")
+    return stored
 
 
 def _fixed(identity: dict[str, Any], trained: bool) -> dict[str, Any]:

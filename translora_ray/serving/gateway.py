@@ -173,7 +173,7 @@ class Gateway:
             wanted = protocol.parse(kind, body, key.max_tokens)
             release = await self.router.resolve(wanted.model, key)
             asked = protocol.asked(wanted, release.id, key.max_tokens)
-            trial = self.router.trial(wanted.model, (wanted.user or wanted.opening()).encode())
+            trial = self.router.trial(wanted.model, (wanted.user or asked.opening()).encode())
             begun = await self._canary(asked, trial.release, seen) if trial and not trial.shadow else None
             if begun is None:
                 seen.release = release.id

@@ -39,8 +39,8 @@ PROOFS = 10
 class Downloader:
     """What LLMServer asks for an adapter that its replica does not hold (in place of `LoraModelLoader`)."""
 
-    def __init__(self, loader: Loader, measures: EngineMeasures, **_: Any) -> None:
-        self.loader, self.measures = loader, measures
+    def __init__(self, loader: Loader, **_: Any) -> None:
+        self.loader, self.measures = loader, loader.measures
 
     async def load_model_from_config(self, lora_model_id: str, llm_config: LLMConfig) -> _Held:
         path = await self.loader.load(lora_model_id)
@@ -63,9 +63,8 @@ class VllmBackend(LLMServer):  # type: ignore[misc]
         os.environ[OWNER] = str(os.getpid())  # vLLM's processes end with this one
         self._proved: set[str] = set()
         self._proving = asyncio.Lock()
-        self._measures = EngineMeasures()
-        self._loader = await asyncio.to_thread(Loader, registry, base, self._measures)
-        await super().__init__(llm_config, model_downloader=partial(Downloader, self._loader, self._measures))
+        self._loader = await asyncio.to_thread(Loader, registry, base, EngineMeasures())
+        await super().__init__(llm_config, model_downloader=partial(Downloader, self._loader))
         self._prompter = Prompter(base, self.engine._engine_client.model_config.max_model_len)
 
     async def answer(self, asked: Asked) -> AsyncIterator[Piece]:

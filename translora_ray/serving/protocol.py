@@ -112,24 +112,12 @@ class ChatRequest(_Asked):
     def limit(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens
 
-    def opening(self) -> str:
-        """All up to what the user said first: the same in every request of a conversation."""
-        first = next((i for i, message in enumerate(self.messages) if message.role == "user"), 0)
-        return json.dumps([(message.role, message.text()) for message in self.messages[: first + 1]])
-
 
 class CompletionRequest(_Asked):
     prompt: Annotated[str, Field(min_length=1)] | Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1, max_length=1)]
     max_tokens: int | None = Field(16, ge=1)
     echo: Literal[False] | None = None
     best_of: Literal[1] | None = None
-
-    def text(self) -> str:
-        return self.prompt if isinstance(self.prompt, str) else self.prompt[0]
-
-    def opening(self) -> str:
-        """What tells requests apart of which none says whose it is."""
-        return self.text()
 
 
 @dataclass(frozen=True)
@@ -150,6 +138,11 @@ class Asked:
     stop: tuple[str, ...]
     seed: int | None
     stream: bool
+
+    def opening(self) -> str:
+        """All up to what the user said first, which is the same in every request of a conversation; or the prompt."""
+        first = next((i for i, (role, _) in enumerate(self.messages) if role == "user"), 0)
+        return json.dumps(self.messages[: first + 1])
 
 
 @dataclass(frozen=True)
@@ -183,7 +176,7 @@ def asked(request: ChatRequest | CompletionRequest, release: str, most: int) -> 
     if isinstance(request, ChatRequest):
         messages: tuple[tuple[str, str], ...] = tuple((message.role, message.text()) for message in request.messages)
     else:
-        messages = (("", request.text()),)
+        messages = (("", request.prompt if isinstance(request.prompt, str) else request.prompt[0]),)
     return Asked(
         release=release,
         chat=isinstance(request, ChatRequest),

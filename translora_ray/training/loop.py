@@ -160,17 +160,15 @@ class Loop:
 
     def state_dict(self) -> dict[str, Any]:
         place = {"epoch": self.epoch, "position": self.position, "tokens": self.tokens, "held_out_losses": self.held_out_losses, "best": self._best}
-        return {"optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict(), "order": self._order(), **place}
+        return {"optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict(), "order": self._order(self.epoch), **place}
 
     def load_state_dict(self, state: dict[str, Any]) -> str | None:
         """Go on from a state; or, with nothing changed, why that can not be."""
-        self.epoch = state["epoch"]
-        if state.get("order") != self._order():
-            self.epoch = 0
+        if state.get("order") != self._order(state["epoch"]):
             return OTHER_ORDER
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
-        self.position, self.tokens = state["position"], state["tokens"]
+        self.epoch, self.position, self.tokens = state["epoch"], state["position"], state["tokens"]
         self.held_out_losses, self._best = state["held_out_losses"], state["best"]
         return None
 
@@ -195,7 +193,7 @@ class Loop:
     def run_epoch(self) -> Iterator[Step]:
         """Train what is left of the epoch, yielding a `Step` after each optimiser step; afterwards `epoch` is one higher."""
         self.model.train()
-        batches = self._batches()
+        batches = self._batches(self.epoch)
         began, before = time.perf_counter(), self.tokens
         for indices in batches[self.position :]:
             torch.manual_seed(derive_seed(self.seed, "step", self.step, self.rank))
@@ -209,16 +207,16 @@ class Loop:
             if self.best_epoch == self.epoch:
                 self._best = [weight.detach().cpu().clone() for weight in self._weights]
 
-    def _batches(self) -> list[list[int]]:
-        """Row indices of the epoch's steps."""
+    def _batches(self, epoch: int) -> list[list[int]]:
+        """Row indices of an epoch's steps."""
         size = self.settings.batch_size
-        if self.in_order and self.epoch == 0:
+        if self.in_order and epoch == 0:
             return [list(range(start, min(start + size, len(self.rows)))) for start in range(0, len(self.rows), size)]
-        return epoch_batches([len(row.ids) for row in self.rows], size, self.seed, self.epoch)
+        return epoch_batches([len(row.ids) for row in self.rows], size, self.seed, epoch)
 
-    def _order(self) -> str:
-        """A digest of the epoch's steps."""
-        return hashlib.sha256(repr(self._batches()).encode()).hexdigest() if self.epoch < self.settings.epochs else ""
+    def _order(self, epoch: int) -> str:
+        """A digest of an epoch's steps, if there is such an epoch."""
+        return hashlib.sha256(repr(self._batches(epoch)).encode()).hexdigest() if epoch < self.settings.epochs else ""
 
     def loss_on(self, held_out: Sequence[Encoded]) -> float:
         """Mean loss per label of rows that are not trained on."""
