@@ -11,6 +11,7 @@ from translora_ray.engines.base import AdapterRef, Generate, Sampling
 from translora_ray.engines.select import opener
 from translora_ray.evaluation import gate
 from translora_ray.evaluation.metrics import METRICS
+from translora_ray.evaluation.statistics import auc
 from translora_ray.placement import Run
 from translora_ray.progress import Display
 from translora_ray.prompts import answer_stops, clean_answer, task_prompt
@@ -39,6 +40,9 @@ def pass_gate(
     phase.update(1, 1)
     sides = {"agreement": scores[: len(rows)], "seeds": scores[len(rows) :]}
     measured = {name: sum(side) / len(side) for name, side in sides.items()}
+    judged = [candidate.verdict for candidate in trained if candidate.verdict is not None]
+    if judged and (real := (plan.kit.discriminator or {}).get("real_verdicts")):
+        measured["likeness"], *_ = auc(judged, real)
     answers = gate.answers(plan.kit.task.classes, plan.kit.seeds, [candidate.target or "" for candidate in trained])
     return {**gate.without_rows(plan.recipe.gate, measured, totals.accepted / totals.candidates, answers), "held_out": len(rows)}
 

@@ -136,6 +136,7 @@ def _discriminator(
         "true_accept_rate": accepted[0] / held,
         "false_accept_rate": accepted[1] / held,
         "calibration": calibrate(*found),
+        "real_verdicts": [round(verdict, 3) for verdict in sorted(found[0])],
     }
 
 

@@ -233,9 +233,9 @@ def test_excess_is_what_the_adapter_adds_to_each_token(engine: TransformersEngin
     assert [answer.text.strip() for answer in greedy] == [row.target for row in pack.open()]
 
 
-def answered(agreement: float = 1.0, seeds: float = 1.0, accepted: float = 0.5, given: str = "aabbcc") -> dict[str, Any]:
+def answered(accepted: float = 0.5, given: str = "aabbcc", **measured: float) -> dict[str, Any]:
     seen = gate.answers(["a", "b", "c"], [TaskRow("1", "a"), TaskRow("2", "b")], list(given))
-    return gate.without_rows(Gate(), {"agreement": agreement, "seeds": seeds}, accepted, seen)
+    return gate.without_rows(Gate(), {"agreement": 1.0, "seeds": 1.0, **measured}, accepted, seen)
 
 
 @pytest.mark.parametrize(
@@ -247,6 +247,8 @@ def answered(agreement: float = 1.0, seeds: float = 1.0, accepted: float = 0.5, 
         ({"agreement": math.nan}, "refuse", "otherwise than its teacher"),
         ({"seeds": 0.2, "accepted": 0.001}, "refuse", "gets seeds wrong"),
         ({"accepted": 0.001}, "review", "few candidates"),
+        ({"likeness": 0.4}, "ship", None),
+        ({"likeness": 0.1}, "review", "far from real prompts"),
         ({"given": "aabb"}, "review", "no example has the label 'c'"),
         ({"given": "a" * 98 + "bc"}, "review", "nearly all examples have one answer"),
     ],
