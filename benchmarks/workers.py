@@ -8,6 +8,7 @@ may run on the machine.
 
 from __future__ import annotations
 
+import os
 import tempfile
 from functools import partial
 from typing import Any
@@ -41,6 +42,7 @@ def trained(workers: int, base: str, count: int, turn: int) -> tuple[float, int,
 
 
 def workers(rounds: int, requests: int, base: str) -> list[str]:
+    os.environ.pop("OMP_NUM_THREADS", None)  # Ray sets it to a worker's CPUs, unless it is set
     with ray_session(Cluster()):
         sides = {f"{count} worker{'s' * (count > 1)}": partial(trained, count, base, requests) for count in (1, 2)}
         measured: dict[str, list[Any]] = alternate(sides, rounds)
