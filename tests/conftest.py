@@ -8,6 +8,7 @@ import logging
 import os
 import shutil
 import socket
+import subprocess
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -65,6 +66,32 @@ def save_model(folder: Path, family: str, seed: int = 0) -> str:
 
 def lora(rank: int = 4, alpha: float = 8.0) -> Adapter:
     return Adapter(type="lora", rank=rank, alpha=alpha, dropout=0.0, modules="all-linear")
+
+
+BALLAST = "ballast"
+
+
+@contextlib.contextmanager
+def small_disk(place: Path, size: str) -> Iterator[Path]:
+    """A disk of so much, which `fill` fills with a file BALLAST."""
+    place.mkdir()
+    try:
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place)], check=True, capture_output=True, text=True)
+    except FileNotFoundError:
+        pytest.skip("there is no command `mount`, with which this test makes a small disk")
+    except subprocess.CalledProcessError as failure:
+        pytest.skip(f"this user may not mount the small disk that the test needs: {failure.stderr.strip()}")
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", "--lazy", str(place)], check=True)
+
+
+def fill(disk: Path) -> None:
+    ballast = (disk / BALLAST).open("wb", buffering=0)
+    with ballast, contextlib.suppress(OSError):
+        while ballast.write(bytes(1024)):
+            pass
 
 
 def free_port() -> int:

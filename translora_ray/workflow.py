@@ -31,8 +31,9 @@ from translora_ray.stream.pipeline import run_stream
 from translora_ray.stream.plan import Plan
 from translora_ray.stream.requests import open_desk
 from translora_ray.token_weights import require_offsets
+from translora_ray.training.again import as_long_as_it_moves
 from translora_ray.training.alone import fit_alone
-from translora_ray.training.trainer import Job, fit_on_ray_train, train_target
+from translora_ray.training.trainer import Job, Result, fit_on_ray_train, train_target
 
 ENOUGH_ANSWERS = 20
 Phases = tuple[Totals, dict[str, Any], float]
@@ -243,10 +244,12 @@ def train(plan: Plan, store: RunStore, worker: Resources, steps: Any, display: D
     adapter = _target_adapter(plan.kit, plan.target, plan.recipe)
     rows = (store, plan.quota) if plan.recipe.overlap else frozenset(candidate.index for candidate in examples(plan, store)[0])
     job = Job(plan.kit.task, plan.target, adapter, plan.recipe.training, plan.recipe.seed, plan.cluster, steps, rows)
+
+    def fit(trial: Job, name: str) -> Result:
+        return fit_alone(trial, name, store, run) if run else fit_on_ray_train(trial, name, store, worker.cpus, worker.gpus)
+
     with _watching(steps, display, plan.cluster.start_timeout_s):
-        facts = train_target(
-            job, store, lambda trial, name: fit_alone(trial, name, store, run) if run else fit_on_ray_train(trial, name, store, worker.cpus, worker.gpus)
-        )
+        facts = train_target(job, store, lambda trial, name: as_long_as_it_moves(fit, trial, name, store))
     if facts["rows_at_once"] < min(plan.cluster.rows_at_once or job.training.batch_size, job.training.batch_size):
         display.say(f"Memory held {facts['rows_at_once']} rows of training at once: set cluster.rows_at_once to that, and no time goes into more.")
     PhaseMeasures().spent(TRAINING, facts["seconds"], facts["tokens"])

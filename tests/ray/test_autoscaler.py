@@ -203,22 +203,6 @@ def test_what_was_on_a_node_that_is_lost_is_computed_again(
     assert f"{wanted}\n" in done.stdout
 
 
-def test_a_node_is_lost_in_the_stream_and_the_same_rows_are_accepted(growing: Growing, whole: Whole, tiny_kit: Path, tiny_gemma: str, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    driver = transfer(growing, tiny_kit, tiny_gemma, run, *LONG)
-    wait(lambda: driver.poll() is not None or len(list(run.glob("shards/*.parquet"))) >= 2, SECONDS, "two shards")
-    committed = rows(run)
-    lost = growing.lose(b"ray::MapWorker")
-    assert not any(name.startswith((b"ray::Desk", b"ray::ReadPackSource")) for name in lost), "what coordinates is beside the driver"
-    assert sum(row.accepted for row in committed) < QUOTA
-    wait(lambda: driver.poll() is not None, SECONDS, "the transfer")
-    assert driver.returncode == 0, run.with_suffix(".log").read_text()
-    ours, theirs = ([(row.input, row.target, row.reason) for row in rows(place)] for place in (run, whole.run))
-    assert ours == theirs
-    (loads,) = json.loads((run / "manifest.json").read_text())["counts"]["engine_loads"].values()
-    assert len(loads) >= 2, "engines"
-
-
 def test_a_node_is_lost_in_training_which_goes_on_from_its_checkpoint(growing: Growing, calm: Path, tiny_kit: Path, tiny_gemma: str, tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()

@@ -16,9 +16,12 @@ from pathlib import Path
 import pytest
 import ray
 import yaml
+from ray.cluster_utils import Cluster as ClusterOfNodes
 from ray.exceptions import RayActorError
 
+from tests.conftest import BALLAST, fill, small_disk
 from tests.ray.conftest import rows, same_weights
+from tests.ray.growing import children
 from tests.unreliable import unreliable
 from translora_ray import kit
 from translora_ray.adapters import digest
@@ -47,13 +50,15 @@ RECIPE = {
 
 
 @pytest.fixture(scope="module", autouse=True)
-def shared_ray() -> Iterator[None]:
-    """A Ray that this process and the drivers that it starts work on."""
-    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="error")
-    os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
-    yield
+def shared_ray() -> Iterator[ClusterOfNodes]:
+    """A Ray that this process and the drivers that it starts work on, of one node."""
+    cluster = ClusterOfNodes(initialize_head=True, head_node_args={"num_cpus": 4, "include_dashboard": False})
+    ray.init(address=cluster.address, log_to_driver=False, logging_level="error")
+    os.environ["RAY_ADDRESS"] = cluster.address
+    yield cluster
     del os.environ["RAY_ADDRESS"]
     ray.shutdown()
+    cluster.shutdown()
 
 
 def write_fleet(folder: Path, kit: Path, target: str) -> Path:
@@ -205,12 +210,50 @@ def test_killed_three_times_and_stopped_once_it_comes_to_the_same(
     assert not registry.exists()
     Drive(path).until(lambda: any(registry.glob("releases/*/release.json"))).end(signal.SIGKILL)
     assert main(fleet_command(path)) == 1
-    assert states(tmp_path) == states(calm)
-    releases = [Registry(str(folder / "registry")).releases() for folder in (tmp_path, calm)]
+    the_same(tmp_path, calm)
+
+
+def the_same(folder: Path, calm: Path) -> None:
+    assert states(folder) == states(calm)
+    releases = [Registry(str(each / "registry")).releases() for each in (folder, calm)]
     assert [release.id for release in releases[0]] == [release.id for release in releases[1]]
     for name in ("one", "two"):
-        assert rows(tmp_path / "fleet" / "runs" / name) == rows(calm / "fleet" / "runs" / name)
-        same_weights(tmp_path / "fleet" / "runs" / name, calm / "fleet" / "runs" / name)
+        assert rows(folder / "fleet" / "runs" / name) == rows(calm / "fleet" / "runs" / name)
+        same_weights(folder / "fleet" / "runs" / name, calm / "fleet" / "runs" / name)
+
+
+def test_a_node_lost_under_load_changes_nothing(shared_ray: ClusterOfNodes, calm: Path, open_kit: Path, tiny_gemma: str, tmp_path: Path) -> None:
+    node = shared_ray.add_node(num_cpus=4)
+    path = write_fleet(tmp_path, open_kit, tiny_gemma)
+    fleet = yaml.safe_load(path.read_text())
+    fleet["cluster"] |= {"engines": [1, 2], "engine_cpus": 3, "worker_cpus": 1}  # a node has room for one engine
+    path.write_text(yaml.safe_dump(fleet))
+    raylet = node.all_processes["raylet"][0].process.pid
+
+    def streams() -> bool:
+        engines = [name for name in children(raylet).values() if name.startswith(b"ray::MapWorker")]
+        return bool(engines) and any((tmp_path / "fleet" / "runs").glob("*/shards/*.parquet"))
+
+    drive = Drive(path).until(streams)
+    assert not any(name.startswith((b"ray::Desk", b"ray::ReadPackSource")) for name in children(raylet).values()), "what coordinates is beside the driver"
+    shared_ray.remove_node(node, allow_graceful=False)
+    assert drive.process.wait(400) == 1, drive.log.read_text()
+    the_same(tmp_path, calm)
+
+
+def test_on_a_disk_that_fills_up_it_ends_and_goes_on_when_there_is_room(calm: Path, open_kit: Path, tiny_gemma: str, tmp_path: Path) -> None:
+    folder = tmp_path / "disk"
+    with small_disk(folder, "64m"):
+        path = write_fleet(folder, open_kit, tiny_gemma)
+        drive = Drive(path).until(lambda: any((folder / "fleet" / "runs").glob("one/shards/*.parquet")))
+        fill(folder)
+        assert drive.process.wait(400) in (1, 2)
+        said = drive.log.read_text()
+        assert "There is no room for" in said and "Traceback" not in said
+        assert not (folder / "registry" / "releases").exists()
+        (folder / BALLAST).unlink()
+        assert main(fleet_command(path)) == 1
+        the_same(folder, calm)
 
 
 def test_on_a_store_that_refuses_one_request_in_twenty_it_comes_to_the_same(

@@ -21,6 +21,7 @@ from tests.ray.conftest import answers, arguments, has_checkpoint, rows, same_we
 from translora_ray.adapters import digest, inspect
 from translora_ray.cli import main
 from translora_ray.storage import RunStore
+from translora_ray.training import trainer
 
 pytestmark = pytest.mark.ray
 
@@ -97,7 +98,10 @@ def test_killed_in_the_stream_and_in_training_the_rows_and_the_adapter_are_the_s
     same_weights(run, calm)
 
 
-def test_a_worker_killed_inside_an_epoch_goes_on_from_there_with_the_base_spread_over_two(calm: Path, tiny_kit: Path, tiny_gemma: str, tmp_path: Path) -> None:
+def test_workers_killed_more_often_than_ray_replaces_them_go_on_inside_the_epoch_with_the_base_spread_over_two(
+    calm: Path, tiny_kit: Path, tiny_gemma: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer, "MAX_FAILURES", 1)
     undisturbed, run, short = tmp_path / "undisturbed", tmp_path / "run", "training.epochs=2"
     identity = json.loads((calm / "run.json").read_text())
     identity["recipe"]["training"]["epochs"] = 2  # a checkpoint after each step takes time
@@ -108,21 +112,30 @@ def test_a_worker_killed_inside_an_epoch_goes_on_from_there_with_the_base_spread
     assert main(arguments(tiny_kit, tiny_gemma, undisturbed, short)) == 0
     killed: list[int] = []
 
-    def kill_a_worker_once() -> None:
-        while not has_checkpoint(run):
-            time.sleep(0.02)
-        killed.extend(own(processes(b"ray::RayTrainWorker")))
-        os.kill(killed[0], signal.SIGKILL)
+    def committed() -> str:
+        return "".join(path.read_text() for path in run.glob("train/target0/checkpoint_manager_snapshot.json"))
 
-    thread = threading.Thread(target=kill_a_worker_once, daemon=True)
+    def kill_a_worker_twice() -> None:
+        before: set[int] = set()
+        for _ in range(2):
+            while len(workers := set(own(processes(b"ray::RayTrainWorker"))) - before) < 2:
+                time.sleep(0.02)
+            known = committed()
+            while not has_checkpoint(run) or committed() == known:
+                time.sleep(0.02)
+            before |= workers
+            killed.append(min(workers))
+            os.kill(killed[-1], signal.SIGKILL)
+
+    thread = threading.Thread(target=kill_a_worker_twice, daemon=True)
     thread.start()
     two = ("cluster.workers=2", "cluster.spread_base=true", "cluster.checkpoint_seconds=0", "cluster.worker_cpus=0.5")
     assert main(arguments(tiny_kit, tiny_gemma, run, short, *two)) == 0
     thread.join(5)
     assert len(killed) == 2
     manifests = [json.loads((place / "manifest.json").read_text()) for place in (run, undisturbed)]
-    (first, again) = manifests[0]["training"]["started_at_steps"]
-    assert (first, again % 10 > 0) == (0, True)  # 10 steps an epoch
+    first, again, last = manifests[0]["training"]["started_at_steps"]
+    assert first == 0 < again < last and again % 10  # 10 steps an epoch
     assert manifests[0]["training"]["tokens"] == manifests[1]["training"]["tokens"]  # no row twice, none left out
     assert manifests[0]["training"]["epoch_losses"] == pytest.approx(manifests[1]["training"]["epoch_losses"], rel=1e-3)
     same_weights(run, undisturbed)

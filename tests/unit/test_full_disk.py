@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import save_run
+from tests.conftest import BALLAST, fill, save_run, small_disk
 from tests.unit.conftest import rows, stream
 from translora_ray.cli import main
 from translora_ray.errors import UsageError
@@ -17,29 +15,11 @@ from translora_ray.registry import Registry
 from translora_ray.storage import RunStore, commit_folder
 from translora_ray.stream.plan import Plan
 
-BALLAST = "ballast"
-
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 256 KiB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    try:
-        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(place)], check=True, capture_output=True, text=True)
-    except FileNotFoundError:
-        pytest.skip("there is no command `mount`, with which this test makes a small disk")
-    except subprocess.CalledProcessError as failure:
-        pytest.skip(f"this user may not mount the small disk that the test needs: {failure.stderr.strip()}")
-    yield place
-    subprocess.run(["umount", str(place)], check=True)
-
-
-def fill(disk: Path) -> None:
-    ballast = (disk / BALLAST).open("wb", buffering=0)
-    with ballast, contextlib.suppress(OSError):
-        while ballast.write(bytes(1024)):
-            pass
+    with small_disk(tmp_path / "disk", "256k") as place:
+        yield place
 
 
 def files(folder: Path) -> dict[str, bytes]:

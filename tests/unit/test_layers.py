@@ -31,7 +31,7 @@ LAYERS = [
     {"evaluation.page"},
     {"evaluation.compare"},
     {"stream.pipeline", "training.trainer"},
-    {"gating", "training.alone"},
+    {"gating", "training.alone", "training.again"},
     {"finishing"},
     {"workflow", "inspection", "fleet.manifest", "fleet.lease"},
     {"fleet.groups", "fleet.state"},
@@ -46,7 +46,7 @@ LAYERS = [
     {"cli"},
 ]
 RAY = {"measures", "stream.actor", "stream.pipeline", "stream.requests", "training.trainer", "placement", "workflow", "fleet.driver", "fleet.training"}
-RAY |= {f"serving.{name}" for name in ("measures", "reading", "health", "local", "llm", "gateway", "app", "run")}
+RAY |= {"training.again"} | {f"serving.{name}" for name in ("measures", "reading", "health", "local", "llm", "gateway", "app", "run")}
 VLLM = {"engines.vllm", "engines.vllm_worker"}
 
 
