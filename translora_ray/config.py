@@ -228,7 +228,7 @@ class Gate(Section):
     """Least share of candidates that became examples; below it a person reviews."""
     likeness: float = Field(0.25, ge=0, le=0.5)
     """Least chance that the discriminator finds an example more like the task than a real prompt that it was not trained on; 0.5 where it can not tell
-    them apart. Below it a person reviews. A kit without a discriminator has no such figure."""
+    them apart. Below it, and below what chance allows for as few real prompts as there were, a person reviews. Not for kits without a discriminator."""
     loss: float = Field(0.05, ge=0, le=1)
     """On real rows (`translora evaluate`): accuracy that may be lost to the source adapter or the bare target, whichever is better."""
 

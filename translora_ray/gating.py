@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy
+
 from translora_ray.engines.base import AdapterRef, Generate, Sampling
 from translora_ray.engines.select import opener
 from translora_ray.evaluation import gate
 from translora_ray.evaluation.metrics import METRICS
-from translora_ray.evaluation.statistics import auc
+from translora_ray.evaluation.statistics import chance_interval
 from translora_ray.placement import Run
 from translora_ray.progress import Display
 from translora_ray.prompts import answer_stops, clean_answer, task_prompt
@@ -40,11 +42,20 @@ def pass_gate(
     phase.update(1, 1)
     sides = {"agreement": scores[: len(rows)], "seeds": scores[len(rows) :]}
     measured = {name: sum(side) / len(side) for name, side in sides.items()}
-    judged = [candidate.verdict for candidate in trained if candidate.verdict is not None]
-    if judged and (real := (plan.kit.discriminator or {}).get("real_verdicts")):
-        measured["likeness"], *_ = auc(judged, real)
+    measured |= likeness(plan.kit.discriminator or {}, trained)
     answers = gate.answers(plan.kit.task.classes, plan.kit.seeds, [candidate.target or "" for candidate in trained])
     return {**gate.without_rows(plan.recipe.gate, measured, totals.accepted / totals.candidates, answers), "held_out": len(rows)}
+
+
+def likeness(discriminator: dict[str, Any], trained: Sequence[Candidate]) -> dict[str, float]:
+    """`likeness`: chance that the discriminator finds an example more like the task than a real prompt that it was not trained on, ties by half; `chance`: the
+    least that is no surprise where the two can not be told apart. Nothing where the kit or the examples have no verdicts."""
+    judged = [candidate.verdict for candidate in trained if candidate.verdict is not None]
+    if not judged or not (real := discriminator.get("real_verdicts")):
+        return {}
+    places = [numpy.searchsorted(sorted(real), judged, side) for side in ("left", "right")]
+    low, _ = chance_interval(len(judged), discriminator["held_out_real"])
+    return {"likeness": float(numpy.mean(places)) / len(real), "chance": low}
 
 
 def _scores(plan: Plan, store: RunStore, rows: Sequence[TaskRow]) -> list[float]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, RayError
 from ray.train.v2.api.exceptions import TrainingFailedError
 
 from translora_ray.config import Cluster
@@ -18,6 +18,8 @@ from translora_ray.errors import RunFailed, TransLoraError, UsageError
 from translora_ray.stream.plan import Plan
 
 RESTARTS = 3
+DEATHS = (RayActorError, OutOfMemoryError, NodeDiedError)
+"""What Ray says of an actor whose process ended; its monitor of memory ends those that take the most."""
 SLOW_START = "timed out during startup"
 Run = Callable[..., Any]
 """Calls a function with its arguments in another process that has the resources for it, and waits for what it returns."""
@@ -131,7 +133,7 @@ def place(resources: Resources) -> Iterator[Run]:
             actors.append(Place.options(num_cpus=resources.cpus, num_gpus=resources.gpus).remote())  # type: ignore[attr-defined]
         try:
             result, restarted = ray.get(actors[0].call.remote(function, *arguments))
-        except RayActorError:
+        except DEATHS:
             ray.kill(actors.pop())
             raise
         if restarted:

@@ -19,7 +19,7 @@ from translora_ray.prompts import NO, YES, Prompt, discriminator_prompt, learnt_
 from translora_ray.records import TaskRow, derive_seed, read_rows, request_pack
 from translora_ray.storage import RunStore, commit_folder
 from translora_ray.stream.dedup import SeedFilter, Seen
-from translora_ray.stream.discriminate import calibrate, verdicts
+from translora_ray.stream.discriminate import calibrate, outline, verdicts
 from translora_ray.stream.synthesize import Synthesizer
 from translora_ray.training import task as training
 
@@ -136,7 +136,7 @@ def _discriminator(
         "true_accept_rate": accepted[0] / held,
         "false_accept_rate": accepted[1] / held,
         "calibration": calibrate(*found),
-        "real_verdicts": [round(verdict, 3) for verdict in sorted(found[0])],
+        "real_verdicts": outline(found[0]),
     }
 
 

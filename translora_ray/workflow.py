@@ -14,7 +14,7 @@ import ray
 
 from translora_ray import adapters, adapting, kit, models
 from translora_ray.background import beside
-from translora_ray.config import Adapter, Config, EngineKind, Recipe
+from translora_ray.config import Adapter, Config, EngineKind, Gate, Recipe
 from translora_ray.engines.select import choose_engine, engine_for, require_limits
 from translora_ray.errors import RunFailed, UsageError, first_line
 from translora_ray.evaluation import page
@@ -153,7 +153,7 @@ def _check_identity(store: RunStore, identity: dict[str, Any]) -> dict[str, Any]
 
 def _fixed(identity: dict[str, Any], trained: bool) -> dict[str, Any]:
     """What must stay as it is in a run. How its adapter is trained may change until there is one, but for what the stream measures for it."""
-    recipe = identity["recipe"]
+    recipe = {**identity["recipe"], "gate": {**Gate().model_dump(), **identity["recipe"]["gate"]}}  # which has keys that older runs do not have
     if not trained:
         recipe = {**recipe, "training": {"token_weights": recipe["training"].get("token_weights")}}
     return {**{key: value for key, value in identity.items() if key != "recipe_hash"}, "recipe": recipe}
@@ -249,7 +249,7 @@ def train(plan: Plan, store: RunStore, worker: Resources, steps: Any, display: D
         return fit_alone(trial, name, store, run) if run else fit_on_ray_train(trial, name, store, worker.cpus, worker.gpus)
 
     with _watching(steps, display, plan.cluster.start_timeout_s):
-        facts = train_target(job, store, lambda trial, name: as_long_as_it_moves(fit, trial, name, store))
+        facts = train_target(job, store, lambda trial, name: as_long_as_it_moves(fit, trial, name, store, lambda: ray.get(steps.why_ended.remote())))
     if facts["rows_at_once"] < min(plan.cluster.rows_at_once or job.training.batch_size, job.training.batch_size):
         display.say(f"Memory held {facts['rows_at_once']} rows of training at once: set cluster.rows_at_once to that, and no time goes into more.")
     PhaseMeasures().spent(TRAINING, facts["seconds"], facts["tokens"])

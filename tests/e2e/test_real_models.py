@@ -8,6 +8,7 @@ import yaml
 
 from translora_ray import models
 from translora_ray.cli import main
+from translora_ray.gating import likeness
 from translora_ray.storage import RunStore
 
 pytestmark = pytest.mark.real
@@ -37,11 +38,9 @@ def test_prepare_transfer_and_evaluate(tmp_path: Path) -> None:
     manifest = json.loads((run / "manifest.json").read_text())
     assert code == int(manifest["gate"]["verdict"] == "refuse")
     assert (manifest["counts"]["trained"], manifest["counts"]["held_out"], manifest["training"]["rows"]) == (12, 2, 12)
-    real = json.loads((kit / "kit.json").read_text())["discriminator"]["real_verdicts"]
-    judged = [row.verdict for row in RunStore(str(run)).candidates() if row.accepted][:12]
-    likelier = [(verdict > other) + 0.5 * (verdict == other) for verdict in judged for other in real]
-    (likeness,) = (check["value"] for check in manifest["gate"]["checks"] if "real prompts" in check["name"])
-    assert likeness == pytest.approx(sum(likelier) / len(likelier))
+    judged = [row for row in RunStore(str(run)).candidates() if row.accepted][:12]
+    (found,) = (check["value"] for check in manifest["gate"]["checks"] if "real prompts" in check["name"])
+    assert found == likeness(json.loads((kit / "kit.json").read_text())["discriminator"], judged)["likeness"]
     assert main(["inspect", str(run)]) == 0
     assert main(["evaluate", str(run), "--data", str(tmp_path / "test.jsonl"), "--json", str(tmp_path / "result.json"), *ENGINE]) == 0
     result = json.loads((tmp_path / "result.json").read_text())

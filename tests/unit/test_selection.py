@@ -22,13 +22,14 @@ from translora_ray.errors import UsageError
 from translora_ray.evaluation import gate
 from translora_ray.evaluation.distance import bandwidth, embed, mmd
 from translora_ray.evaluation.metrics import well_formed
+from translora_ray.gating import likeness
 from translora_ray.progress import Display
 from translora_ray.prompts import task_prompt
 from translora_ray.records import Candidate, Pack, TaskRow, request_pack
 from translora_ray.storage import RunStore
 from translora_ray.stream.choose import choose
 from translora_ray.stream.collect import LABEL_FULL, Collector
-from translora_ray.stream.discriminate import calibrate
+from translora_ray.stream.discriminate import calibrate, outline
 from translora_ray.stream.plan import Plan
 from translora_ray.stream.teach import ILL_FORMED, UNSURE, Teacher
 
@@ -233,6 +234,16 @@ def test_excess_is_what_the_adapter_adds_to_each_token(engine: TransformersEngin
     assert [answer.text.strip() for answer in greedy] == [row.target for row in pack.open()]
 
 
+def test_likeness_is_the_share_of_pairs_in_which_an_example_looks_more_real() -> None:
+    draw = random.Random(0)
+    real = [draw.gauss(2.0, 1.5) for _ in range(400)]
+    for mean, area in ((2.0, 0.5), (0.5, 0.24), (-4.0, 0.0)):  # the chance that one normal number is above another
+        examples = [Candidate(i, i, "", draw.gauss(mean, 1.5)) for i in range(400)]
+        found = likeness({"real_verdicts": outline(real), "held_out_real": 400}, [*examples, Candidate(400, 0, "")])
+        assert found["likeness"] == pytest.approx(area, abs=0.04) and 0.45 < found["chance"] < 0.47
+    assert likeness({"true_accept_rate": 1.0}, examples) == likeness({"real_verdicts": [1.0], "held_out_real": 1}, [Candidate(0, 0)]) == {}
+
+
 def answered(accepted: float = 0.5, given: str = "aabbcc", **measured: float) -> dict[str, Any]:
     seen = gate.answers(["a", "b", "c"], [TaskRow("1", "a"), TaskRow("2", "b")], list(given))
     return gate.without_rows(Gate(), {"agreement": 1.0, "seeds": 1.0, **measured}, accepted, seen)
@@ -247,8 +258,9 @@ def answered(accepted: float = 0.5, given: str = "aabbcc", **measured: float) ->
         ({"agreement": math.nan}, "refuse", "otherwise than its teacher"),
         ({"seeds": 0.2, "accepted": 0.001}, "refuse", "gets seeds wrong"),
         ({"accepted": 0.001}, "review", "few candidates"),
-        ({"likeness": 0.4}, "ship", None),
-        ({"likeness": 0.1}, "review", "far from real prompts"),
+        ({"likeness": 0.3, "chance": 0.4}, "ship", None),
+        ({"likeness": 0.1, "chance": 0.4}, "review", "far from real prompts"),
+        ({"likeness": 0.1, "chance": 0.05}, "ship", None),
         ({"given": "aabb"}, "review", "no example has the label 'c'"),
         ({"given": "a" * 98 + "bc"}, "review", "nearly all examples have one answer"),
     ],

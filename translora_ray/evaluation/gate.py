@@ -28,7 +28,7 @@ def check(name: str, value: float, ship: float, refuse: float | None, reason: st
 
 def without_rows(gate: Gate, measured: dict[str, float], accepted: float, labels: dict[str, Any]) -> dict[str, Any]:
     """The verdict after a transfer. `measured`: `agreement` with the teacher on examples held out, `seeds`: accuracy on them, and, where the kit tells
-    how real prompts are judged, `likeness` of the examples to them; `accepted`: share of candidates that became examples; `labels`: what `answers` found.
+    how real prompts are judged, what `gating.likeness` found; `accepted`: share of candidates that became examples; `labels`: what `answers` found.
     That the adapter's modules are applied is proved when it is loaded, and an error otherwise."""
     checks = [
         check("agreement with the teacher", measured["agreement"], gate.ship, gate.refuse, "the adapter answers new prompts otherwise than its teacher"),
@@ -36,7 +36,8 @@ def without_rows(gate: Gate, measured: dict[str, float], accepted: float, labels
         check("share of candidates accepted", accepted, gate.acceptance, None, "few candidates were accepted"),
     ]
     if "likeness" in measured:
-        checks.append(check("examples that look more real than real prompts", measured["likeness"], gate.likeness, None, "examples lie far from real prompts"))
+        least = min(gate.likeness, measured["chance"])  # few real prompts tell little
+        checks.append(check("examples that look more real than real prompts", measured["likeness"], least, None, "examples lie far from real prompts"))
     if "labels" in labels:
         checks.append(check("share of the labels among the examples", labels["labels"], 1.0, None, f"no example has the label {labels['missing']}"))
     checks.append(check("room left by the most frequent answer", labels["others"], 1 - ONE_SIDED, None, "nearly all examples have one answer"))

@@ -37,6 +37,11 @@ def calibrate(real: Sequence[float], synthetic: Sequence[float]) -> tuple[float,
     return float(found[0]), float(found[1])
 
 
+def outline(verdicts: Sequence[float]) -> list[float]:
+    """Where verdicts lie: 19 quantiles, rounded to a quarter, so that none of them tells of a text whether it is among the judged ones."""
+    return [round(4 * float(verdict)) / 4 for verdict in numpy.quantile(verdicts, numpy.linspace(0.05, 0.95, 19))]
+
+
 class Discriminator:
     """Gives verdicts, and accepts a candidate whose verdict is above the threshold (Trans-LoRA: p(yes) > p(no), so 0)."""
 

@@ -2,40 +2,57 @@
 
 from __future__ import annotations
 
-from ray.exceptions import RayActorError
+import contextlib
+from collections.abc import Callable
+
+from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError
 from ray.train.v2.api.exceptions import TrainingFailedError
 
-from translora_ray.errors import RunFailed
+from translora_ray.errors import RunFailed, UsageError
+from translora_ray.placement import DEATHS
 from translora_ray.storage import TRAIN, RunStore
-from translora_ray.training.trainer import Fit, Job, Result
+from translora_ray.training.trainer import METRICS, Fit, Job, Result
 
 
-def as_long_as_it_moves(fit: Fit, job: Job, name: str, store: RunStore) -> Result:
-    """What `fit` returns; begun again, from the last checkpoint, whenever workers died more often than Ray replaces them and there is a new checkpoint.
+def as_long_as_it_moves(fit: Fit, job: Job, name: str, store: RunStore, is_to_end: Callable[[], object]) -> Result:
+    """What `fit` returns; begun again, from the last checkpoint, whenever workers died more often than Ray replaces them and training has come further.
 
-    Raises `RunFailed` where there is none: the same would happen again.
+    Raises `RunFailed` where it has not: the same would happen again. What is no death is raised as it is, and so is a death when training is to end anyway.
     """
     while True:
-        before = _checkpoints(store, name)
+        before = _trained(store, name)
         try:
             return fit(job, name)
-        except (RayActorError, TrainingFailedError) as failure:
-            if not _died(failure):
+        except (*DEATHS, TrainingFailedError) as failure:
+            if not _died(failure) or is_to_end():
                 raise
-            if not _checkpoints(store, name) - before:
+            if _trained(store, name) <= before:
                 raise RunFailed(
-                    "Training workers died one after the other before they came to a checkpoint. Where memory ran out (`ray status`, the machine's log), set "
-                    f"cluster.rows_at_once to less than {job.cluster.rows_at_once or job.training.batch_size}, or cluster.recompute; where machines were lost, "
-                    "give the same command again, with a lower cluster.checkpoint_seconds."
+                    f"Training workers died one after the other, and training came no further. Where memory ran out, {_less_memory(job)}; where machines were "
+                    "lost, give the same command again, with a lower cluster.checkpoint_seconds."
                 ) from failure
 
 
-def _checkpoints(store: RunStore, name: str) -> set[str]:
-    """Of Ray Train, and of a single worker in a place that stays (`alone.py`)."""
-    return {*store.names(f"{TRAIN}/{name}"), *store.names(f"{TRAIN}/{name}-alone")}
+def _trained(store: RunStore, name: str) -> int:
+    """Most tokens that a checkpoint stands for, of Ray Train or of a single worker in a place that stays (`alone.py`)."""
+    found = [0]
+    for folder in (f"{TRAIN}/{name}", f"{TRAIN}/{name}-alone"):
+        for checkpoint in store.names(folder):
+            if store.exists(place := f"{folder}/{checkpoint}/{METRICS}"):
+                with contextlib.suppress(UsageError):  # cut off in the middle
+                    found.append(store.read_json(place)["tokens"])
+    return max(found)
 
 
 def _died(failure: Exception) -> bool:
-    """Whether a worker's process ended; another one's error may only say that it heard no more of it."""
-    found = [failure, *getattr(failure, "worker_failures", {}).values()]
-    return any(isinstance(getattr(each, "health_check_failure", each), RayActorError) for each in found)
+    """Whether a worker's process ended, or none came; another worker's error may only say that it heard no more of it."""
+    found = [failure, getattr(failure, "controller_failure", None), *getattr(failure, "worker_failures", {}).values()]
+    deaths = (*DEATHS, WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError)
+    return any(isinstance(getattr(each, "health_check_failure", each), deaths) for each in found)
+
+
+def _less_memory(job: Job) -> str:
+    cluster, batch = job.cluster, job.training.batch_size
+    held = min(cluster.rows_at_once or batch, -(-batch // cluster.workers[0]))
+    fewer = f"set cluster.rows_at_once to {held // 2}" if held > 1 else "spread the base over workers (cluster.workers, cluster.spread_base)"
+    return fewer + ("" if cluster.recompute else ", or set cluster.recompute")

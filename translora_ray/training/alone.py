@@ -5,7 +5,6 @@ a group of workers for each run, which costs 11 to 16 s on two cores.
 from __future__ import annotations
 
 import contextlib
-import json
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -61,7 +60,6 @@ class AlonePost:
         assert folder
         before = self._numbers()
         number = int(before[-1]) + 1 if before else 0
-        (folder / METRICS).write_text(json.dumps(metrics))
         self.store.write_folder(f"{self.place}/{number:06d}", folder, marker=METRICS)
         self.metrics = metrics
         for old in before:

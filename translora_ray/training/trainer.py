@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import tempfile
@@ -294,4 +295,5 @@ def _report(loop: Loop, job: Job, history: dict[str, Any], post: Post) -> None:
     with tempfile.TemporaryDirectory() as folder:
         adapting.save(loop.model, folder, job.target)
         torch.save({"loop": loop.state_dict(), "history": history}, Path(folder) / STATE)
+        (Path(folder) / METRICS).write_text(json.dumps(metrics))
         post.report(metrics, Path(folder))
