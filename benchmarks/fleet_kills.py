@@ -37,7 +37,7 @@ RECIPE = {
     "selection": {"quota": 24, "threshold": -100, "as_asked": False, "near_duplicate": 1.0, "max_candidates": 200},
     "synthesis": {"pack_size": 8, "temperature": 1.0, "min_p": 0.0, "max_tokens": 60},
     "training": {"epochs": 3, "batch_size": 4},
-    "gate": {"held_out": 0.1, "ship": 0, "refuse": 0, "acceptance": 0},
+    "gate": {"held_out": 0.1, "ship": 0, "refuse": 0, "acceptance": 0, "likeness": 0},
 }
 NAMES = ("one", "two")
 COLUMNS = ("kill", "after, s", "what there was", "resumed, s", "states", "rows", "releases", "weights")

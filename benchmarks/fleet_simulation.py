@@ -30,7 +30,7 @@ RECIPE = {
     "selection": {"quota": 8, "threshold": -100, "as_asked": False, "near_duplicate": 1.0, "max_candidates": 200},
     "synthesis": {"pack_size": 10},
     "training": {"epochs": 1},
-    "gate": {"held_out": 0.25, "acceptance": 0},
+    "gate": {"held_out": 0.25, "acceptance": 0, "likeness": 0},
 }
 NODES = 4
 STORE = 200 * 2**20
