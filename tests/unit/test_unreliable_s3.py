@@ -19,6 +19,7 @@ from translora_ray.storage import ADAPTER, IDENTITY, MANIFEST, TRAIN, RunStore
 from translora_ray.stream.collect import Collector
 from translora_ray.stream.plan import Plan
 from translora_ray.training.alone import AlonePost
+from translora_ray.training.trainer import METRICS
 
 OWN = ("created", "time", "run")
 """What differs from place to place: times, and where a release was published from."""
@@ -36,10 +37,12 @@ def move(plan: Plan, place: str, folder: Path) -> None:
         post = AlonePost(store, "target0")
         with post.checkpoint() as last:
             assert (last is not None) == (number > 0)
-        post.report({"epoch": number}, Path(shutil.copytree(source / ADAPTER, folder / f"checkpoint{number}")))
+        made = Path(shutil.copytree(source / ADAPTER, folder / f"checkpoint{number}"))
+        (made / METRICS).write_text(json.dumps({"epoch": number}))
+        post.report({"epoch": number}, made)
     fetched = AlonePost(store, "target0").fetch(folder / "fetched")
-    assert json.loads((fetched / "metrics.json").read_text()) == {"epoch": 2}
-    (fetched / "metrics.json").unlink()
+    assert json.loads((fetched / METRICS).read_text()) == {"epoch": 2}
+    (fetched / METRICS).unlink()
     store.write_folder(ADAPTER, fetched, marker=adapters.CONFIG)
     store.write_json(MANIFEST, json.loads((source / MANIFEST).read_text()))
     store.remove(TRAIN)
