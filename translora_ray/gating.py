@@ -53,7 +53,7 @@ def likeness(discriminator: dict[str, Any], trained: Sequence[Candidate]) -> dic
     judged = [candidate.verdict for candidate in trained if candidate.verdict is not None]
     if not judged or not (real := discriminator.get("real_verdicts")):
         return {}
-    places = [numpy.searchsorted(sorted(real), judged, side) for side in ("left", "right")]
+    places = [numpy.searchsorted(real, judged, side) for side in ("left", "right")]
     low, _ = chance_interval(len(judged), discriminator["held_out_real"])
     return {"likeness": float(numpy.mean(places)) / len(real), "chance": low}
 

@@ -31,7 +31,12 @@ def rows(run: Path) -> list[Candidate]:
 
 def has_checkpoint(run: Path) -> bool:
     """Whether Ray Train has committed one: a folder alone proves nothing."""
-    return any('"checkpoint_dir_name"' in path.read_text() for path in run.glob("train/target0/checkpoint_manager_snapshot.json"))
+    return '"checkpoint_dir_name"' in snapshot(run)
+
+
+def snapshot(run: Path) -> str:
+    """What Ray Train has written down of the run's checkpoints."""
+    return "".join(path.read_text() for path in run.glob("train/target0/checkpoint_manager_snapshot.json"))
 
 
 def same_weights(one: Path, other: Path) -> None:

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from tests.conftest import own, processes, task_rows, write_task
-from tests.ray.conftest import answers, arguments, has_checkpoint, rows, same_weights
+from tests.ray.conftest import answers, arguments, has_checkpoint, rows, same_weights, snapshot
 from translora_ray.adapters import digest, inspect
 from translora_ray.cli import main
 from translora_ray.storage import RunStore
@@ -112,16 +112,13 @@ def test_workers_killed_more_often_than_ray_replaces_them_go_on_inside_the_epoch
     assert main(arguments(tiny_kit, tiny_gemma, undisturbed, short)) == 0
     killed: list[int] = []
 
-    def committed() -> str:
-        return "".join(path.read_text() for path in run.glob("train/target0/checkpoint_manager_snapshot.json"))
-
     def kill_a_worker_twice() -> None:
         before: set[int] = set()
         for _ in range(2):
             while len(workers := set(own(processes(b"ray::RayTrainWorker"))) - before) < 2:
                 time.sleep(0.02)
-            known = committed()
-            while not has_checkpoint(run) or committed() == known:
+            known = snapshot(run)
+            while not has_checkpoint(run) or snapshot(run) == known:
                 time.sleep(0.02)
             before |= workers
             killed.append(min(workers))

@@ -11,6 +11,8 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 from translora_ray.errors import RunFailed, UsageError
 from translora_ray.placement import DEATHS
 from translora_ray.storage import TRAIN, RunStore
+from translora_ray.training import alone
+from translora_ray.training.loop import fewer
 from translora_ray.training.trainer import METRICS, Fit, Job, Result
 
 
@@ -19,24 +21,25 @@ def as_long_as_it_moves(fit: Fit, job: Job, name: str, store: RunStore, is_to_en
 
     Raises `RunFailed` where it has not: the same would happen again. What is no death is raised as it is, and so is a death when training is to end anyway.
     """
+    before = _trained(store, name)
     while True:
-        before = _trained(store, name)
         try:
             return fit(job, name)
         except (*DEATHS, TrainingFailedError) as failure:
             if not _died(failure) or is_to_end():
                 raise
-            if _trained(store, name) <= before:
+            if (reached := _trained(store, name)) <= before:
                 raise RunFailed(
                     f"Training workers died one after the other, and training came no further. Where memory ran out, {_less_memory(job)}; where machines were "
                     "lost, give the same command again, with a lower cluster.checkpoint_seconds."
                 ) from failure
+            before = reached
 
 
 def _trained(store: RunStore, name: str) -> int:
-    """Most tokens that a checkpoint stands for, of Ray Train or of a single worker in a place that stays (`alone.py`)."""
+    """Most tokens that a checkpoint stands for, of Ray Train or of a single worker in a place that stays."""
     found = [0]
-    for folder in (f"{TRAIN}/{name}", f"{TRAIN}/{name}-alone"):
+    for folder in (f"{TRAIN}/{name}", alone.folder(name)):
         for checkpoint in store.names(folder):
             if store.exists(place := f"{folder}/{checkpoint}/{METRICS}"):
                 with contextlib.suppress(UsageError):  # cut off in the middle
@@ -54,5 +57,4 @@ def _died(failure: Exception) -> bool:
 def _less_memory(job: Job) -> str:
     cluster, batch = job.cluster, job.training.batch_size
     held = min(cluster.rows_at_once or batch, -(-batch // cluster.workers[0]))
-    fewer = f"set cluster.rows_at_once to {held // 2}" if held > 1 else "spread the base over workers (cluster.workers, cluster.spread_base)"
-    return fewer + ("" if cluster.recompute else ", or set cluster.recompute")
+    return fewer(held) + ("" if cluster.recompute else ", or set cluster.recompute")

@@ -33,13 +33,18 @@ def _train(job: Job, name: str, store: RunStore) -> tuple[str | None, dict[str, 
         release()
 
 
+def folder(name: str) -> str:
+    """Where the checkpoints of the run of that name lie, beside those of Ray Train."""
+    return f"{TRAIN}/{name}-alone"
+
+
 class AlonePost:
     """The only worker. A checkpoint is a numbered folder under TRAIN/`name`; the one with the highest number and its metrics in it counts."""
 
     rank, world = 0, 1
 
     def __init__(self, store: RunStore, name: str) -> None:
-        self.store, self.place = store, f"{TRAIN}/{name}-alone"
+        self.store, self.place = store, folder(name)
         self.device = "cuda" if torch.cuda.is_available() and has_gpu() else "cpu"
         self.metrics: dict[str, Any] = {}
 

@@ -277,8 +277,7 @@ class Loop:
                 self.optimizer.zero_grad(set_to_none=True)
                 held = min(self.at_once, len(rows))
                 if held == 1 or self._in_step:
-                    fewer = f"set cluster.rows_at_once to {held // 2}" if held > 1 else "spread the base over workers (cluster.workers, cluster.spread_base)"
-                    raise RunFailed(f"Memory does not hold {held} rows of training at once: {fewer}, or set cluster.recompute.") from None
+                    raise RunFailed(f"Memory does not hold {held} rows of training at once: {fewer(held)}, or set cluster.recompute.") from None
                 self.at_once = held // 2
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
@@ -298,6 +297,11 @@ class Loop:
         for gradient, part in zip(gradients, parts, strict=True):
             gradient.copy_(part.view_as(gradient))
         return message[0]
+
+
+def fewer(held: int) -> str:
+    """What to do where memory does not hold so many rows at once."""
+    return f"set cluster.rows_at_once to {held // 2}" if held > 1 else "spread the base over workers (cluster.workers, cluster.spread_base)"
 
 
 def train(training: Loop, on_step: Callable[[Step], None] = lambda step: None) -> float:
