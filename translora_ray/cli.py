@@ -148,10 +148,12 @@ def _evaluate(options: argparse.Namespace) -> int:
     from translora_ray.progress import Display
 
     _check_json(options.json)
+    if options.trainings < 1:
+        raise UsageError(f"--trainings {options.trainings}: give 1 or more.")
     engine, cluster = choose_engine(options.engine), _placement(options.set)
     with Display() as display:
         engines = opener(engine, cluster.vllm, cluster.engine_gpus, display.say)
-        result = evaluate(options.run, options.data, options.oracle, options.arms, engines, display, options.train)
+        result = evaluate(options.run, options.data, options.oracle, options.arms, engines, display, options.train, options.trainings)
     _write_json(options.json, result)
     if options.json != "-":
         show_evaluation(result)

@@ -60,6 +60,7 @@ def _one_adapter(commands: Commands) -> tuple[_Parser, _Parser, _Parser]:
     evaluate.add_argument(
         "--arms", nargs="+", default=[], metavar="ARM", help="also adapters made in other ways: copy, seeds_only, unfiltered, a selection method"
     )
+    evaluate.add_argument("--trainings", type=int, default=1, metavar="N", help="train transferred adapter and oracle N times in all, to see what is chance")
     evaluate.add_argument("--gate", action="store_true", help="exit 1 where the real rows say that the adapter must not ship")
     evaluate.add_argument("--json", metavar="FILE", help="write the result there; - for standard output")
     return prepare, transfer, evaluate

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -13,7 +14,6 @@ from translora_ray.storage import RunStore
 
 pytestmark = pytest.mark.real
 SOURCE, TARGET = "packaged:smollm2-135m-instruct", "packaged:gemma-3-270m"
-ENGINE = ("--engine", "transformers")
 EXAMPLE = Path(__file__).parents[2] / "examples" / "support_routing"
 
 
@@ -25,25 +25,31 @@ def test_packaged_models_are_what_they_should_be() -> None:
     assert "has no chat template" in (models.pair_obstacle(source, target, "chat") or "")
 
 
-def test_prepare_transfer_and_evaluate(tmp_path: Path) -> None:
+def moved(folder: Path, engine: str) -> dict[str, Any]:
+    """The manifest of a transfer from `folder`/kit to `folder`/run, whose evaluation has the arms that it should have."""
     lines = (EXAMPLE / "train.jsonl").read_text().splitlines()
-    (tmp_path / "train.jsonl").write_text("\n".join(lines[:32]))
-    (tmp_path / "test.jsonl").write_text("\n".join(lines[40:56]))
+    (folder / "train.jsonl").write_text("\n".join(lines[:32]))
+    (folder / "test.jsonl").write_text("\n".join(lines[40:56]))
     task = yaml.safe_load((EXAMPLE / "task.yaml").read_text()) | {"source_training": {"epochs": 2}, "discriminator_training": {"epochs": 1}, "labels": "open"}
-    (tmp_path / "task.yaml").write_text(yaml.safe_dump(task))
-    kit, run = tmp_path / "kit", tmp_path / "run"
-    assert main(["prepare", str(tmp_path / "task.yaml"), "--base", SOURCE, "--out", str(kit), *ENGINE]) == 0
-    settings = ["--set", "selection.quota=12", "--set", "selection.threshold=-100", "--set", "training.epochs=1", "--set", "synthesis.pack_size=16"]
-    code = main(["transfer", str(kit), "--target", TARGET, "--out", str(run), *settings, *ENGINE])
-    manifest = json.loads((run / "manifest.json").read_text())
+    (folder / "task.yaml").write_text(yaml.safe_dump(task))
+    kit, run, result = folder / "kit", folder / "run", folder / "result.json"
+    assert main(["prepare", str(folder / "task.yaml"), "--base", SOURCE, "--out", str(kit), "--engine", engine]) == 0
+    settings = ["selection.quota=12", "selection.threshold=-100", "training.epochs=1", "synthesis.pack_size=16"]
+    words = [part for setting in settings for part in ("--set", setting)]
+    code = main(["transfer", str(kit), "--target", TARGET, "--out", str(run), *words, "--engine", engine])
+    manifest: dict[str, Any] = json.loads((run / "manifest.json").read_text())
     assert code == int(manifest["gate"]["verdict"] == "refuse")
+    assert main(["evaluate", str(run), "--data", str(folder / "test.jsonl"), "--json", str(result), "--engine", engine]) == 0
+    evaluation = json.loads(result.read_text())
+    assert list(evaluation["arms"]) == ["source_base", "source_adapter", "target_base", "target_few_shot", "transferred"]
+    assert (evaluation["n"], evaluation["arms"]["target_base"]["accuracy"]) == (16, 0)
+    return manifest
+
+
+def test_from_rows_to_a_comparison(tmp_path: Path) -> None:
+    manifest = moved(tmp_path, "transformers")
     assert (manifest["counts"]["trained"], manifest["counts"]["held_out"], manifest["training"]["rows"]) == (12, 2, 12)
-    judged = [row for row in RunStore(str(run)).candidates() if row.accepted][:12]
+    judged = [row for row in RunStore(str(tmp_path / "run")).candidates() if row.accepted][:12]
     (found,) = (check["value"] for check in manifest["gate"]["checks"] if "real prompts" in check["name"])
-    assert found == likeness(json.loads((kit / "kit.json").read_text())["discriminator"], judged)["likeness"]
-    assert main(["inspect", str(run)]) == 0
-    assert main(["evaluate", str(run), "--data", str(tmp_path / "test.jsonl"), "--json", str(tmp_path / "result.json"), *ENGINE]) == 0
-    result = json.loads((tmp_path / "result.json").read_text())
-    assert list(result["arms"]) == ["source_base", "source_adapter", "target_base", "target_few_shot", "transferred"]
-    assert result["n"] == 16
-    assert result["arms"]["target_base"]["accuracy"] == 0
+    assert found == likeness(json.loads((tmp_path / "kit" / "kit.json").read_text())["discriminator"], judged)["likeness"]
+    assert main(["inspect", str(tmp_path / "run")]) == 0

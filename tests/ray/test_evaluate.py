@@ -20,7 +20,7 @@ def test_evaluate_measures_every_arm(calm: Path, tiny_kit: Path, tiny_llama: str
     for name, part in (("test", task_rows(90)[60:]), ("train", task_rows(60))):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
     rows_of = ["--data", str(tmp_path / "test.jsonl"), "--oracle", str(tmp_path / "train.jsonl")]
-    command = ["evaluate", str(calm), *rows_of, "--engine", "transformers", "--json", str(tmp_path / "out.json")]
+    command = ["evaluate", str(calm), *rows_of, "--trainings", "3", "--engine", "transformers", "--json", str(tmp_path / "out.json")]
     assert main(command) == 0
     result = json.loads((tmp_path / "out.json").read_text())
     assert (result["n"], result["metric"]) == (30, "exact_match")
@@ -31,7 +31,13 @@ def test_evaluate_measures_every_arm(calm: Path, tiny_kit: Path, tiny_llama: str
         base, adapter = sides[side]
         assert result["arms"][arm]["accuracy"] == pytest.approx(accuracy(base, adapter if adapted else None, task_rows(90)[60:]), abs=0.04), arm
     assert result["arms"]["source_adapter"]["accuracy"] > result["arms"]["source_base"]["accuracy"] + 0.3
-    assert "target + transferred adapter" in capsys.readouterr().out
+    told = capsys.readouterr()
+    assert "target + transferred adapter" in told.out
+    for arm in ("transferred", "oracle"):
+        first, *others = result["trainings"][arm]
+        assert first == result["arms"][arm]["accuracy"] and len(others) == 2
+        assert f"{arm} training, once more (2)" in told.err
+    assert ", 3 trainings: " in (calm / "report.html").read_text()
     assert set(result["distance"]) == {"filtered", "unfiltered"}
     assert len(result["verdicts"]["real"]) == 30
     assert f"<h2>Verdict: {result['gate']['verdict']}</h2><p>On 30 real rows" in (calm / "report.html").read_text()

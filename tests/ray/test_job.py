@@ -18,8 +18,10 @@ import yaml
 from tests.conftest import free_port
 from tests.ray.conftest import arguments, token_in
 from tests.serving import chat_base, eventually, expected, fetch, finished_run, post
+from translora_ray.fleet.lease import holder
 from translora_ray.registry import Registry
 from translora_ray.serving.auth import add_key
+from translora_ray.storage import RunStore
 
 pytestmark = pytest.mark.ray
 ROOT = Path(__file__).parents[2]
@@ -29,7 +31,7 @@ RAY = str(Path(sys.executable).parent / "ray")
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, dict[str, str]]]:
     """(dashboard address, environment with the token) of a head node that ends with the tests."""
-    environment = {**os.environ, **token_in(tmp_path_factory.mktemp("secret"))}
+    environment = {**os.environ, **token_in(tmp_path_factory.mktemp("secret")), "RAY_JOB_STOP_WAIT_TIME_S": "120"}
     temp = tmp_path_factory.mktemp("r", numbered=True)
     dashboard = free_port()
     command = [RAY, "start", "--head", "--num-cpus=4", f"--port={free_port()}", f"--dashboard-agent-listen-port={free_port()}"]
@@ -89,19 +91,35 @@ def test_a_submitted_transfer_ends_succeeded_with_the_same_layout(cluster: tuple
     assert "token" in (refused.stdout + refused.stderr).lower()
 
 
-def test_a_submitted_fleet_tells_its_counts_where_it_failed(cluster: tuple[str, dict[str, str]], tiny_kit: Path, tiny_gemma: str, tmp_path: Path) -> None:
+def test_a_submitted_fleet_is_stopped_and_tells_its_counts_where_it_failed(
+    cluster: tuple[str, dict[str, str]], tiny_kit: Path, tiny_gemma: str, tmp_path: Path
+) -> None:
     address, environment = cluster
-    selection = {"quota": 16, "threshold": -100, "as_asked": False, "near_duplicate": 1.0, "max_candidates": 200}
+    selection = {"quota": 160, "threshold": -100, "as_asked": False, "near_duplicate": 1.0, "max_candidates": 200}
     synthesis = {"pack_size": 16, "temperature": 1.0, "min_p": 0.0, "max_tokens": 60}
     recipe = {"selection": selection, "synthesis": synthesis, "training": {"epochs": 1}, "gate": {"held_out": 0}}
     fleet = {"out": str(tmp_path / "fleet"), "kits": [str(tmp_path / "absent"), str(tiny_kit)], "target": tiny_gemma, "recipe": recipe}
-    (tmp_path / "fleet.yaml").write_text(yaml.safe_dump(fleet))
-    submit = [RAY, "job", "submit", "--address", address, "--submission-id", "fleet-test", "--working-dir", str(ROOT)]
+    (tmp_path / "fleet.yaml").write_text(yaml.safe_dump({**fleet, "cluster": {"commit_seconds": 0}}))
     entry = [sys.executable, "jobs/fleet.py", str(tmp_path / "fleet.yaml"), "--resume", "--engine", "transformers"]
-    done = subprocess.run([*submit, "--", *entry], env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 1, done.stdout + done.stderr
-    status = subprocess.run([RAY, "job", "status", "--address", address, "fleet-test"], env=environment, capture_output=True, text=True, check=True)
-    told = status.stdout + status.stderr
+
+    def job(*words: str) -> tuple[int, str]:
+        command = [RAY, "job", words[0], "--address", address, *words[1:]]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+        return done.returncode, done.stdout + done.stderr
+
+    def submit(name: str, *options: str) -> tuple[int, str]:
+        return job("submit", "--submission-id", name, "--working-dir", str(ROOT), *options, "--", *entry)
+
+    code, told = submit("fleet-stopped", "--no-wait")
+    assert code == 0, told
+    assert eventually(lambda: any(tmp_path.glob("fleet/runs/*/shards/*.parquet"))), job("logs", "fleet-stopped")
+    code, told = job("stop", "fleet-stopped")
+    assert code == 0 and "stopped" in told.lower(), told
+    assert "what was under way is committed" in job("logs", "fleet-stopped")[1]
+    assert holder(RunStore(str(tmp_path / "fleet"))) is None and not any(tmp_path.glob("fleet/runs/*/manifest.json"))
+    code, told = submit("fleet-again")
+    assert code == 1, told
+    told = job("status", "fleet-again")[1]
     assert "FAILED" in told.upper() and "0 shipped, 1 review, 0 refused, 1 failed" in told, told
 
 

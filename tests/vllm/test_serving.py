@@ -16,7 +16,7 @@ from pathlib import Path
 import openai
 import pytest
 
-from tests.conftest import free_port, processes
+from tests.conftest import free_port, own, processes
 from tests.serving import Running, chat_base, expected, finished_run, post, running
 from translora_ray.references import resolve
 from translora_ray.registry import Registry
@@ -135,7 +135,7 @@ def test_what_can_not_be_answered_is_the_clients_error(world: World) -> None:
 
 
 def test_an_engine_that_dies_under_load_loses_no_request_and_is_replaced(world: World) -> None:
-    (core,) = processes(b"VLLM::EngineCore")
+    (core,) = own(processes(b"VLLM::EngineCore"))
     body = {"model": "colours@1", "prompt": PROMPT, "max_tokens": 100, "temperature": 1}
     failed = threading.Event()
 
@@ -162,8 +162,10 @@ def test_an_engine_that_dies_under_load_loses_no_request_and_is_replaced(world: 
 
 def test_told_to_end_it_leaves_nothing_behind(world: World) -> None:
     """The last test here: it ends the service."""
-    assert world.service.end() == 0, world.service.output()
-    assert not processes(b"ray::ServeReplica:translora") and not processes(b"VLLM::EngineCore")
+    names = (b"ray::ServeReplica:translora", b"VLLM::EngineCore")
+    ours = [set(own(processes(name))) for name in names]
+    assert all(ours) and world.service.end() == 0, world.service.output()
+    assert not any(found & set(processes(name)) for found, name in zip(ours, names, strict=True))
 
 
 @pytest.mark.parametrize("name", ["smollm2-135m-instruct", "gemma-3-270m"])

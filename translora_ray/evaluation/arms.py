@@ -17,7 +17,7 @@ from translora_ray.errors import UsageError
 from translora_ray.evaluation.metrics import says, well_formed
 from translora_ray.kit import Kit
 from translora_ray.progress import Display
-from translora_ray.records import Candidate, Pack, TaskRow
+from translora_ray.records import Candidate, Pack, TaskRow, derive_seed
 from translora_ray.storage import RunStore
 from translora_ray.stream.choose import choose
 from translora_ray.stream.collect import LABEL_FULL, NOT_NEEDED
@@ -80,16 +80,18 @@ class Arms:
             found[name] = rows
         return found
 
-    def trained(self, names: Sequence[str], sets: dict[str, Sequence[TaskRow]]) -> dict[str, AdapterRef]:
-        """An adapter for each set of rows, and the copy."""
+    def trained(self, names: Sequence[str], sets: dict[str, Sequence[TaskRow]], again: int = 0) -> dict[str, AdapterRef]:
+        """An adapter for each set of rows, and the copy. `again`: with other random numbers, the same ones for the same number."""
         found = {"copy": self.kit.adapter} if "copy" in names else {}
+        seed, after = (derive_seed(self.recipe.seed, f"training {again}"), f", once more ({again})") if again else (self.recipe.seed, "")
         chosen = {"learning_rate": self.manifest["training"]["learning_rate"], "learning_rates": None}
         settings = Training.model_validate(self.recipe.training.model_dump() | chosen)
         adapter = Adapter.model_validate(self.manifest["training"]["adapter"])
         for name, rows in sets.items():
-            out, shown = self.scratch / name, self.display.phase(f"{name.replace('_', ' ')} training").step
-            train_adapter(self.manifest["target_base"], task_pairs(self.kit.task, rows), adapter, settings, self.recipe.seed, out, shown)
-            found[name] = AdapterRef(name, str(out))
+            out = self.scratch / (f"{name}-{again}" if again else name)
+            shown = self.display.phase(f"{name.replace('_', ' ')} training{after}").step
+            train_adapter(self.manifest["target_base"], task_pairs(self.kit.task, rows), adapter, settings, seed, out, shown)
+            found[name] = AdapterRef(out.name, str(out))
         return found
 
     @cached_property
@@ -97,10 +99,10 @@ class Arms:
         """All of the run."""
         return self.store.candidates()
 
-    def trained_on(self) -> list[str]:
-        """The inputs of the examples that the run's own adapter learnt from."""
-        chosen, _ = choose(self._plan(self.recipe.selection.method), self.candidates)
-        return [example.input for example in chosen]
+    @cached_property
+    def trained_on(self) -> list[TaskRow]:
+        """What the run's own adapter learnt from."""
+        return _rows(choose(self._plan(self.recipe.selection.method), self.candidates)[0])
 
     @cached_property
     def _most(self) -> int:

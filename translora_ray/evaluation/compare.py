@@ -36,12 +36,20 @@ class Answered:
 
 
 def evaluate(
-    run: str, data: str, oracle: str | None, extra: Sequence[str], open_engine: OpenEngine, display: Display, train: str | None = None
+    run: str,
+    data: str,
+    oracle: str | None,
+    extra: Sequence[str],
+    open_engine: OpenEngine,
+    display: Display,
+    train: str | None = None,
+    trainings: int = 1,
 ) -> dict[str, Any]:
     """Accuracy of every arm on `data`, with Wilson's 95 % interval, and recovery where there is an `oracle` training set; `extra` are names of `arms.EXTRA`.
 
     `train` are the rows that the source adapter learnt from, which the test rows must not be among. The oracle is an adapter on the target base, trained on the
-    real rows for as many epochs, and at the same rate, as the transferred one on its examples.
+    real rows for as many epochs, and at the same rate, as the transferred one on its examples. With several `trainings` transferred adapter and oracle are
+    trained so often in all, on the same rows with other random numbers: how far one training is chance.
     """
     store = RunStore(run)
     manifest = store.manifest(run)
@@ -69,15 +77,22 @@ def evaluate(
         if oracle_rows:
             sets["oracle"] = oracle_rows
         target_arms |= {name: (bare, adapter) for name, adapter in made.trained(extra, sets).items()}
+        learnt = {"transferred": made.trained_on} | {name: sets[name] for name in sets if name == "oracle"}
+        repeated = {(arm, number): adapter for number in range(1, trainings) for arm, adapter in made.trained((), learnt, number).items()}
         used = [adapter for _, adapter in target_arms.values() if adapter]
-        engine = open_engine(manifest["target_base"], used)
+        engine = open_engine(manifest["target_base"], [*used, *repeated.values()])
         found |= answer_all(engine, target_arms, task, loaded.seeds, rows, display)
+        others = answer_all(engine, {adapter.name: (bare, adapter) for adapter in repeated.values()}, task, loaded.seeds, rows, display)
         engine.close()
     result = summary({arm: answered.scores for arm, answered in found.items()}, task.metric)
+    if repeated:
+        again = {arm: [others[adapter.name] for (name, _), adapter in repeated.items() if name == arm] for arm in learnt}
+        result["trainings"] = {arm: [sum(each.scores) / len(rows) for each in (found[arm], *answers)] for arm, answers in again.items()}
     result["gate"] = gate.on_rows(recipe.gate, result["against"])
     if real is not None:
         result["verdicts"] = {"real": real}
-    result["distance"], points = distances(loaded.base, made.trained_on(), made.candidates, [row.input for row in rows], loaded.seed_inputs, display)
+    learnt_from = [row.input for row in made.trained_on]
+    result["distance"], points = distances(loaded.base, learnt_from, made.candidates, [row.input for row in rows], loaded.seed_inputs, display)
     store.write(ANSWERS, _lines(rows, found))
     store.write_json(MAP, points)
     store.write_json(RESULT, result)

@@ -14,7 +14,7 @@ from typing import Any
 from translora_ray.config import CUTTING, Recipe, Task
 from translora_ray.evaluation import plots
 from translora_ray.evaluation.markup import Html, document, figure, listed, section, soft, table, tag
-from translora_ray.evaluation.report import ARMS
+from translora_ray.evaluation.report import ARMS, trainings
 from translora_ray.evaluation.statistics import flips
 from translora_ray.records import Candidate, TaskRow
 from translora_ray.releases import verdict
@@ -130,6 +130,7 @@ def _results(run: Run) -> Html:
     ]
     if result["recovery"] is not None:
         facts.append(f"Recovery: {result['recovery']:.3f} of what training on the real rows gains over the bare target.")
+    facts += [f"{line}." for line in trainings(result)]
     return section(title, found, listed(facts), figure(plots.arms(arms, ARMS), "Accuracy on the real rows; bars are 95 % intervals."))
 
 

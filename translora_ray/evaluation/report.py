@@ -46,7 +46,14 @@ def show_evaluation(result: dict[str, Any]) -> None:
         lines.append(f"distance of prompts to the real ones (MMD): accepted {result['distance']['filtered']:.3f}, all {result['distance']['unfiltered']:.3f}")
     if result["recovery"] is not None:
         lines.append(f"recovery: {result['recovery']:.3f} of what training on the real rows gains")
+    lines += trainings(result)
     Console().print("\n".join(lines), markup=False, highlight=False)
+
+
+def trainings(result: dict[str, Any]) -> list[str]:
+    """What several trainings of an arm came to, a line each; the arm's own is the first of them."""
+    found = result.get("trainings", {})
+    return [f"{ARMS[arm]}, {len(each)} trainings: {sum(each) / len(each):.3f} in the mean, {min(each):.3f} to {max(each):.3f}" for arm, each in found.items()]
 
 
 def show_facts(title: str, facts: dict[str, Any]) -> None:
