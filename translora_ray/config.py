@@ -143,7 +143,8 @@ class Synthesis(Section):
     """Seeds shown in one request (paper: 5), drawn anew for each; by label for each pack, and in it for each label, so that an engine reads them once."""
     by_label: bool | None = None
     """Whether each request asks for an input of one of the task's labels, all of them in turn: seeds stand after the name of their label, and the name alone
-    is to be continued. Few seeds can not cover many classes; their names can. None: where the task has labels, as the generator adapter always does."""
+    is to be continued. Few seeds can not cover many classes; their names can. None: where the task has more labels than a list shows seeds (`shots`), as the
+    generator adapter does where there are any. A list covers fewer by itself, and shows a base no labels that it can not compute."""
     temperature: float | None = Field(None, gt=0)
     """Of the generator. None: 1 by label, where half of the candidates at 0.7 repeat others, and for the generator adapter, whose inputs are spread as it has
     learnt them; else 0.7, above which small bases drift off the task."""
@@ -178,7 +179,7 @@ class Synthesis(Section):
     def settled(self, classes: Sequence[str], generator: GeneratorKind = "source") -> Synthesis:
         """These settings with `by_label` and `temperature` decided, for such a generator and a task with such labels."""
         learnt = generator == "adapter"
-        by_label = bool(classes) if learnt or self.by_label is None else self.by_label
+        by_label = bool(classes) if learnt else len(classes) > self.shots if self.by_label is None else self.by_label
         return self.model_copy(update={"by_label": by_label, "temperature": self.temperature or (1.0 if by_label or learnt else 0.7)})
 
 
@@ -255,8 +256,6 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _knows_its_rows(self) -> Recipe:
-        if self.selection.as_asked and self.synthesis.by_label is False:
-            raise ValueError("selection.as_asked compares with the label that was asked for: leave synthesis.by_label out, or selection.as_asked")
         if self.overlap and self.training.held_out:
             raise ValueError("rows held out are drawn from all of them, before training begins: leave overlap or training.held_out out")
         if self.overlap and self.selection.method in CHOOSING:

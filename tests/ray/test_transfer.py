@@ -207,6 +207,7 @@ def test_two_pools_two_workers_and_two_generators_that_take_turns(tiny_kit: Path
     # a random base hardly ever ends a line unless its choice is nearly uniform
     more = (
         "synthesis.generator=[source, target]",
+        "synthesis.by_label=true",
         "synthesis.temperature=20.0",
         "selection.quota=21",
         "cluster.workers=2",

@@ -10,7 +10,7 @@ import torch
 
 from tests.conftest import lora, task_rows
 from translora_ray import adapters, adapting, kit, models
-from translora_ray.config import Adapter, Gate, Recipe, Selection, Vllm
+from translora_ray.config import Adapter, Gate, Recipe, Selection, Synthesis, Vllm
 from translora_ray.engines.base import AdapterRef
 from translora_ray.engines.select import opener
 from translora_ray.engines.transformers import TransformersEngine
@@ -86,7 +86,8 @@ def test_a_method_without_a_cut_chooses_from_what_comes_not_from_what_the_discri
     manifest = {"target_base": tiny_gemma, "source_base": loaded.base, "counts": {"quota": 4}}
     with Display() as display:
         sets = Arms(loaded, manifest, recipe, store, tmp_path, display).sets(["unfiltered", "importance", "excess", "discriminator"], engine)
-        as_asked = Arms(loaded, manifest, Recipe(selection=Selection(quota=4), gate=Gate(held_out=0)), store, tmp_path, display).sets(["discriminator"], engine)
+        recipe = Recipe(synthesis=Synthesis(by_label=True), selection=Selection(quota=4), gate=Gate(held_out=0))
+        as_asked = Arms(loaded, manifest, recipe, store, tmp_path, display).sets(["discriminator"], engine)
     place = {candidate.input: candidate.index for candidate in candidates}
     found = {name: [place[row.input] for row in chosen] for name, chosen in sets.items()}
     assert found["discriminator"] == [8, 9, 10, 11]

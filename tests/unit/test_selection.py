@@ -110,6 +110,7 @@ def test_prepare_calibrates_the_discriminator(loaded: kit.Kit) -> None:
         ({"method": "importance"}, {"discriminator": {}}, "made before discriminators were calibrated"),
         ({"balance": 2.0}, {"open": True}, "selection.balance needs a task with labels"),
         ({"as_asked": True}, {"open": True}, "selection.as_asked needs a task with labels"),
+        ({"as_asked": True}, {}, "selection.as_asked compares with the label that was asked for, and a list asks for none"),
     ],
 )
 def test_a_kit_that_lacks_what_the_recipe_asks_is_refused(loaded: kit.Kit, selection: dict[str, Any], without: dict[str, Any], message: str) -> None:
@@ -128,12 +129,13 @@ def test_a_kit_without_a_discriminator_selects_by_excess(loaded: kit.Kit) -> Non
     assert [pool.roles for pool in unjudged.pools()] == [("generator", "teacher")]
 
 
-def test_labels_are_asked_for_where_there_are_some(loaded: kit.Kit) -> None:
-    open_kit = replace(loaded, task=loaded.task.model_copy(update={"labels": "open"}))
-    assert [planned(one).as_asked for one in (loaded, open_kit)] == [True, False]
-    assert planned(loaded, as_asked=False).selection.as_asked is False
-    found = [planned(one).synthesis("source") for one in (loaded, open_kit)]
-    assert [(settings.by_label, settings.temperature) for settings in found] == [(True, 1.0), (False, 0.7)]
+def test_labels_are_asked_for_where_there_are_more_than_a_list_shows(loaded: kit.Kit) -> None:
+    kits = [replace(loaded, task=loaded.task.model_copy(update={"labels": labels})) for labels in (list("abcdef"), list("abcde"), "open")]
+    assert [planned(one).as_asked for one in kits] == [True, False, False]
+    assert planned(kits[0], as_asked=False).selection.as_asked is False
+    found = [planned(one).synthesis("source") for one in kits]
+    assert [(settings.by_label, settings.temperature) for settings in found] == [(True, 1.0), (False, 0.7), (False, 0.7)]
+    assert Synthesis().settled(["a"], "adapter").by_label and Synthesis(by_label=True).settled(["a"]).by_label
     assert Synthesis(by_label=False, temperature=0.9).settled(["a"]) == Synthesis(by_label=False, temperature=0.9)
 
 

@@ -49,10 +49,15 @@ class Plan:
         return generator in self.recipe.synthesis.generator and base == (self.target if generator == "target" else self.kit.base)
 
     @property
+    def by_label(self) -> bool:
+        """Whether each candidate is written for a label."""
+        return all(self.synthesis(generator).by_label for generator in self.recipe.synthesis.generator)
+
+    @property
     def as_asked(self) -> bool:
         """Whether the teacher must answer with the label that a candidate was written for."""
         asked = self.recipe.selection.as_asked
-        return all(self.synthesis(generator).by_label for generator in self.recipe.synthesis.generator) if asked is None else asked
+        return self.by_label if asked is None else asked
 
     @property
     def selection(self) -> Selection:
@@ -111,6 +116,8 @@ class Plan:
         asked = {"selection.balance": selection.balance, "synthesis.by_label": self.recipe.synthesis.by_label, "selection.as_asked": selection.as_asked}
         if by := next((key for key, value in asked.items() if value and not kit.task.classes), None):
             raise UsageError(f"{by} needs a task with labels, and this one's answers are open: leave it out, or prepare the kit with labels.")
+        if selection.as_asked and not self.by_label:
+            raise UsageError("selection.as_asked compares with the label that was asked for, and a list asks for none: set synthesis.by_label, or leave it.")
         if self.recipe.overlap and self.chooses:
             raise UsageError(f"{method} chooses among all examples, before training begins: leave overlap out, or set selection.method to none.")
 
