@@ -13,12 +13,18 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cache, cached_property
 from pathlib import Path
+
+import openai
 
 from tests.conftest import save_model
 from translora_ray import adapters, models
+from translora_ray.registry import Registry
 from translora_ray.storage import RunStore
 
+PROMPT = "question 1"
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}A:"
 
 
@@ -115,6 +121,45 @@ class Running:
         wanted = [f'{name}="{value}"' for name, value in labels.items()]
         lines = [line for line in self.metrics() if all(label in line for label in wanted)]
         return max(sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(f"ray_{metric}{end}{{")) for end in ("", "_total"))
+
+
+_expected = cache(expected)
+
+
+@dataclass
+class World:
+    """A registry of random adapters on one base, and the service that has them."""
+
+    folder: Path
+    base: str
+    registry: Registry
+    exact: bool = False
+    """Whether the service computes in float32."""
+    runs: dict[str, str] = field(default_factory=dict)
+    keys: dict[str, str] = field(default_factory=dict)
+    service: Running = None  # type: ignore[assignment]
+
+    @cached_property
+    def url(self) -> str:
+        return self.service.url()
+
+    def client(self, key: str = "all", retries: int = 0) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=self.keys.get(key, key), max_retries=retries, timeout=120)
+
+    def publish(self, name: str, seed: int, rank: int = 4) -> str:
+        run = finished_run(self.folder / f"{name}-{seed}", self.base, name, seed, rank)
+        release = self.registry.publish(run).id
+        self.runs[release] = run
+        return release
+
+    def says(self, release: str, prompt: str = PROMPT, tokens: int = 8) -> str:
+        """What the release must answer."""
+        return _expected(self.base, self.runs[release], prompt, tokens, self.exact)
+
+    def asks(self, model: str, prompt: str = PROMPT, tokens: int = 8, key: str = "all") -> tuple[str, str]:
+        """(release, text) that the service answers."""
+        answer = self.client(key).completions.create(model=model, prompt=prompt, max_tokens=tokens, temperature=0)
+        return answer.model, answer.choices[0].text
 
 
 @contextlib.contextmanager

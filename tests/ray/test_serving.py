@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
@@ -20,61 +19,31 @@ import yaml
 from ray.serve.schema import ServeDeploySchema
 
 from tests.conftest import free_port, processes
-from tests.serving import Running, chat_base, expected, fetch, finished_run, post, running
+from tests.serving import PROMPT, World, chat_base, fetch, finished_run, post, running
 from translora_ray.errors import UsageError
 from translora_ray.registry import Registry
 from translora_ray.serving.auth import add_key
 
 pytestmark = pytest.mark.ray
-PROMPT = "question 1"
-
-
-@dataclass
-class World:
-    folder: Path
-    base: str
-    registry: Registry
-    runs: dict[str, str]
-    keys: dict[str, str]
-    service: Running
-    url: str
-
-    def client(self, key: str = "all", retries: int = 0) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=self.keys.get(key, key), max_retries=retries, timeout=120)
-
-    def publish(self, name: str, seed: int) -> str:
-        run = finished_run(self.folder / f"{name}-{seed}", self.base, name, seed)
-        release = self.registry.publish(run).id
-        self.runs[release] = run
-        return release
-
-    def says(self, release: str, prompt: str = PROMPT, tokens: int = 8) -> str:
-        """What the release must answer."""
-        return expected(self.base, self.runs[release], prompt, tokens)
-
-    def asks(self, model: str, prompt: str = PROMPT, tokens: int = 8, key: str = "all") -> tuple[str, str]:
-        """(release, text) that the service answers."""
-        answer = self.client(key).completions.create(model=model, prompt=prompt, max_tokens=tokens, temperature=0)
-        return answer.model, answer.choices[0].text
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     folder = tmp_path_factory.mktemp("serving")
     registry, keys = Registry(str(folder / "registry")), str(folder / "keys.yaml")
-    made = {
+    found = World(folder, chat_base(folder / "base"), registry)
+    found.keys |= {
         "all": add_key(keys, "all", ("*",), requests_per_minute=100_000),
         "team": add_key(keys, "team", ("colours",), max_tokens=8, requests_per_minute=100_000),
         "slow": add_key(keys, "slow", ("colours",), requests_per_minute=2),
     }
-    found = World(folder, chat_base(folder / "base"), registry, {}, made, None, "")  # type: ignore[arg-type]
     for name, seed in (("colours", 1), ("colours", 2), ("numbers", 3)):
         found.publish(name, seed)
     registry.promote("colours@1")
     registry.publish(finished_run(folder / "foreign", chat_base(folder / "other", seed=6), "foreign", 4))
     options = ["--port", str(free_port()), "--keys", keys, "--engine", "transformers", "--base", found.base, "--host", "127.0.0.1", "--adapters", "2"]
-    with running(str(folder / "registry"), *options) as service:
-        found.service, found.url = service, service.url()
+    with running(str(folder / "registry"), *options) as found.service:
+        assert found.url, "it is ready"
         yield found
 
 

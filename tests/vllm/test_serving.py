@@ -9,59 +9,29 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 
 import openai
 import pytest
 
 from tests.conftest import free_port, own, processes
-from tests.serving import Running, chat_base, expected, finished_run, post, running
+from tests.serving import PROMPT, World, chat_base, post, running
 from translora_ray.references import resolve
 from translora_ray.registry import Registry
 
 pytestmark = [pytest.mark.vllm, pytest.mark.ray]
-PROMPT = "question 1"
-
-
-@dataclass
-class World:
-    folder: Path
-    base: str
-    registry: Registry
-    runs: dict[str, str] = field(default_factory=dict)
-    service: Running = None  # type: ignore[assignment]
-    client: openai.OpenAI = None  # type: ignore[assignment]
-
-    def publish(self, name: str, seed: int, rank: int = 4) -> str:
-        run = finished_run(self.folder / f"{name}-{seed}", self.base, name, seed, rank)
-        release = self.registry.publish(run).id
-        self.runs[release] = run
-        return release
-
-    def says(self, release: str, prompt: str = PROMPT, tokens: int = 8) -> str:
-        return _expected(self.base, self.runs[release], prompt, tokens, True)
-
-    def asks(self, model: str, prompt: str = PROMPT, tokens: int = 8) -> tuple[str, str]:
-        answer = self.client.completions.create(model=model, prompt=prompt, max_tokens=tokens, temperature=0)
-        return answer.model, answer.choices[0].text
-
-
-_expected = cache(expected)
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     folder = tmp_path_factory.mktemp("serving")
-    found = World(folder, chat_base(folder / "base"), Registry(str(folder / "registry")))
+    found = World(folder, chat_base(folder / "base"), Registry(str(folder / "registry")), exact=True)
     for name, seed in (("colours", 1), ("colours", 2), ("numbers", 3)):
         found.publish(name, seed)
     found.registry.promote("colours@1")
     settings = ["--set", "cluster.vllm.dtype=float32", "--set", "cluster.vllm.cpu_cache_gib=0.1"]
-    with running(str(folder / "registry"), "--engine", "vllm", "--adapters", "2", "--port", str(free_port()), *settings) as service:
-        found.service = service
-        found.client = openai.OpenAI(base_url=f"{service.url()}/v1", api_key="none", max_retries=0, timeout=120)
+    with running(str(folder / "registry"), "--engine", "vllm", "--adapters", "2", "--port", str(free_port()), *settings) as found.service:
+        assert found.url, "it is ready"
         yield found
 
 
@@ -69,16 +39,16 @@ def test_answers_are_those_of_transformers_and_peft(world: World) -> None:
     for release in ("colours@1", "colours@2", "numbers@1", "colours@1"):
         assert world.asks(release) == (release, world.says(release)), "and three adapters take turns in the memory of two"
     assert len({world.says(release) for release in world.runs}) == len(world.runs), "adapters that all say the same would prove nothing"
-    chat = world.client.chat.completions.create(model="colours", messages=[{"role": "user", "content": "hi"}], max_tokens=6, temperature=0)
+    chat = world.client().chat.completions.create(model="colours", messages=[{"role": "user", "content": "hi"}], max_tokens=6, temperature=0)
     assert chat.model == "colours@1" and chat.choices[0].message.content == world.says("colours@1", "hi\nA:", 6)
     assert chat.usage and chat.usage.completion_tokens == 6 and chat.choices[0].finish_reason == "length"
 
 
 def test_streams_add_up_to_the_whole_answer(world: World) -> None:
-    pieces = list(world.client.completions.create(model="colours", prompt=PROMPT, max_tokens=8, temperature=0, stream=True))
+    pieces = list(world.client().completions.create(model="colours", prompt=PROMPT, max_tokens=8, temperature=0, stream=True))
     assert "".join(piece.choices[0].text for piece in pieces) == world.says("colours@1") and len(pieces) > 2
     options = {"stream": True, "stream_options": {"include_usage": True}, "max_tokens": 6, "temperature": 0}
-    chunks = list(world.client.chat.completions.create(model="numbers@1", messages=[{"role": "user", "content": "hi"}], **options))  # type: ignore[call-overload]
+    chunks = list(world.client().chat.completions.create(model="numbers@1", messages=[{"role": "user", "content": "hi"}], **options))  # type: ignore[call-overload]
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks[:-1]) == world.says("numbers@1", "hi\nA:", 6)
     assert chunks[0].choices[0].delta.role == "assistant" and chunks[-1].usage.completion_tokens == 6
 
@@ -100,9 +70,9 @@ def test_more_new_adapters_at_once_than_are_held_all_answer(world: World) -> Non
 def test_sampling_is_what_the_request_says(world: World) -> None:
     whole = world.says("colours@1", tokens=12)
     stop = whole[3:5]
-    answer = world.client.completions.create(model="colours", prompt=PROMPT, max_tokens=12, temperature=0, stop=[stop]).choices[0]
+    answer = world.client().completions.create(model="colours", prompt=PROMPT, max_tokens=12, temperature=0, stop=[stop]).choices[0]
     assert (answer.text, answer.finish_reason) == (whole[: whole.index(stop)], "stop")
-    drawn = [world.client.completions.create(model="colours", prompt=PROMPT, max_tokens=8, top_p=0.9, seed=seed).choices[0].text for seed in (1, 1, 2)]
+    drawn = [world.client().completions.create(model="colours", prompt=PROMPT, max_tokens=8, top_p=0.9, seed=seed).choices[0].text for seed in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]
 
 
@@ -121,7 +91,7 @@ def test_a_new_release_answers_and_one_that_can_not_is_said(world: World) -> Non
 
 
 def test_what_can_not_be_answered_is_the_clients_error(world: World) -> None:
-    url = str(world.client.base_url)
+    url = f"{world.url}/v1/"
     long = {"model": "colours", "prompt": "a" * 3000, "max_tokens": 8}
     chat = {"model": "colours", "messages": [{"role": "user", "content": "a" * 3000}]}
     both = {"model": "colours", "prompt": "a" * 1500, "max_tokens": 700}
@@ -130,7 +100,7 @@ def test_what_can_not_be_answered_is_the_clients_error(world: World) -> None:
     ):  # fmt: skip
         status, _, answer = post(f"{url}{route}", body)  # type: ignore[arg-type]
         assert status == 400 and ("context has 2048" in json.loads(answer)["error"]["message"]) == (body in (long, both, chat)), (route, answer)
-    rest = world.client.chat.completions.create(model="colours", messages=[{"role": "user", "content": "a" * 2000}], temperature=1, seed=1)
+    rest = world.client().chat.completions.create(model="colours", messages=[{"role": "user", "content": "a" * 2000}], temperature=1, seed=1)
     assert rest.usage and rest.usage.completion_tokens <= 2048 - rest.usage.prompt_tokens, "without max_tokens, what the context has room for"
 
 
@@ -142,7 +112,7 @@ def test_an_engine_that_dies_under_load_loses_no_request_and_is_replaced(world: 
     def ask(_: int) -> set[int]:
         found = set()
         while not failed.is_set():
-            status, headers, content = post(f"{world.client.base_url}completions", body)
+            status, headers, content = post(f"{world.url}/v1/completions", body)
             assert status == 200 or (status == 503 and "retry-after" in headers and "error" in json.loads(content)), (status, content)
             found.add(status)
             if status != 200:
@@ -155,7 +125,7 @@ def test_an_engine_that_dies_under_load_loses_no_request_and_is_replaced(world: 
         os.kill(core, signal.SIGKILL)
         found = set().union(*[each.result() for each in asked])
     assert 503 in found
-    patient = world.client.with_options(max_retries=60)
+    patient = world.client(retries=60)
     answer = patient.completions.create(model="colours@1", prompt=PROMPT, max_tokens=8, temperature=0)
     assert answer.choices[0].text == world.says("colours@1") and core not in processes(b"VLLM::EngineCore")
 
@@ -171,20 +141,19 @@ def test_told_to_end_it_leaves_nothing_behind(world: World) -> None:
 @pytest.mark.parametrize("name", ["smollm2-135m-instruct", "gemma-3-270m"])
 def test_a_packaged_model_is_served(name: str, tmp_path: Path) -> None:
     base = resolve(f"packaged:{name}")
-    found = World(tmp_path, base, Registry(str(tmp_path / "registry")))
+    found = World(tmp_path, base, Registry(str(tmp_path / "registry")), exact=True)
     for seed in (1, 2):
         found.registry.promote(found.publish("support", seed))
     settings = ["--set", "cluster.vllm.dtype=float32", "--set", "cluster.vllm.cpu_cache_gib=0.5"]
-    with running(found.registry.uri, "--engine", "vllm", "--port", str(free_port()), *settings) as service:
-        found.client = openai.OpenAI(base_url=f"{service.url()}/v1", api_key="none", max_retries=0, timeout=120)
+    with running(found.registry.uri, "--engine", "vllm", "--port", str(free_port()), *settings) as found.service:
         prompt = "Customer: my order has not arrived.\nAgent:"
         with ThreadPoolExecutor(4) as clients:
             answers = list(clients.map(lambda model: found.asks(model, prompt), ["support@1", "support@2", "support@1", "support"]))
         wanted = {release: found.says(release, prompt) for release in ("support@1", "support@2")}
         whole = [(release, text.rstrip("\ufffd")) for release, text in answers]  # a character may lack its last bytes
         assert whole == [(release, wanted[release].rstrip("\ufffd")) for release in ("support@1", "support@2", "support@1", "support@2")]
-        pieces = list(found.client.completions.create(model="support@1", prompt=prompt, max_tokens=8, temperature=0, stream=True))
+        pieces = list(found.client().completions.create(model="support@1", prompt=prompt, max_tokens=8, temperature=0, stream=True))
         assert "".join(piece.choices[0].text for piece in pieces).rstrip("\ufffd") == whole[0][1] and len(pieces) > 2
         if name.endswith("instruct"):
-            chat = found.client.chat.completions.create(model="support", messages=[{"role": "user", "content": "Hello"}], max_tokens=8, temperature=0)
+            chat = found.client().chat.completions.create(model="support", messages=[{"role": "user", "content": "Hello"}], max_tokens=8, temperature=0)
             assert chat.usage and chat.usage.completion_tokens <= 8 and chat.model == "support@2"
