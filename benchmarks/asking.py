@@ -41,7 +41,7 @@ VARIANTS = {
     "list, top_p 0.95": Variant({"temperature": LIST.temperature, "top_p": 0.95}, each=True),
 }
 PLAIN = next(iter(VARIANTS))
-"""What the stream does for a task with labels, with which engines are compared."""
+"""What the stream does for a task with many labels, with which engines are compared."""
 
 
 Requests = Callable[[Pack, Variant], list[tuple[list[int], dict[str, Any]]]]

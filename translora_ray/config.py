@@ -133,6 +133,10 @@ class Task(Section):
         return self.labels if isinstance(self.labels, list) else []
 
 
+FEW_LABELS = 5
+"""Most labels that a list of seeds covers: as many as it shows by default."""
+
+
 class Synthesis(Section):
     """How candidates are written."""
 
@@ -143,8 +147,8 @@ class Synthesis(Section):
     """Seeds shown in one request (paper: 5), drawn anew for each; by label for each pack, and in it for each label, so that an engine reads them once."""
     by_label: bool | None = None
     """Whether each request asks for an input of one of the task's labels, all of them in turn: seeds stand after the name of their label, and the name alone
-    is to be continued. Few seeds can not cover many classes; their names can. None: where the task has more labels than a list shows seeds (`shots`), as the
-    generator adapter does where there are any. A list covers fewer by itself, and shows a base no labels that it can not compute."""
+    is to be continued. Few seeds can not cover many classes; their names can. None: where the task has more than FEW_LABELS, as the generator adapter does
+    where there are any. A list covers a few by itself, and asks for no label that the base can not compute."""
     temperature: float | None = Field(None, gt=0)
     """Of the generator. None: 1 by label, where half of the candidates at 0.7 repeat others, and for the generator adapter, whose inputs are spread as it has
     learnt them; else 0.7, above which small bases drift off the task."""
@@ -176,10 +180,14 @@ class Synthesis(Section):
         """Whose turn it is to write pack number `pack`."""
         return self.generator[pack % len(self.generator)]
 
+    def asks(self, classes: Sequence[str]) -> bool:
+        """`by_label`, decided for a task with such labels."""
+        return len(classes) > FEW_LABELS if self.by_label is None else self.by_label
+
     def settled(self, classes: Sequence[str], generator: GeneratorKind = "source") -> Synthesis:
         """These settings with `by_label` and `temperature` decided, for such a generator and a task with such labels."""
         learnt = generator == "adapter"
-        by_label = bool(classes) if learnt else len(classes) > self.shots if self.by_label is None else self.by_label
+        by_label = bool(classes) if learnt else self.asks(classes)
         return self.model_copy(update={"by_label": by_label, "temperature": self.temperature or (1.0 if by_label or learnt else 0.7)})
 
 
@@ -206,8 +214,8 @@ class Selection(Section):
     margin: float = Field(0.4, ge=0, le=1)
     """Least share of the votes by which the most frequent answer leads the next; else the candidate is a reject."""
     as_asked: bool | None = None
-    """Whether the teacher's answer must be the label that the candidate was written for. None: where prompts are written by label (`synthesis.by_label`). Where
-    the two differ, the prompt lies between labels, or on none of them."""
+    """Whether the teacher's answer must be the label that the candidate was written for. None: where all generators write by label (`by_label`). Where the
+    two differ, the prompt lies between labels, or on none of them."""
     near_duplicate: float = Field(0.95, gt=0, le=1)
     """Similarity (1 - normalised edit distance) from which a candidate repeats a seed or an accepted prompt."""
     seed_overlap: float = Field(0.8, gt=0, le=1)
@@ -261,6 +269,10 @@ class Recipe(Section):
         if self.overlap and self.selection.method in CHOOSING:
             raise ValueError(f"{self.selection.method} chooses among all examples, before training begins: leave overlap out, or selection.method")
         return self
+
+    def decided(self, classes: Sequence[str]) -> Recipe:
+        """With what is left to a task's labels decided: what a run writes down, so that it stays what it is when a default changes."""
+        return self.model_copy(update={"synthesis": self.synthesis.model_copy(update={"by_label": self.synthesis.asks(classes)})})
 
     def digest(self) -> str:
         return hashlib.sha256(json.dumps(self.model_dump(), sort_keys=True).encode()).hexdigest()[:16]

@@ -94,9 +94,10 @@ def check(kit_path: str, target: str, out: str, config: Config, engine: EngineKi
     loaded = kit.load(kit_path)
     engine = choose_engine(engine)
     engine_for(engine, [loaded.adapter], display.say)
+    config = config.model_copy(update={"recipe": config.recipe.decided(loaded.task.classes)})
     checked = Checked(loaded, target, config, engine, RunStore(out), _identity(loaded, target, config))
     checked.store.check_writable()
-    _check_identity(checked.store, checked.identity)
+    _check_identity(checked)
     if checked.finished:
         return checked
     models.require_bits(config.recipe.training.base_bits)
@@ -125,7 +126,7 @@ def planned(checked: Checked, local: bool) -> tuple[Plan, Resources]:
 
 def begin(checked: Checked) -> None:
     """Write down what the run is. A training that was begun in another way is forgotten."""
-    stored = _check_identity(checked.store, checked.identity)
+    stored = _check_identity(checked)
     if stored and differing_field(stored["recipe"]["training"], checked.identity["recipe"]["training"]):
         checked.store.remove(TRAIN)
     checked.store.write_json(IDENTITY, checked.identity)
@@ -136,8 +137,9 @@ def _identity(loaded: kit.Kit, target: str, config: Config) -> dict[str, Any]:
     return {"kit": loaded.digest, "target": models.fingerprint(target), "recipe_hash": recipe.digest(), "recipe": recipe.model_dump()}
 
 
-def _check_identity(store: RunStore, identity: dict[str, Any]) -> dict[str, Any] | None:
+def _check_identity(checked: Checked) -> dict[str, Any] | None:
     """What is written down of the run, None where nothing is. Raises `UsageError` where it is another one."""
+    store, by_label = checked.store, bool(checked.kit.task.classes)
     if not store.exists():
         return None
     if not store.exists(IDENTITY):
@@ -146,14 +148,19 @@ def _check_identity(store: RunStore, identity: dict[str, Any]) -> dict[str, Any]
         return None
     stored: dict[str, Any] = store.read_json(IDENTITY)
     trained = store.exists(f"{ADAPTER}/{adapters.CONFIG}")
-    if field := differing_field(_fixed(stored, trained), _fixed(identity, trained)):
+    if field := differing_field(_fixed(stored, trained, by_label), _fixed(checked.identity, trained, by_label)):
         raise UsageError(f"{store.uri} is a run of something else: {field}. Choose another --out.")
     return stored
 
 
-def _fixed(identity: dict[str, Any], trained: bool) -> dict[str, Any]:
-    """What must stay as it is in a run. How its adapter is trained may change until there is one, but for what the stream measures for it."""
-    recipe = {**identity["recipe"], "gate": {**Gate().model_dump(), **identity["recipe"]["gate"]}}  # which has keys that older runs do not have
+def _fixed(identity: dict[str, Any], trained: bool, by_label: bool) -> dict[str, Any]:
+    """What must stay as it is in a run. How its adapter is trained may change until there is one, but for what the stream measures for it.
+
+    Older runs lack keys of the gate, and did not write down that their prompts were `by_label`.
+    """
+    recipe = {**identity["recipe"], "gate": {**Gate().model_dump(), **identity["recipe"]["gate"]}}
+    if recipe["synthesis"]["by_label"] is None:
+        recipe["synthesis"] = {**recipe["synthesis"], "by_label": by_label}
     if not trained:
         recipe = {**recipe, "training": {"token_weights": recipe["training"].get("token_weights")}}
     return {**{key: value for key, value in identity.items() if key != "recipe_hash"}, "recipe": recipe}

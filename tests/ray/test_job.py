@@ -110,15 +110,16 @@ def test_a_submitted_fleet_is_stopped_and_tells_its_counts_where_it_failed(
     def submit(name: str, *options: str) -> tuple[int, str]:
         return job("submit", "--submission-id", name, "--working-dir", str(ROOT), *options, "--", *entry)
 
-    code, told = submit("fleet-stopped", "--no-wait")
+    code, told = submit("fleet-ended", "--no-wait")
     assert code == 0, told
-    assert eventually(lambda: any(tmp_path.glob("fleet/runs/*/shards/*.parquet"))), job("logs", "fleet-stopped")
-    code, told = job("stop", "fleet-stopped")
-    assert code == 0 and "stopped" in told.lower(), told
-    assert "what was under way is committed" in job("logs", "fleet-stopped")[1]
+    assert eventually(lambda: any(tmp_path.glob("fleet/runs/*/shards/*.parquet"))), job("logs", "fleet-ended")
+    code, told = job("stop", "fleet-ended")
+    assert code == 0 and "was stopped" in told, told
+    kept = {shard: shard.read_bytes() for shard in tmp_path.glob("fleet/runs/*/shards/*.parquet")}
+    assert "what was under way is committed" in job("logs", "fleet-ended")[1]
     assert holder(RunStore(str(tmp_path / "fleet"))) is None and not any(tmp_path.glob("fleet/runs/*/manifest.json"))
     code, told = submit("fleet-again")
-    assert code == 1, told
+    assert code == 1 and all(shard.read_bytes() == content for shard, content in kept.items()), told
     told = job("status", "fleet-again")[1]
     assert "FAILED" in told.upper() and "0 shipped, 1 review, 0 refused, 1 failed" in told, told
 

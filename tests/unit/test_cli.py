@@ -154,9 +154,13 @@ def test_a_run_of_another_recipe_is_refused_by_field(tmp_path: Path, tiny_kit: P
 
     run = tmp_path / "run"
     run.mkdir()
-    (run / "run.json").write_text(json.dumps(_identity(kit.load(tiny_kit), tiny_gemma, load_config(None, []))))
-    arguments = ("transfer", tiny_kit, "--target", tiny_gemma, "--out", run, "--set", "selection.votes=3")
-    assert "recipe.selection.votes is 1 there and 3 here" in fails(capsys, *arguments)
+    loaded, config = kit.load(tiny_kit), load_config(None, [])
+    decided = config.model_copy(update={"recipe": config.recipe.decided(loaded.task.classes)})
+    arguments = ("transfer", tiny_kit, "--target", tiny_gemma, "--out", run)
+    (run / "run.json").write_text(json.dumps(_identity(loaded, tiny_gemma, decided)))
+    assert "recipe.selection.votes is 1 there and 3 here" in fails(capsys, *arguments, "--set", "selection.votes=3")
+    (run / "run.json").write_text(json.dumps(_identity(loaded, tiny_gemma, config)))  # as it was written before
+    assert "recipe.synthesis.by_label is True there and False here" in fails(capsys, *arguments)
 
 
 def test_an_adapter_of_another_base_of_the_same_shapes_is_refused(tmp_path: Path, tiny_kit: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from tests.conftest import lora, task_rows
 from translora_ray import adapters, adapting, kit, models
-from translora_ray.config import Adapter, Gate, Recipe, Selection, Synthesis, Vllm
+from translora_ray.config import Adapter, Gate, Recipe, Selection, Synthesis, Training, Vllm
 from translora_ray.engines.base import AdapterRef
 from translora_ray.engines.select import opener
 from translora_ray.engines.transformers import TransformersEngine
@@ -94,6 +94,24 @@ def test_a_method_without_a_cut_chooses_from_what_comes_not_from_what_the_discri
     assert as_asked["discriminator"] and all(row.target == candidates[place[row.input]].label_of(loaded.task.classes) for row in as_asked["discriminator"])
     assert found["unfiltered"] == [0, 1, 2, 3]
     assert all(len(found[name]) == 4 and max(found[name]) < 8 for name in ("importance", "excess")), found  # of 2 x 4
+
+
+def test_another_training_is_of_the_same_rows_with_other_random_numbers(loaded: kit.Kit, tiny_gemma: str, tmp_path: Path) -> None:
+    recipe = Recipe(selection=Selection(quota=8), gate=Gate(held_out=0), training=Training(epochs=1))
+    candidates = [Candidate(i, i, row.input, row.target, verdict=1.0) for i, row in enumerate(rows(60, 90))]
+    store = RunStore(str(tmp_path / "run"))
+    store.write_shard(0, 0, candidates, {"attempt": "a", "loads": [], "tokens": {}, "seconds": {}})
+    manifest = {"target_base": tiny_gemma, "counts": {"quota": 8}, "training": {"learning_rate": 1e-3, "adapter": lora().model_dump()}}
+
+    def trained(place: Path, again: int) -> str:
+        with Display() as display:
+            arms = Arms(loaded, manifest, recipe, store, place, display)
+            assert [row.input for row in arms.trained_on] == [row.input for row in rows(60, 68)]
+            (adapter,) = arms.trained((), {"transferred": arms.trained_on}, again).values()
+        return adapters.digest(adapter.path)
+
+    found = [trained(tmp_path / str(number), again) for number, again in enumerate((0, 1, 2, 1))]
+    assert len(set(found)) == 3 and found[1] == found[3]
 
 
 def test_an_ia3_teacher_takes_turns_with_the_discriminators_lora(

@@ -70,26 +70,28 @@ def test_one_engine_plays_every_role_and_vllm_loads_the_result(calm: Path, tiny_
 
 @pytest.mark.parametrize("victim", [b"VLLM::EngineCore", b"ray::MapWorker"])
 def test_an_engine_that_dies_is_replaced_and_no_row_changes(calm: Path, tiny_kit: Path, tiny_gemma: str, tmp_path: Path, victim: bytes) -> None:
-    run, killed = tmp_path / "run", list[int]()
-    engines = list[int]()
+    run, ended, killed, engines = tmp_path / "run", threading.Event(), list[int](), set[int]()
 
     def kill_the_engine_once() -> None:
         while not any(run.glob("shards/*.parquet")):
             time.sleep(0.05)
-        engines.extend(own(processes(b"VLLM::")))
+        engines.update(own(processes(b"VLLM::")))
         killed.extend(own(processes(victim)))
         for process in killed:
             os.kill(process, signal.SIGKILL)
+        while not ended.wait(0.5):
+            engines.update(own(processes(b"VLLM::")))
 
     thread = threading.Thread(target=kill_the_engine_once, daemon=True)
     thread.start()
     assert main(on_vllm(tiny_kit, tiny_gemma, run)) == 0
+    ended.set()
     thread.join(5)
-    assert len(killed) == 1 and engines
+    assert len(killed) == 1 and len(engines) > 1
     assert texts(run) == texts(calm)
     assert len(facts_of(run)[1]) == 2
-    deadline = time.monotonic() + 30  # what the victim owned ends too
-    while set(processes(b"VLLM::")) & set(engines):
+    deadline = time.monotonic() + 30  # what the victim owned, and the run itself, ends too
+    while engines & set(processes(b"VLLM::")):
         assert time.monotonic() < deadline, "vLLM's processes outlive their owner"
         time.sleep(0.5)
 

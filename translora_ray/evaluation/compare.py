@@ -12,7 +12,7 @@ from typing import Any
 from translora_ray import adapters, kit
 from translora_ray.config import Recipe, Task
 from translora_ray.engines.base import AdapterRef, Engine, Generate, OpenEngine, Sampling
-from translora_ray.errors import UsageError
+from translora_ray.errors import Diverged, UsageError
 from translora_ray.evaluation import arms, gate, page
 from translora_ray.evaluation.distance import distances
 from translora_ray.evaluation.metrics import METRICS
@@ -78,7 +78,7 @@ def evaluate(
             sets["oracle"] = oracle_rows
         target_arms |= {name: (bare, adapter) for name, adapter in made.trained(extra, sets).items()}
         learnt = {"transferred": made.trained_on} | {name: sets[name] for name in sets if name == "oracle"}
-        repeated = {(arm, number): adapter for number in range(1, trainings) for arm, adapter in made.trained((), learnt, number).items()}
+        repeated = _repeated(made, learnt, trainings, display)
         used = [adapter for _, adapter in target_arms.values() if adapter]
         engine = open_engine(manifest["target_base"], [*used, *repeated.values()])
         found |= answer_all(engine, target_arms, task, loaded.seeds, rows, display)
@@ -128,6 +128,17 @@ def answer_all(
             answers += [clean_answer(answer.text) for answer in engine.generate([Generate(prompt, sampling, adapter) for prompt in part])]
             phase.update(len(answers), len(rows))
         found[arm] = Answered(answers, [metric(answer, row.target) for answer, row in zip(answers, rows, strict=True)])
+    return found
+
+
+def _repeated(made: arms.Arms, learnt: dict[str, Sequence[TaskRow]], trainings: int, display: Display) -> dict[tuple[str, int], AdapterRef]:
+    """The adapters of all trainings but the first, by arm and number. One whose loss is not a number is told, and left out."""
+    found: dict[tuple[str, int], AdapterRef] = {}
+    for number in range(1, trainings):
+        try:
+            found |= {(arm, number): adapter for arm, adapter in made.trained((), learnt, number).items()}
+        except Diverged as failure:
+            display.say(f"Training {number + 1} of {trainings} came to nothing, and is left out: {failure}")
     return found
 
 

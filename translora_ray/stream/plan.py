@@ -117,7 +117,7 @@ class Plan:
         if by := next((key for key, value in asked.items() if value and not kit.task.classes), None):
             raise UsageError(f"{by} needs a task with labels, and this one's answers are open: leave it out, or prepare the kit with labels.")
         if selection.as_asked and not self.by_label:
-            raise UsageError("selection.as_asked compares with the label that was asked for, and a list asks for none: set synthesis.by_label, or leave it.")
+            raise UsageError("selection.as_asked compares with the label that was asked for, and a list asks for none: leave it out, or set by_label.")
         if self.recipe.overlap and self.chooses:
             raise UsageError(f"{method} chooses among all examples, before training begins: leave overlap out, or set selection.method to none.")
 
