@@ -30,14 +30,23 @@ from rounds import SOURCE, TARGET, translora
 
 from translora_ray.fleet import state as states
 from translora_ray.registry import Registry
-from translora_ray.storage import RESULT, RunStore
+from translora_ray.storage import ANSWERS, RESULT, RunStore
 
 WORK = results.ROOT / "runs" / "fleet-tasks"
 TASKS = {**quality.TASKS, "slots/snips_PlayMusic": quality.TASKS["slots/snips_GetWeather"]}
 QUOTA, TESTED = 100, 200
 RECIPE = {"selection": {"quota": QUOTA}, "training": {"epochs": 4}}
 ENVIRONMENT = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "TRANSLORA_LOCAL": "/tmp/translora-fleet-tasks"}
-COLUMNS = ("task", "ended as", "source adapter", "bare target", "transferred (95 % interval)", "candidates", "release")
+COLUMNS = (
+    "task",
+    "ended as",
+    "source adapter",
+    "bare target",
+    "transferred (95 % interval)",
+    "agreement with the teacher: gate, real rows",
+    "candidates",
+    "release",
+)
 
 
 def prepare(name: str, data: Path, engine: str) -> Path:
@@ -124,9 +133,12 @@ def row(moved: dict[str, Any]) -> str:
         arms = store.read_json(RESULT)["arms"]
         cells += [f"{arms[arm]['accuracy']:.3f}" for arm in ("source_adapter", "target_base")]
         cells.append(results.interval(*(arms["transferred"][figure] for figure in ("accuracy", "low", "high"))))
-        cells.append(str(store.read_json("manifest.json")["counts"]["candidates"]))
+        manifest = store.read_json("manifest.json")
+        answers = [json.loads(line)["answers"] for line in store.read(ANSWERS).decode().splitlines()]
+        real = sum(answer["transferred"] == answer["source_adapter"] for answer in answers) / len(answers)
+        cells += [f"{manifest['gate']['checks'][0]['value']:.3f}, {real:.3f}", str(manifest["counts"]["candidates"])]
     else:
-        cells += ["-"] * 4
+        cells += ["-"] * 5
     return f"| {' | '.join([*cells, moved['release'] or '-'])} |"
 
 

@@ -41,7 +41,7 @@ def finish(
     trained, held_out = choose(plan, candidates)
     began = time.monotonic()
     with PhaseMeasures().timed(GATE):
-        verdict = pass_gate(plan, store, trained, held_out, totals, run or run_once(plan), display)
+        verdict = pass_gate(plan, store, candidates, totals, run or run_once(plan), display)
     ended = time.monotonic()
     manifest = {
         **identity,

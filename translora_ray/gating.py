@@ -21,7 +21,12 @@ from translora_ray.records import Candidate, TaskRow
 from translora_ray.storage import ADAPTER, RunStore
 from translora_ray.stream.choose import choose
 from translora_ray.stream.collect import Totals
+from translora_ray.stream.dedup import normal
 from translora_ray.stream.plan import Plan
+from translora_ray.stream.teach import OTHER_LABEL
+
+MOST_BETWEEN = 64
+"""Prompts between labels that the gate asks."""
 
 
 def examples(plan: Plan, store: RunStore) -> tuple[list[Candidate], list[Candidate]]:
@@ -29,22 +34,41 @@ def examples(plan: Plan, store: RunStore) -> tuple[list[Candidate], list[Candida
     return choose(plan, store.candidates())
 
 
-def pass_gate(
-    plan: Plan, store: RunStore, trained: Sequence[Candidate], held_out: Sequence[Candidate], totals: Totals, run: Run, display: Display
-) -> dict[str, Any] | None:
-    """The verdict on the adapter in the run, None where the recipe holds nothing out for it. Its engine is loaded by `run`."""
+def pass_gate(plan: Plan, store: RunStore, candidates: Sequence[Candidate], totals: Totals, run: Run, display: Display) -> dict[str, Any] | None:
+    """The verdict on the adapter in the run, None where the recipe holds nothing out for it. Its engine is loaded by `run`.
+
+    Examples alone would flatter the adapter: prompts that the teacher gave another label than they were written for are no examples, and the harder ones. So
+    some of those are asked, too, and count for as much as they are among the prompts that look like the task.
+    """
     if not plan.held_out:
         return None
     phase = display.phase("gate")
     phase.update(0, 1, "loading the adapter")
-    rows = [TaskRow(candidate.input, candidate.target or "") for candidate in held_out]
+    trained, held_out = choose(plan, candidates)
+    unsettled = between(candidates, trained)
+    rows = [TaskRow(candidate.input, candidate.target or "") for candidate in (*held_out, *unsettled[:MOST_BETWEEN])]
     scores = run(_scores, plan, store, [*rows, *plan.kit.seeds])
     phase.update(1, 1)
-    sides = {"agreement": scores[: len(rows)], "seeds": scores[len(rows) :]}
-    measured = {name: sum(side) / len(side) for name, side in sides.items()}
-    measured |= likeness(plan.kit.discriminator or {}, trained)
+    agreement, harder, seeds = (_mean(side) for side in (scores[: len(held_out)], scores[len(held_out) : len(rows)], scores[len(rows) :]))
+    share = len(unsettled) / (len(unsettled) + totals.accepted)
+    measured = {"agreement": (1 - share) * agreement + share * harder, "seeds": seeds, **likeness(plan.kit.discriminator or {}, trained)}
     answers = gate.answers(plan.kit.task.classes, plan.kit.seeds, [candidate.target or "" for candidate in trained])
-    return {**gate.without_rows(plan.recipe.gate, measured, totals.accepted / totals.candidates, answers), "held_out": len(rows)}
+    asked = {"held_out": len(held_out), "between": len(rows) - len(held_out)}
+    return {**gate.without_rows(plan.recipe.gate, measured, totals.accepted / totals.candidates, answers), **asked}
+
+
+def _mean(scores: Sequence[float]) -> float:
+    return sum(scores) / len(scores) if scores else 0.0
+
+
+def between(candidates: Sequence[Candidate], trained: Sequence[Candidate]) -> list[Candidate]:
+    """Prompts that lie between labels, each once, in the order of their index: the teacher gave them another one than they were written for."""
+    known, found = {normal(candidate.input) for candidate in trained}, []
+    for candidate in sorted(candidates, key=lambda candidate: candidate.index):
+        if candidate.reason == OTHER_LABEL and normal(candidate.input) not in known:
+            known.add(normal(candidate.input))
+            found.append(candidate)
+    return found
 
 
 def likeness(discriminator: dict[str, Any], trained: Sequence[Candidate]) -> dict[str, float]:

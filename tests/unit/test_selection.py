@@ -22,16 +22,16 @@ from translora_ray.errors import UsageError
 from translora_ray.evaluation import gate
 from translora_ray.evaluation.distance import bandwidth, embed, mmd
 from translora_ray.evaluation.metrics import well_formed
-from translora_ray.gating import likeness
+from translora_ray.gating import likeness, pass_gate
 from translora_ray.progress import Display
 from translora_ray.prompts import task_prompt
 from translora_ray.records import Candidate, Pack, TaskRow, request_pack
 from translora_ray.storage import RunStore
 from translora_ray.stream.choose import choose
-from translora_ray.stream.collect import LABEL_FULL, Collector
+from translora_ray.stream.collect import LABEL_FULL, Collector, Totals
 from translora_ray.stream.discriminate import calibrate, outline
 from translora_ray.stream.plan import Plan
-from translora_ray.stream.teach import ILL_FORMED, UNSURE, Teacher
+from translora_ray.stream.teach import ILL_FORMED, OTHER_LABEL, UNSURE, Teacher
 
 
 @pytest.fixture
@@ -244,6 +244,27 @@ def test_likeness_is_the_share_of_pairs_in_which_an_example_looks_more_real() ->
         found = likeness({"real_verdicts": outline(real), "held_out_real": 400}, [*examples, Candidate(400, 0, "")])
         assert found["likeness"] == pytest.approx(area, abs=0.04) and 0.45 < found["chance"] < 0.47
     assert likeness({"true_accept_rate": 1.0}, examples) == likeness({"real_verdicts": [1.0], "held_out_real": 1}, [Candidate(0, 0)]) == {}
+
+
+@pytest.mark.parametrize("unsettled", [0, 3, 70])
+def test_agreement_counts_prompts_between_labels_by_their_share(loaded: kit.Kit, unsettled: int) -> None:
+    plan = planned(loaded)  # 20 examples and 2 held out
+    rows = [Candidate(i, i, f"prompt {i}", 1.0, "a") for i in range(22)]
+    rows += [Candidate(22 + i, 22 + i, f"hard {i}", 1.0, "b", OTHER_LABEL) for i in range(unsettled)]
+    rows += [Candidate(200, 200, "Prompt 0", 1.0, "b", OTHER_LABEL), Candidate(201, 201, "hard 0", 1.0, "b", OTHER_LABEL if unsettled else "off task")]
+    asked: list[str] = []
+
+    def run(_scores: Any, _plan: Plan, _store: RunStore, given: list[TaskRow]) -> list[float]:
+        asked.extend(row.input for row in given)
+        return [1.0, 0.0, *[0.0] * (len(given) - 2 - len(loaded.seeds)), *[1.0] * len(loaded.seeds)]
+
+    totals = Totals(candidates=len(rows), accepted=22)
+    with Display() as display:
+        found = pass_gate(plan, None, rows, totals, run, display)  # type: ignore[arg-type]
+    assert found and asked == ["prompt 20", "prompt 21", *[f"hard {i}" for i in range(min(64, unsettled))], *loaded.seed_inputs]
+    by_name = {check["name"]: check["value"] for check in found["checks"]}
+    assert by_name["agreement with the teacher"] == pytest.approx(22 / (22 + unsettled) * 0.5) and by_name["accuracy on the seeds"] == 1.0
+    assert (found["held_out"], found["between"]) == (2, min(64, unsettled))
 
 
 def answered(accepted: float = 0.5, given: str = "aabbcc", **measured: float) -> dict[str, Any]:

@@ -27,7 +27,7 @@ def check(name: str, value: float, ship: float, refuse: float | None, reason: st
 
 
 def without_rows(gate: Gate, measured: dict[str, float], accepted: float, labels: dict[str, Any]) -> dict[str, Any]:
-    """The verdict after a transfer. `measured`: `agreement` with the teacher on examples held out, `seeds`: accuracy on them, and, where the kit tells
+    """The verdict after a transfer. `measured`: `agreement` with the teacher on prompts not trained on, `seeds`: accuracy on them, and, where the kit tells
     how real prompts are judged, what `gating.likeness` found; `accepted`: share of candidates that became examples; `labels`: what `answers` found.
     That the adapter's modules are applied is proved when it is loaded, and an error otherwise."""
     checks = [

@@ -140,6 +140,8 @@ def _gate(run: Run) -> Html:
         return section(title, soft("Nothing: the recipe holds no examples out for it (gate.held_out is 0)."))
     rows = [(check["name"], f"{check['value']:.3f}", check["wanted"], tag("span", check["verdict"], class_=check["verdict"])) for check in gate["checks"]]
     caption = f"{gate['held_out']} accepted examples were held out of training and answered by the adapter"
+    if gate.get("between"):
+        caption += f", and {gate['between']} prompts that the teacher gave another label than they were written for"
     return section(title, table(caption, ("check", "value", "wanted", "verdict"), rows, numbers=(1,)))
 
 
