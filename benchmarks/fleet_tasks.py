@@ -134,7 +134,7 @@ def row(moved: dict[str, Any]) -> str:
         cells += [f"{arms[arm]['accuracy']:.3f}" for arm in ("source_adapter", "target_base")]
         cells.append(results.interval(*(arms["transferred"][figure] for figure in ("accuracy", "low", "high"))))
         manifest = store.read_json("manifest.json")
-        answers = [json.loads(line)["answers"] for line in store.read(ANSWERS).decode().splitlines()]
+        answers = [json.loads(line)["answers"] for line in store.read(ANSWERS).decode().strip().split("\n")]
         real = sum(answer["transferred"] == answer["source_adapter"] for answer in answers) / len(answers)
         cells += [f"{manifest['gate']['checks'][0]['value']:.3f}, {real:.3f}", str(manifest["counts"]["candidates"])]
     else:
