@@ -98,7 +98,7 @@ def test_a_method_without_a_cut_chooses_from_what_comes_not_from_what_the_discri
 
 def test_another_training_is_of_the_same_rows_with_other_random_numbers(loaded: kit.Kit, tiny_gemma: str, tmp_path: Path) -> None:
     recipe = Recipe(selection=Selection(quota=8), gate=Gate(held_out=0), training=Training(epochs=1))
-    candidates = [Candidate(i, i, row.input, row.target, verdict=1.0) for i, row in enumerate(rows(60, 90))]
+    candidates = [Candidate(i, i, row.input, 1.0, row.target) for i, row in enumerate(rows(60, 90))]
     store = RunStore(str(tmp_path / "run"))
     store.write_shard(0, 0, candidates, {"attempt": "a", "loads": [], "tokens": {}, "seconds": {}})
     manifest = {"target_base": tiny_gemma, "counts": {"quota": 8}, "training": {"learning_rate": 1e-3, "adapter": lora().model_dump()}}
