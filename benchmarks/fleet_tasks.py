@@ -30,7 +30,7 @@ from rounds import SOURCE, TARGET, translora
 
 from translora_ray.fleet import state as states
 from translora_ray.registry import Registry
-from translora_ray.storage import ANSWERS, RESULT, RunStore
+from translora_ray.storage import RESULT, RunStore
 
 WORK = results.ROOT / "runs" / "fleet-tasks"
 TASKS = {**quality.TASKS, "slots/snips_PlayMusic": quality.TASKS["slots/snips_GetWeather"]}
@@ -134,7 +134,7 @@ def row(moved: dict[str, Any]) -> str:
         cells += [f"{arms[arm]['accuracy']:.3f}" for arm in ("source_adapter", "target_base")]
         cells.append(results.interval(*(arms["transferred"][figure] for figure in ("accuracy", "low", "high"))))
         manifest = store.read_json("manifest.json")
-        answers = [json.loads(line)["answers"] for line in store.read(ANSWERS).decode().strip().split("\n")]
+        answers = [tested["answers"] for tested in store.answers()]
         real = sum(answer["transferred"] == answer["source_adapter"] for answer in answers) / len(answers)
         cells += [f"{manifest['gate']['checks'][0]['value']:.3f}, {real:.3f}", str(manifest["counts"]["candidates"])]
     else:

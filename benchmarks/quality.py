@@ -32,7 +32,7 @@ from translora_ray.evaluation.statistics import paired_interval
 from translora_ray.kit import load
 from translora_ray.reading import load_task
 from translora_ray.records import read_rows
-from translora_ray.storage import ANSWERS
+from translora_ray.storage import RunStore
 from translora_ray.stream.dedup import normal
 
 INTENT = {"prompt": "Message: {input}\nIntent:", "max_new_tokens": 10, "source_training": {"epochs": 5}}
@@ -121,7 +121,7 @@ def run(name: str, seed: int, data: Path, work: Path, threads: int, more: bool) 
         manifest = transfer.transferred(here, threads, out, str(kits[way]), "--target", transfer.TARGET, "--recipe", str(here / f"{way}.yaml"))
         if way == "paper":
             result = _evaluated(here, threads, out, arms, oracle)
-            rows = [json.loads(line) for line in (out / ANSWERS).read_text().splitlines()]
+            rows = RunStore(str(out)).answers()
             answers = {arm: [row["scores"][arm] for row in rows] for arm in result["arms"]}
             chain["accuracy"] = {arm: value["accuracy"] for arm, value in result["arms"].items() if arm in SHOWN}
         else:

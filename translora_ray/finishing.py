@@ -38,10 +38,10 @@ def finish(
         folder = store.fetch_folder(ADAPTER, Path(scratch) / ADAPTER)
         info = adapting.inspect_for(folder, plan.target)
     candidates = store.candidates()
-    trained, held_out = choose(plan, candidates)
+    trained, held_out = chosen = choose(plan, candidates)
     began = time.monotonic()
     with PhaseMeasures().timed(GATE):
-        verdict = pass_gate(plan, store, candidates, totals, run or run_once(plan), display)
+        verdict = pass_gate(plan, store, candidates, chosen, totals, run or run_once(plan), display)
     ended = time.monotonic()
     manifest = {
         **identity,

@@ -25,17 +25,22 @@ from translora_ray.stream.dedup import normal
 from translora_ray.stream.plan import Plan
 from translora_ray.stream.teach import OTHER_LABEL
 
+Chosen = tuple[list[Candidate], list[Candidate]]
+"""(trained on, held out)"""
 MOST_BETWEEN = 64
 """Prompts between labels that the gate asks."""
 
 
-def examples(plan: Plan, store: RunStore) -> tuple[list[Candidate], list[Candidate]]:
-    """(trained on, held out): what `choose` makes of the committed shards."""
+def examples(plan: Plan, store: RunStore) -> Chosen:
+    """What `choose` makes of the committed shards."""
     return choose(plan, store.candidates())
 
 
-def pass_gate(plan: Plan, store: RunStore, candidates: Sequence[Candidate], totals: Totals, run: Run, display: Display) -> dict[str, Any] | None:
-    """The verdict on the adapter in the run, None where the recipe holds nothing out for it. Its engine is loaded by `run`.
+def pass_gate(
+    plan: Plan, store: RunStore, candidates: Sequence[Candidate], chosen: Chosen, totals: Totals, run: Run, display: Display
+) -> dict[str, Any] | None:
+    """The verdict on the adapter in the run, None where the recipe holds nothing out for it. `chosen` is what `choose` made of the candidates. Its engine is
+    loaded by `run`.
 
     Examples alone would flatter the adapter: prompts that the teacher gave another label than they were written for are no examples, and the harder ones. So
     some of those are asked, too, and count for as much as they are among the prompts that look like the task.
@@ -44,7 +49,7 @@ def pass_gate(plan: Plan, store: RunStore, candidates: Sequence[Candidate], tota
         return None
     phase = display.phase("gate")
     phase.update(0, 1, "loading the adapter")
-    trained, held_out = choose(plan, candidates)
+    trained, held_out = chosen
     unsettled = between(candidates, trained)
     rows = [TaskRow(candidate.input, candidate.target or "") for candidate in (*held_out, *unsettled[:MOST_BETWEEN])]
     scores = run(_scores, plan, store, [*rows, *plan.kit.seeds])

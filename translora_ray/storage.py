@@ -230,6 +230,11 @@ class RunStore:
                 table = pq.ParquetFile(pa.BufferReader(self.read(f"{SHARDS}/{name}")), pre_buffer=False).read(use_threads=False)
                 yield int(match[2]), [Candidate(**row) for row in table.to_pylist()], json.loads(table.schema.metadata[b"facts"])
 
+    def answers(self) -> list[dict[str, Any]]:
+        """The test rows of the last evaluation, each with every arm's answer and score; none before there was one."""
+        lines = self.read(ANSWERS).decode().split("\n") if self.exists(ANSWERS) else []
+        return [json.loads(line) for line in lines if line]
+
     def candidates(self) -> list[Candidate]:
         """Those of all committed shards, in their order."""
         return [candidate for _, candidates, _ in self.shards() for candidate in candidates]

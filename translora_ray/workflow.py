@@ -139,7 +139,7 @@ def _identity(loaded: kit.Kit, target: str, config: Config) -> dict[str, Any]:
 
 def _check_identity(checked: Checked) -> dict[str, Any] | None:
     """What is written down of the run, None where nothing is. Raises `UsageError` where it is another one."""
-    store, by_label = checked.store, bool(checked.kit.task.classes)
+    store = checked.store
     if not store.exists():
         return None
     if not store.exists(IDENTITY):
@@ -148,19 +148,22 @@ def _check_identity(checked: Checked) -> dict[str, Any] | None:
         return None
     stored: dict[str, Any] = store.read_json(IDENTITY)
     trained = store.exists(f"{ADAPTER}/{adapters.CONFIG}")
-    if field := differing_field(_fixed(stored, trained, by_label), _fixed(checked.identity, trained, by_label)):
+    if field := differing_field(_fixed(_as_today(stored, checked.kit), trained), _fixed(checked.identity, trained)):
         raise UsageError(f"{store.uri} is a run of something else: {field}. Choose another --out.")
     return stored
 
 
-def _fixed(identity: dict[str, Any], trained: bool, by_label: bool) -> dict[str, Any]:
-    """What must stay as it is in a run. How its adapter is trained may change until there is one, but for what the stream measures for it.
+def _as_today(stored: dict[str, Any], loaded: kit.Kit) -> dict[str, Any]:
+    """What an older run is, as it is written down today: it lacks keys of the gate, and left open that prompts of a task with labels were by label."""
+    recipe = {**stored["recipe"], "gate": {**Gate().model_dump(), **stored["recipe"]["gate"]}}
+    if recipe["synthesis"].get("by_label", False) is None:
+        recipe["synthesis"] = {**recipe["synthesis"], "by_label": bool(loaded.task.classes)}
+    return {**stored, "recipe": recipe}
 
-    Older runs lack keys of the gate, and did not write down that their prompts were `by_label`.
-    """
-    recipe = {**identity["recipe"], "gate": {**Gate().model_dump(), **identity["recipe"]["gate"]}}
-    if recipe["synthesis"]["by_label"] is None:
-        recipe["synthesis"] = {**recipe["synthesis"], "by_label": by_label}
+
+def _fixed(identity: dict[str, Any], trained: bool) -> dict[str, Any]:
+    """What must stay as it is in a run. How its adapter is trained may change until there is one, but for what the stream measures for it."""
+    recipe = identity["recipe"]
     if not trained:
         recipe = {**recipe, "training": {"token_weights": recipe["training"].get("token_weights")}}
     return {**{key: value for key, value in identity.items() if key != "recipe_hash"}, "recipe": recipe}

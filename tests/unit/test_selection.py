@@ -260,7 +260,7 @@ def test_agreement_counts_prompts_between_labels_by_their_share(loaded: kit.Kit,
 
     totals = Totals(candidates=len(rows), accepted=22)
     with Display() as display:
-        found = pass_gate(plan, None, rows, totals, run, display)  # type: ignore[arg-type]
+        found = pass_gate(plan, None, rows, choose(plan, rows), totals, run, display)  # type: ignore[arg-type]
     assert found and asked == ["prompt 20", "prompt 21", *[f"hard {i}" for i in range(min(64, unsettled))], *loaded.seed_inputs]
     by_name = {check["name"]: check["value"] for check in found["checks"]}
     assert by_name["agreement with the teacher"] == pytest.approx(22 / (22 + unsettled) * 0.5) and by_name["accuracy on the seeds"] == 1.0

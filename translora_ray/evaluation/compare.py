@@ -25,6 +25,8 @@ from translora_ray.stream.dedup import normal
 from translora_ray.stream.discriminate import verdicts
 
 CHUNK = 128
+Asked = dict[str, tuple[list[Prompt], AdapterRef | None]]
+"""Of each arm, its prompts and the adapter that answers them."""
 
 
 @dataclass
@@ -73,21 +75,22 @@ def evaluate(
         sets = made.sets(extra, engine)
         real = verdicts(engine, task.name, [row.input for row in rows], loaded.discriminator_adapter) if judged else None
         engine.close()
-        target_arms = {"target_base": (bare, None), "target_few_shot": (few, None), "transferred": (bare, transferred)}
+        target_arms: Asked = {"target_base": (bare, None), "target_few_shot": (few, None), "transferred": (bare, transferred)}
         if oracle_rows:
             sets["oracle"] = oracle_rows
         target_arms |= {name: (bare, adapter) for name, adapter in made.trained(extra, sets).items()}
-        learnt = {"transferred": made.trained_on} | {name: sets[name] for name in sets if name == "oracle"}
+        learnt: dict[str, Sequence[TaskRow]] = {"transferred": made.trained_on, **({"oracle": oracle_rows} if oracle_rows else {})}
         repeated = _repeated(made, learnt, trainings, display)
-        used = [adapter for _, adapter in target_arms.values() if adapter]
-        engine = open_engine(manifest["target_base"], [*used, *repeated.values()])
+        others: Asked = {adapter.name: (bare, adapter) for again in repeated for adapter in again.values()}
+        used = [adapter for _, adapter in (target_arms | others).values() if adapter]
+        engine = open_engine(manifest["target_base"], used)
         found |= answer_all(engine, target_arms, task, loaded.seeds, rows, display)
-        others = answer_all(engine, {adapter.name: (bare, adapter) for adapter in repeated.values()}, task, loaded.seeds, rows, display)
+        answered = answer_all(engine, others, task, loaded.seeds, rows, display)
         engine.close()
     result = summary({arm: answered.scores for arm, answered in found.items()}, task.metric)
     if repeated:
-        again = {arm: [others[adapter.name] for (name, _), adapter in repeated.items() if name == arm] for arm in learnt}
-        result["trainings"] = {arm: [sum(each.scores) / len(rows) for each in (found[arm], *answers)] for arm, answers in again.items()}
+        every = {arm: [found[arm], *(answered[again[arm].name] for again in repeated)] for arm in learnt}
+        result["trainings"] = {arm: [sum(each.scores) / len(rows) for each in answers] for arm, answers in every.items()}
     result["gate"] = gate.on_rows(recipe.gate, result["against"])
     if real is not None:
         result["verdicts"] = {"real": real}
@@ -113,9 +116,7 @@ def _check_rows(loaded: kit.Kit, rows: Sequence[TaskRow], data: str, learnt: dic
         display.say(f"{data} has {len(rows)} rows: an accuracy of 0.5 would have an interval of {low:.2f} to {high:.2f}. Take {FEW} or more.")
 
 
-def answer_all(
-    engine: Engine, asked: dict[str, tuple[list[Prompt], AdapterRef | None]], task: Task, seeds: list[TaskRow], rows: list[TaskRow], display: Display
-) -> dict[str, Answered]:
+def answer_all(engine: Engine, asked: Asked, task: Task, seeds: list[TaskRow], rows: list[TaskRow], display: Display) -> dict[str, Answered]:
     """Answers of the arms that share an engine."""
     sampling = Sampling(task.max_new_tokens, stop=answer_stops([seed.target for seed in seeds], task.format))
     metric = METRICS[task.metric]
@@ -131,12 +132,12 @@ def answer_all(
     return found
 
 
-def _repeated(made: arms.Arms, learnt: dict[str, Sequence[TaskRow]], trainings: int, display: Display) -> dict[tuple[str, int], AdapterRef]:
-    """The adapters of all trainings but the first, by arm and number. One whose loss is not a number is told, and left out."""
-    found: dict[tuple[str, int], AdapterRef] = {}
+def _repeated(made: arms.Arms, learnt: dict[str, Sequence[TaskRow]], trainings: int, display: Display) -> list[dict[str, AdapterRef]]:
+    """The adapters of all trainings but the first, by arm. One whose loss is not a number is told, and left out."""
+    found = []
     for number in range(1, trainings):
         try:
-            found |= {(arm, number): adapter for arm, adapter in made.trained((), learnt, number).items()}
+            found.append(made.trained((), learnt, number))
         except Diverged as failure:
             display.say(f"Training {number + 1} of {trainings} came to nothing, and is left out: {failure}")
     return found

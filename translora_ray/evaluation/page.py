@@ -18,7 +18,7 @@ from translora_ray.evaluation.report import ARMS, trainings
 from translora_ray.evaluation.statistics import flips
 from translora_ray.records import Candidate, TaskRow
 from translora_ray.releases import verdict
-from translora_ray.storage import ANSWERS, MAP, REPORT, RESULT, RunStore
+from translora_ray.storage import MAP, REPORT, RESULT, RunStore
 from translora_ray.stream.collect import NOT_NEEDED
 
 EXAMPLES, PER_REASON, FLIPS = 6, 2, 20
@@ -60,9 +60,8 @@ class Run:
 def write(store: RunStore, manifest: dict[str, Any], seeds: Sequence[TaskRow]) -> None:
     """Write the run's report, or write it again; `seeds` are those of its kit."""
     candidates = store.candidates()
-    lines = store.read(ANSWERS).decode().split("\n") if store.exists(ANSWERS) else []
     found = [store.read_json(name) if store.exists(name) else None for name in (RESULT, MAP)]
-    run = Run(place(store), manifest, seeds, candidates, found[0], [json.loads(line) for line in lines if line], found[1])
+    run = Run(place(store), manifest, seeds, candidates, found[0], store.answers(), found[1])
     store.write(REPORT, render(run).encode())
 
 
