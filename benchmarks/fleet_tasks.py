@@ -36,6 +36,8 @@ WORK = results.ROOT / "runs" / "fleet-tasks"
 TASKS = {**quality.TASKS, "slots/snips_PlayMusic": quality.TASKS["slots/snips_GetWeather"]}
 QUOTA, TESTED = 100, 200
 RECIPE = {"selection": {"quota": QUOTA}, "training": {"epochs": 4}}
+OWN = {"boolean_expressions": {**quality.TASKS["bbh/boolean_expressions"]["recipe"], "selection": {"quota": 400}}}
+"""Items with a recipe of their own: this task gets as many examples as `benchmarks/transfer.py` gives it."""
 ENVIRONMENT = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "TRANSLORA_LOCAL": "/tmp/translora-fleet-tasks"}
 COLUMNS = (
     "task",
@@ -59,7 +61,7 @@ def prepare(name: str, data: Path, engine: str) -> Path:
 
 
 def write_fleet(kits: list[Path]) -> Path:
-    items = [{"kit": str(here / "kit"), "name": here.name, "evaluate": str(here / "test.jsonl")} for here in kits]
+    items = [{"kit": str(here / "kit"), "name": here.name, "evaluate": str(here / "test.jsonl"), "recipe": OWN.get(here.name, {})} for here in kits]
     fleet = {"out": str(WORK / "fleet"), "registry": str(WORK / "registry"), "kits": items, "target": TARGET, "recipe": RECIPE}
     (WORK / "fleet.yaml").write_text(yaml.safe_dump(fleet))
     return WORK / "fleet.yaml"
@@ -114,7 +116,7 @@ def _accepted() -> int:
 
 def drive(fleet: Path, engine: str) -> list[str]:
     """Submit, kill, submit, kill, submit; what the kills found."""
-    third = len(TASKS) * QUOTA // 3
+    third = sum(OWN.get(name.split("/")[1], RECIPE)["selection"]["quota"] for name in TASKS) // 3
     moments: list[tuple[str, Callable[[float], bool]]] = [
         ("a third of the examples is there", lambda _submitted: _shards() > 2 and _accepted() >= third),
         ("an adapter trains", lambda submitted: any(row["state"] == states.TRAINING and row["changed"] > submitted for row in _transfers())),
@@ -160,7 +162,8 @@ def main() -> None:
     transfers = _transfers()
     loads = json.loads((WORK / "fleet" / states.FILE).read_text())["engine_loads"]
     releases = [release.id for release in Registry(str(WORK / "registry")).releases()]
-    test = f"{QUOTA} examples a task, at most {TESTED} test rows"
+    own = "".join(f", {recipe['selection']['quota']} for {name}" for name, recipe in OWN.items())
+    test = f"{QUOTA} examples a task{own}; at most {TESTED} test rows"
     head = f"Commit {results.commit()}, engine {options.engine}; {test}, {minutes:.0f} minutes from the first submission to the end."
     facts = f"Engines loaded by streams that came to their end: {sum(map(len, loads.values()))}. In the registry: {', '.join(releases) or 'nothing'}."
     lines = [head, *said, facts, "", f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|", *map(row, transfers)]
