@@ -10,7 +10,7 @@ import random
 import shutil
 import socket
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -256,3 +256,15 @@ def s3() -> Iterator[str]:
         bucket.create_dir(path)
         yield "s3://translora"
         server.stop()
+
+
+@pytest.fixture(scope="session")
+def gs() -> Iterator[Callable[[str], str]]:
+    """URIs of places in an object store on loopback that speaks Google's protocol. pyarrow reads from a URI alone where it is."""
+    from gcp_storage_emulator.server import create_server
+
+    port = free_port()
+    server = create_server("127.0.0.1", port, in_memory=True, default_bucket="translora")
+    server.start()
+    yield lambda place: f"gs://anonymous@translora/{place}?scheme=http&endpoint_override=127.0.0.1:{port}&retry_limit_seconds=10"
+    server.stop()

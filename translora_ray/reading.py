@@ -22,6 +22,12 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(
 _S = TypeVar("_S", bound=Section)
 
 
+def inside(place: str, name: str) -> str:
+    """A path in a directory or URI; what a URI says after `?` (an endpoint, a region) stays at its end."""
+    head, mark, query = place.partition("?") if "://" in place else (place, "", "")
+    return f"{head.rstrip('/')}/{name}{mark}{query}"
+
+
 def load_task(path: str | Path) -> Task:
     """Read TASK.yaml; `train` comes back as an absolute path."""
     task = validate(Task, read_yaml(path), str(path))

@@ -32,6 +32,7 @@ from translora_ray import adapters
 from translora_ray.errors import UsageError
 from translora_ray.kit import FACTS
 from translora_ray.ledger import Ledger, Skip, Unreachable, Unsound, refuse
+from translora_ray.reading import inside
 from translora_ray.releases import STABLE, NotFound, Release, Trial, check_name, of_kit, of_run, parse_channel, parse_id, some
 from translora_ray.storage import MANIFEST, RELEASE, RunStore
 
@@ -89,6 +90,12 @@ class Registry:
                 return release
             raise NotFound(f"{self.uri} has no release {reference!r}: {self._there(reference)}.")
 
+    def holds(self, release: str, digest: str) -> bool:
+        """Whether `name@version` was published here with that digest, retired or not."""
+        with self._ledger.reaching(), contextlib.suppress(FileNotFoundError, ValueError):
+            return bool(self._store.read_json(f"{RELEASES}/{release}/{RELEASE}").get("digest") == digest)
+        return False
+
     def releases(self, base: str | None = None, skip: Skip = refuse) -> list[Release]:
         """Releases that are not retired, by name and version; those for one `base`, a target base's reference or fingerprint, where it is given."""
         with self._ledger.reaching():
@@ -97,8 +104,7 @@ class Registry:
 
     def place_of(self, path: str) -> str:
         """The URI of the release whose release.json lies at `path` in the registry."""
-        head, mark, query = self.uri.partition("?")
-        return f"{head}/{path.removesuffix(f'/{RELEASE}')}{mark}{query}"
+        return inside(self.uri, path.removesuffix(f"/{RELEASE}"))
 
     def changes(self, skip: Skip = refuse, name: str = "") -> dict[str, Change]:
         """The change that counts of each channel, {"name:channel": change}, sorted; of one name's, where it is given. `trial_in` reads a trial from it."""

@@ -124,8 +124,10 @@ class RunStore:
         return self.names(name) == [mine]
 
     def names(self, folder: str) -> list[str]:
-        """File names in a folder of the run, sorted; without unfinished ones."""
-        return sorted(info.base_name for info in self.listed(folder) if not info.base_name.startswith("."))
+        """Names in a folder of the run, sorted; without unfinished ones. On Google's store folders are made of their files: it lists no others."""
+        here = f"{self.path(folder).rstrip('/')}/"
+        found = {info.path.removeprefix(here).split("/")[0] for info in self.listed(folder, recursive=self.fs.type_name == "gcs")}
+        return sorted(name for name in found if not name.startswith("."))
 
     def listed(self, folder: str, recursive: bool = False) -> list[Any]:
         """pyarrow's `FileInfo` of what is in a folder of the run, also inside its folders; nothing where there is none."""

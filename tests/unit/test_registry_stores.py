@@ -1,4 +1,4 @@
-"""The registry on an object store: a real server on loopback, no locks."""
+"""The registry on object stores: real servers on loopback, no locks."""
 
 import os
 import subprocess
@@ -21,22 +21,31 @@ from translora_ray.errors import UsageError
 from translora_ray.registry import NotFound, Registry, Release, Unreachable, Unsound
 from translora_ray.storage import RunStore
 
+Place = Callable[[str], str]
+
+
+@pytest.fixture(params=["s3", "gs"])
+def place(request: pytest.FixtureRequest) -> Place:
+    """URIs of what a test has for itself."""
+    store, mine = request.getfixturevalue(request.param), uuid.uuid4().hex
+    return lambda name: f"{store}/{mine}/{name}" if isinstance(store, str) else store(f"{mine}/{name}")
+
 
 @pytest.fixture
-def registry(s3: str) -> Registry:
-    return Registry(f"{s3}/{uuid.uuid4().hex}/registry")
+def registry(place: Place) -> Registry:
+    return Registry(place("registry"))
 
 
 def ids(registry: Registry) -> list[str]:
     return [release.id for release in registry.releases()]
 
 
-def test_releases_and_channels(registry: Registry, tmp_path: Path) -> None:
+def test_releases_and_channels(registry: Registry, place: Place, tmp_path: Path) -> None:
     assert not registry.exists() and registry.releases() == [] and channels(registry) == {}
     first, second = (registry.publish(save_run(tmp_path / str(seed), seed)) for seed in range(2))
     assert registry.publish(str(tmp_path / "0")) == first
     assert ids(Registry(registry.uri)) == ["colours@1", "colours@2"]
-    assert first.uri == f"{registry.uri}/releases/colours@1"
+    assert first.uri == place("registry/releases/colours@1")
     for release in (first, second):
         registry.promote(release.id)
     assert channels(Registry(registry.uri)) == {"colours:stable": "colours@2"}
@@ -152,18 +161,18 @@ def test_a_retirement_in_the_middle_of_a_change_does_not_take_what_the_channel_n
     assert move(registry).id == "colours@1" == Registry(registry.uri).release("colours").id
 
 
-def test_the_commands_and_inspect(registry: Registry, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_commands_and_inspect(registry: Registry, place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["publish", save_run(tmp_path / "run"), registry.uri, "--name", "tones", "--channel", "stable"]) == 0
     assert capsys.readouterr().out == "tones@1\n"
     assert main(["inspect", registry.uri]) == 0
     assert "tones@1" in capsys.readouterr().out
-    assert main(["inspect", registry.uri + "-absent"]) == 2
-    assert main(["promote", registry.uri + "-absent", "tones@1"]) == 2
+    assert main(["inspect", place("absent")]) == 2
+    assert main(["promote", place("absent"), "tones@1"]) == 2
     assert "There is no registry at" in capsys.readouterr().err
 
 
-def test_a_run_on_the_object_store_is_published(registry: Registry, tmp_path: Path, s3: str) -> None:
-    local, remote = Path(save_run(tmp_path / "run")), RunStore(f"{s3}/{uuid.uuid4().hex}/run")
+def test_a_run_on_the_object_store_is_published(registry: Registry, place: Place, tmp_path: Path) -> None:
+    local, remote = Path(save_run(tmp_path / "run")), RunStore(place("run"))
     for file in (path for path in local.rglob("*") if path.is_file()):
         remote.write(str(file.relative_to(local)), file.read_bytes())
     release = registry.publish(remote.uri)
@@ -179,8 +188,8 @@ def elsewhere(endpoint: str) -> Iterator[None]:
     os.environ["AWS_ENDPOINT_URL"] = before
 
 
-def test_a_store_that_does_not_answer_is_told(registry: Registry, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = save_run(tmp_path / "run")
+def test_a_store_that_does_not_answer_is_told(s3: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, registry = save_run(tmp_path / "run"), Registry(f"{s3}/{uuid.uuid4().hex}/registry")
     registry.publish(run)
     with elsewhere("http://127.0.0.1:9"):
         lost = Registry(registry.uri)
