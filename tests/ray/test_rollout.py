@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import pytest
 
@@ -203,7 +204,7 @@ def test_a_replica_that_is_killed_under_load_loses_no_request(world: World, vict
         """All of it, or an error that the client raises: nothing is cut off in silence."""
         try:
             pieces = list(world.client().completions.create(**body, stream=True))  # type: ignore[call-overload]
-        except openai.APIError:
+        except (openai.APIError, httpx.RemoteProtocolError):  # the latter where the gateway is gone, which can not say so any more
             return
         assert "".join(piece.choices[0].text for piece in pieces) == said
 
@@ -211,7 +212,7 @@ def test_a_replica_that_is_killed_under_load_loses_no_request(world: World, vict
         return world.client(retries=12).completions.create(**body).choices[0].text  # type: ignore[call-overload,no-any-return]
 
     with ThreadPoolExecutor(16) as clients:
-        streams = [clients.submit(streamed, number) for number in range(8)] if victim.startswith(ENGINE) else []
+        streams = [clients.submit(streamed, number) for number in range(8)]
         raw, retried = ([clients.submit(work, number) for number in range(24)] for work in (once, patiently))
         time.sleep(0.2)
         with contextlib.suppress(ProcessLookupError):

@@ -63,6 +63,8 @@ def test_the_curl_line_that_is_printed_works(world: World) -> None:
     headers = dict(value.split(": ", 1) for option, value in pairwise(options) if option == "-H")
     status, _, body = fetch(url, "POST", options[options.index("-d") + 1].encode(), headers)
     assert (curl, status) == ("curl", 200) and json.loads(body)["model"] == "colours@1"
+    (line,) = [line for line in world.service.lines if "metrics for Prometheus: " in line]
+    assert b"ray_" in fetch(line.split(": ", 1)[1].strip())[2]
 
 
 def test_streams_add_up_to_the_whole_answer(world: World) -> None:
@@ -263,6 +265,7 @@ def test_what_can_not_work_is_said_before_anything_starts(world: World, capsys: 
     (tmp_path / "keys.yaml").write_text("keys: [1]")
     for arguments, said in (
         ([nothing], "no registry"),
+        ([empty, "--host", "0.0.0.0"], "Whoever reaches 0.0.0.0 would be let in"),
         ([empty, "--keys", str(tmp_path / "keys.yaml")], "not a file of keys"),
         ([empty, "--port", "99999"], "Port"),
     ):
@@ -279,5 +282,6 @@ def test_the_example_for_serve_deploy_is_one() -> None:
     assert module == app.__name__ and callable(getattr(app, builder))
     found = app.service(application.args)
     assert found.replicas == (1, 8) and found.engine == "transformers" and found.gpus == 1
-    with pytest.raises(UsageError, match=r"args\.adaptors"):
-        app.service(application.args | {"adaptors": 3})
+    for wrong, said in (({"adaptors": 3}, r"args\.adaptors"), ({"replicas": [4, 1]}, "the least must be 1 or more")):
+        with pytest.raises(UsageError, match=said):
+            app.service(application.args | wrong)

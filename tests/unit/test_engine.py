@@ -145,6 +145,18 @@ def test_adapters_come_and_go_between_answers_of_the_bare_base(tiny_llama: str, 
     assert (says(None), says(second), says(None)) == (bare, two, bare)
 
 
+def test_of_many_adapters_some_stay_in_memory(tiny_llama: str, tmp_path: Path) -> None:
+    paths = [f"{finished_run(tmp_path / str(seed), tiny_llama, 'x', seed)}/adapter" for seed in (1, 2, 3)]
+    requests = [Generate(PROMPTS[3], Sampling(8), AdapterRef(path, path)) for path in paths]
+    alone = [TransformersEngine(tiny_llama, device="cpu").generate([request])[0] for request in requests]
+    assert len({found.text for found in alone}) == 3
+    engine = TransformersEngine(tiny_llama, device="cpu", kept=2)
+    for turn in (0, 1, 0, 2, 1, 1, 0):
+        assert engine.generate([requests[turn]]) == [alone[turn]]
+        assert len(engine._names) <= 2 and len(engine._adapted.peft_config) <= 2
+    assert [*engine._names] == [paths[1], paths[0]]
+
+
 def test_vllm_on_gpus_gets_its_share_of_one_or_spreads_over_several(tiny_llama: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As far as arguments go: nothing here computes on a GPU."""
     monkeypatch.setattr(vllm, "_on_cpu", lambda: False)

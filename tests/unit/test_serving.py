@@ -22,6 +22,8 @@ from typing import Any
 
 import pytest
 import yaml
+from ray.exceptions import RayActorError
+from ray.serve.exceptions import BackPressureError, ReplicaUnavailableError
 from starlette.requests import Request
 
 from tests.conftest import save_run
@@ -33,7 +35,7 @@ from translora_ray.errors import UsageError
 from translora_ray.models import fingerprint
 from translora_ray.prompts import Prompt
 from translora_ray.registry import Registry
-from translora_ray.serving import loading
+from translora_ray.serving import health, loading
 from translora_ray.serving.app import Service, build, plan
 from translora_ray.serving.auth import OPEN, add_key
 from translora_ray.serving.batches import Batches, settled
@@ -44,7 +46,7 @@ from translora_ray.serving.local import TransformersBackend
 from translora_ray.serving.measures import EngineMeasures
 from translora_ray.serving.prompting import Prompter
 from translora_ray.serving.protocol import ChatRequest, CompletionRequest, Piece, ServiceError, asked, parse
-from translora_ray.serving.reading import read_body
+from translora_ray.serving.reading import read_body, read_pieces
 from translora_ray.serving.routing import Router, Serves
 from translora_ray.serving.run import _model
 
@@ -310,6 +312,12 @@ def test_damaged_weights_are_said_without_a_path_and_mended_ones_load(tiny_llama
         with pytest.raises(ServiceError) as refused:
             load(release)
         assert (refused.value.status, refused.value.code) == (503, "registry_unreachable") and refused.value.retry_after
+    monkeypatch.setattr(loading, "DAMAGED_SECONDS", 0.2)
+    assert loader.give_up("colours@1").status == 503
+    with pytest.raises(ServiceError, match="damaged"):
+        load("colours@1")  # an engine that could not use it is not asked to with each request, either
+    time.sleep(0.3)
+    assert load("colours@1") == path
 
 
 def test_an_adapter_that_does_not_fit_its_base_is_not_loaded(tiny_llama: str, tiny_gemma: str, tmp_path: Path) -> None:
@@ -465,16 +473,51 @@ def test_a_client_that_does_not_wait_for_its_answer_is_no_failure_of_the_service
     said: list[_Seen] = []
 
     async def resolve(*_: object) -> object:
-        return SimpleNamespace(id="a@1")
+        return SimpleNamespace(id="a@1", base_fingerprint="base")
 
     async def begin(*_: object) -> object:
         raise failure
 
     router = SimpleNamespace(resolve=resolve, trial=lambda *_: None)
-    gateway = SimpleNamespace(_admit=lambda _: OPEN, router=router, _begin=begin, _end=said.append, _running=0)
+    engines = health.Health({})
+    engines.running.add("base")
+    gateway = SimpleNamespace(_admit=lambda _: OPEN, router=router, _begin=begin, _end=said.append, _running=0, health=engines)
     with pytest.raises(failure):
         asyncio.run(Gateway._answer(gateway, request(json.dumps(COMPLETION).encode()), CompletionRequest))  # type: ignore[arg-type]
     assert [(seen.release, seen.status) for seen in said] == [("a@1", status)]
+
+
+def test_a_request_waits_for_an_engine_that_is_gone_but_not_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(health, "SECONDS", 0.05)
+    engines = health.Health({})
+
+    async def never() -> str:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def late() -> str:
+        await asyncio.sleep(0.3)
+        return "late"
+
+    for patience in (0.0, 0.2):
+        began = time.monotonic()
+        with pytest.raises(ServiceError) as refused:
+            asyncio.run(engines.while_running("base", never(), patience))
+        assert refused.value.status == 503 and refused.value.retry_after and patience <= time.monotonic() - began < patience + 2
+    assert asyncio.run(engines.while_running("base", late(), 20)) == "late"  # a replica came meanwhile
+    engines.running.add("base")
+    assert asyncio.run(engines.while_running("base", late())) == "late"
+
+
+@pytest.mark.parametrize("failure", [BackPressureError(1, 1), RayActorError(), ReplicaUnavailableError("engine")])
+def test_an_engine_that_is_full_or_gone_is_told_so_that_clients_come_back(failure: Exception) -> None:
+    async def answer() -> AsyncIterator[Piece]:
+        raise failure
+        yield
+
+    with pytest.raises(ServiceError) as refused:
+        asyncio.run(anext(read_pieces(answer())))
+    assert (refused.value.status, refused.value.code) == (503, "engine_unavailable") and refused.value.retry_after
 
 
 @pytest.mark.parametrize(("gone_at", "status"), [("http.response.start", 499), ("http.response.body", 499), ("", 200)])

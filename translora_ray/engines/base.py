@@ -8,6 +8,9 @@ from typing import Protocol
 
 from translora_ray.prompts import Prompt
 
+KEPT = 64
+"""Adapters that an engine keeps in memory: more than the transfers that are streamed at once name. The one that was used longest ago makes way."""
+
 
 @dataclass(frozen=True)
 class AdapterRef:

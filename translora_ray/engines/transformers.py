@@ -12,12 +12,14 @@ import torch
 from transformers import DynamicCache
 
 from translora_ray import adapters, adapting
-from translora_ray.engines.base import AdapterRef, Complete, Generate, Generation, Sampling, Score
+from translora_ray.engines.base import KEPT, AdapterRef, Complete, Generate, Generation, Sampling, Score
 from translora_ray.errors import RunFailed, UsageError
 from translora_ray.models import context_of, end_tokens, keep_freed_memory, load_base, load_tokenizer, release
 from translora_ray.prompts import Prompt, answer_ids, common_length, distinct_tokens, prompt_ids
 
 WORTH_SHARING = 16
+GREEDY = 1e-5
+"""Temperature below which the likeliest token is taken, as in vLLM: logits over a tiny number are no numbers."""
 _Request = TypeVar("_Request", Generate, Score, Complete)
 _Result = TypeVar("_Result")
 
@@ -25,10 +27,11 @@ _Result = TypeVar("_Result")
 class TransformersEngine:
     """A base in memory, in bf16 where the hardware computes in it.
 
-    `batch_size` rows go through the model at a time. A batch holds one adapter and one sampling, so mixed requests are grouped.
+    `batch_size` rows go through the model at a time. A batch holds one adapter and one sampling, so mixed requests are grouped. Of the adapters that answered
+    `kept` stay in memory.
     """
 
-    def __init__(self, base: str, batch_size: int = 64, device: str | None = None) -> None:
+    def __init__(self, base: str, batch_size: int = 64, device: str | None = None, kept: int = KEPT) -> None:
         keep_freed_memory()
         self._load = partial(load_base, base, device=device)
         self.model: Any = self._load()
@@ -40,7 +43,9 @@ class TransformersEngine:
         self.batch_size = batch_size
         self.context = context_of(self.model)
         self.ends = end_tokens(self.model, self.tokenizer)
+        self.kept = kept
         self._names: dict[str, str] = {}
+        """Adapters on the base by their paths, the one used last at the end."""
         self._numbers = count()
         self._prompts: dict[str, torch.Tensor] = {}
         self._virtual: torch.Tensor | None = None
@@ -192,7 +197,10 @@ class TransformersEngine:
             except RunFailed:
                 self.drop(adapter.path)  # else the next request would find it loaded
                 raise
+        self._names[adapter.path] = self._names.pop(adapter.path)
         self._adapted.set_adapter(self._names[adapter.path], inference_mode=True)
+        while len(self._names) > self.kept:
+            self.drop(next(iter(self._names)))
 
     def _make_way(self, ia3: bool) -> None:
         """Take all adapters off the base where peft can not put the one that comes beside them: IA3 and LoRA take turns."""
@@ -231,7 +239,7 @@ class _Row:
 
 def _choose(logits: torch.Tensor, sampling: Sampling, generators: Sequence[torch.Generator]) -> list[int]:
     """The next token of each row: the likeliest, or drawn with the row's own generator, whatever its neighbours draw."""
-    if not sampling.temperature:
+    if sampling.temperature < GREEDY:
         return list(logits.argmax(-1).tolist())
     probs = (logits / sampling.temperature).softmax(-1)
     if sampling.min_p:

@@ -21,7 +21,7 @@ from pydantic import ValidationError
 
 from translora_ray import adapters
 from translora_ray.config import MOST_RANK, Vllm
-from translora_ray.engines.base import AdapterRef, Complete, Generate, Generation, Sampling, Score
+from translora_ray.engines.base import KEPT, AdapterRef, Complete, Generate, Generation, Sampling, Score
 from translora_ray.errors import EngineDied, RunFailed, TransLoraError, UsageError, first_line
 from translora_ray.models import computes_in_bf16, context_of, linear_shapes, load_tokenizer, skeleton
 from translora_ray.prompts import Prompt, answer_ids, distinct_tokens, prompt_ids
@@ -70,7 +70,7 @@ def engine_arguments(base: str, used: Sequence[AdapterRef], settings: Vllm, gpus
             "enable_lora": True,
             "max_lora_rank": next(room for room in RANKS if room >= rank),
             "max_loras": settings.adapters or min(max(1, len(used)), ADAPTERS_AT_ONCE),
-            "max_cpu_loras": max(len(used), settings.adapters or ADAPTERS_AT_ONCE),
+            "max_cpu_loras": max(min(len(used), KEPT), settings.adapters or ADAPTERS_AT_ONCE),
             # Left to itself vLLM wraps the output embedding too: slower, and log-probabilities of a prompt fail on CPUs.
             "lora_target_modules": sorted({module.rpartition(".")[2] for module in changed or linear_shapes(folder) if "." in module}),
         }

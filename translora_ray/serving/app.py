@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from ray import serve
 from ray.serve import Application
 
@@ -26,6 +26,12 @@ logger = logging.getLogger("ray.serve")
 NAME = "translora"
 
 
+def _ordered(replicas: tuple[int, int]) -> tuple[int, int]:
+    if not 1 <= replicas[0] <= replicas[1]:
+        raise ValueError("the least must be 1 or more and no more than the most")
+    return replicas
+
+
 class Service(BaseModel):
     """Arguments of `build`. `registry` and `keys` must be readable on every node."""
 
@@ -39,7 +45,7 @@ class Service(BaseModel):
     """File of keys (`translora keys`). None: no keys, which a config file has to ask for with `open`."""
     open: bool = False
     """Let whoever reaches the port in, without keys. `translora serve` without keys listens on its own machine alone."""
-    replicas: Annotated[int, Field(ge=1)] | tuple[int, int] = 1
+    replicas: Annotated[int, Field(ge=1)] | Annotated[tuple[int, int], AfterValidator(_ordered)] = 1
     """Engines of each base, or the least and the most between which Serve scales with the load."""
     ingresses: int = Field(1, ge=1)
     """Replicas of the ingress. Rates are limited in each of them."""
@@ -48,9 +54,9 @@ class Service(BaseModel):
     batch_size: int = Field(16, ge=1)
     """Requests that the transformers engine computes at once."""
     cpus: float = Field(1, ge=0)
-    """CPUs of an engine."""
+    """CPUs of an engine; beside whole GPUs vLLM's has those that `ray.serve.llm` asks for."""
     gpus: float = Field(0, ge=0)
-    """GPUs of an engine."""
+    """GPUs of an engine: a share of one, or, with vLLM, as many as `vllm.tensor_parallel_size`."""
     vllm: Vllm = Vllm()
     drain_seconds: float = Field(60, ge=0)
     """How long a replica that is to end may finish what it began."""
@@ -126,6 +132,9 @@ def _transformers(service: Service, number: int, base: str, fingerprint: str) ->
 def _vllm(service: Service, number: int, base: str, fingerprint: str, releases: list[Release]) -> tuple[Serves, Any]:
     from translora_ray.serving import llm
 
+    if service.gpus > 1 and service.gpus != service.vllm.tensor_parallel_size:
+        wanted = f"args.gpus is {service.gpus:g} and vllm.tensor_parallel_size {service.vllm.tensor_parallel_size}"
+        raise UsageError(f"{wanted}: vLLM spreads over as many GPUs as the latter says; make them equal.")
     served = [release for release in releases if release.adapter["type"] in adapters.SERVED_BY_VLLM]
     rank = service.vllm.rank or max([16, *(release.adapter["rank"] for release in served)])
     vllm = service.vllm.model_copy(update={"rank": rank, "adapters": service.vllm.adapters or service.adapters})

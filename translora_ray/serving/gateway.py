@@ -40,6 +40,8 @@ app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
 CLIENT_GONE = 499
 START_SECONDS = 20
 """How long a new gateway waits for the registry."""
+PATIENCE = 60.0
+"""Seconds that a request waits for an engine of which no replica runs: one that died is back by then, where it can be."""
 UNFORESEEN = ServiceError(500, "internal_error", "The service failed: its log says why.")
 
 
@@ -177,7 +179,7 @@ class Gateway:
             begun = await self._canary(asked, trial.release, seen) if trial and not trial.shadow else None
             if begun is None:
                 seen.release = release.id
-                begun = await self._begin(asked, release)
+                begun = await self.health.while_running(release.base_fingerprint, self._begin(asked, release), PATIENCE)
             first, pieces = begun
         except ServiceError as error:
             seen.status = error.status
@@ -259,7 +261,7 @@ class Gateway:
             seen.status = UNFORESEEN.status
             yield protocol.sent(UNFORESEEN.body())
         finally:
-            seen.prompt_tokens, seen.tokens = piece.prompt_tokens, piece.tokens
+            seen.prompt_tokens, seen.tokens = piece.prompt_tokens, piece.tokens or len(said)  # of a client that left: no piece is less than a token
             if piece.finish and compare:
                 compare("".join(said))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Coroutine, Mapping
 from typing import Any, TypeVar
 
@@ -42,11 +43,15 @@ class Health:
     def all_run(self) -> bool:
         return self.running == set(self.engines)
 
-    async def while_running(self, engine: str, answer: Coroutine[Any, Any, _T]) -> _T:
-        """The answer, or 503 where the engine has no replica, or loses its last one meanwhile: a request may wait for the next one as long as that takes."""
-        step = asyncio.ensure_future(answer)
+    async def while_running(self, engine: str, answer: Coroutine[Any, Any, _T], patience: float = 0.0) -> _T:
+        """The answer, or 503 where the engine has had no replica for `patience` seconds: Serve itself lets a request wait for the next one for ever."""
+        step, seen = asyncio.ensure_future(answer), time.monotonic()
         try:
-            while engine in self.running:
+            while True:
+                if engine in self.running:
+                    seen = time.monotonic()
+                elif time.monotonic() - seen >= patience:
+                    break
                 if (await asyncio.wait([step], timeout=SECONDS))[0]:
                     return step.result()
         finally:

@@ -16,7 +16,7 @@ import os
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from ray.serve.llm import LLMConfig, build_llm_deployment
 from ray.serve.llm.deployment import LLMServer
@@ -26,7 +26,7 @@ from translora_ray import adapters
 from translora_ray.config import Vllm
 from translora_ray.engines.vllm import OWNER, engine_arguments
 from translora_ray.errors import RunFailed
-from translora_ray.serving.loading import Held, Loader, unusable
+from translora_ray.serving.loading import Held, Loader
 from translora_ray.serving.measures import EngineMeasures
 from translora_ray.serving.prompting import Prompter
 from translora_ray.serving.protocol import Asked, Piece, ServiceError
@@ -77,8 +77,11 @@ class VllmBackend(LLMServer):  # type: ignore[misc]
         await self._loader.load(asked.release)  # one that can not be had must not make another leave memory
         await self._hold(asked.release)
         answers = await (self.chat(_chat(asked)) if asked.chat else self.completions(_completion(asked)))
+        piece = Piece("")
         async for piece in self._while_it_lives(_read(answers)):
             yield piece
+        if not piece.finish:
+            raise _error("vLLM ended an answer without a word", 500)
 
     async def __del__(self) -> None:
         """Serve calls it when the replica ends."""
@@ -115,7 +118,7 @@ class VllmBackend(LLMServer):  # type: ignore[misc]
                     self._proved.add(release)
         except (ValueError, RunFailed) as error:
             logger.error(f"loading {release}: {error}")
-            raise unusable(release) from None
+            raise self._loader.give_up(release) from None
 
     async def _applied(self, lora: Any) -> list[list[str]]:
         """What each of vLLM's workers applied of an adapter. It is loaded again where one that answers meanwhile took its place before the question came."""
@@ -192,7 +195,7 @@ async def _read(answers: Any) -> AsyncIterator[Piece]:
             if not isinstance(event, str):
                 (choice,), usage = event.choices, event.usage
                 whole = choice.text if hasattr(choice, "text") else choice.message.content or ""
-                yield Piece(whole, "stop" if choice.finish_reason == "stop" else "length", usage.prompt_tokens, usage.completion_tokens)
+                yield Piece(whole, _finish(choice.finish_reason), usage.prompt_tokens, usage.completion_tokens)
                 return
             for line in event.split("\n"):
                 if not line.startswith("data: ") or line == "data: [DONE]":
@@ -204,11 +207,18 @@ async def _read(answers: Any) -> AsyncIterator[Piece]:
                     text += choice["text"] if "text" in choice else choice["delta"].get("content") or ""
                     finish = finish or choice["finish_reason"]
                 if content.get("usage") and finish:
-                    yield Piece(text, "stop" if finish == "stop" else "length", content["usage"]["prompt_tokens"], content["usage"]["completion_tokens"])
+                    yield Piece(text, _finish(finish), content["usage"]["prompt_tokens"], content["usage"]["completion_tokens"])
                     return
                 if text and not finish:
                     yield Piece(text)
                     text = ""
+
+
+def _finish(reason: str) -> Literal["stop", "length"]:
+    """Why an answer ended, where it is whole: vLLM has other reasons for one that it gave up."""
+    if reason not in ("stop", "length"):
+        raise _error(f"vLLM ended an answer with {reason}", 500)
+    return "stop" if reason == "stop" else "length"
 
 
 async def _next(pieces: AsyncIterator[Piece]) -> Piece | None:

@@ -64,16 +64,22 @@ class Loader:
 
     async def load(self, release: str) -> Path:
         """The directory of a release's adapter. Raises `ServiceError` that a client may read: what is wrong in full is in the log."""
-        if (path := self._here.pop(release, None)) and path.exists():
-            self._here[release] = path
-            return path
         since, error = self._damaged.get(release, (0.0, None))
         if error and time.monotonic() - since < DAMAGED_SECONDS:
             raise ServiceError(*error.args)
+        if (path := self._here.pop(release, None)) and path.exists():
+            self._here[release] = path
+            return path
         if release not in self._fetching:
             self._fetching[release] = asyncio.get_running_loop().create_task(self._bring(release))
             self._fetching[release].add_done_callback(lambda task: task.cancelled() or task.exception())  # also where nobody waits any longer
         return await asyncio.shield(self._fetching[release])
+
+    def give_up(self, release: str) -> ServiceError:
+        """The engine could not use what was fetched: it is not asked to again for `DAMAGED_SECONDS`, as for what is damaged. The answer for its client."""
+        error = unusable(release)
+        self._damaged[release] = (time.monotonic(), error)
+        return error
 
     def close(self) -> None:
         """Remove what was fetched."""

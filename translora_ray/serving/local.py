@@ -10,11 +10,11 @@ from pathlib import Path
 from ray import serve
 
 from translora_ray import adapters
-from translora_ray.engines.base import AdapterRef, Generate, Sampling
+from translora_ray.engines.base import KEPT, AdapterRef, Generate, Sampling
 from translora_ray.engines.transformers import TransformersEngine
 from translora_ray.errors import RunFailed, UsageError
 from translora_ray.serving.batches import Batches
-from translora_ray.serving.loading import Held, Loader, unusable
+from translora_ray.serving.loading import Held, Loader
 from translora_ray.serving.measures import EngineMeasures
 from translora_ray.serving.prompting import Prompter
 from translora_ray.serving.protocol import Asked, Piece, ServiceError
@@ -26,7 +26,7 @@ class TransformersBackend:
     def __init__(self, base: str, registry: str, adapters_at_once: int, batch_size: int, gpus: float) -> None:
         self.measures = EngineMeasures()
         self.loader = Loader(registry, base, self.measures)
-        self.engine = TransformersEngine(base, batch_size, None if gpus else "cpu")
+        self.engine = TransformersEngine(base, batch_size, None if gpus else "cpu", max(KEPT, adapters_at_once))
         self.batches = Batches(self.engine, batch_size)
         self.prompter = Prompter(base, self.engine.context)  # the engine's own tokenizer belongs to the engine's thread
 
@@ -51,7 +51,7 @@ class TransformersBackend:
             async for piece in self.batches.run(Generate(prompt, sampling, AdapterRef(asked.release, str(loaded.path)), seed), asked.stream):
                 yield piece
         except (UsageError, RunFailed):  # what could be said of the request was said before: it is the adapter
-            raise unusable(asked.release) from None
+            raise self.loader.give_up(asked.release) from None
 
     async def check_health(self) -> None:
         """Serve replaces a replica whose engine is gone."""

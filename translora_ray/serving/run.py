@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import logging
 import signal
 import socket
@@ -12,6 +13,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 
+import ray
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
@@ -30,11 +32,15 @@ START_SECONDS, END_SECONDS = 600, 30
 def run(service: Service, host: str | None, port: int, say: Callable[[str], None]) -> None:
     """Serve until SIGINT or SIGTERM, then let requests that run finish. `host` None: this machine alone where there are no keys, else all addresses."""
     host = host or ("0.0.0.0" if service.keys else "127.0.0.1")
+    if not service.keys and not _loopback(host):
+        raise UsageError(f"Whoever reaches {host} would be let in: name a file of keys with --keys, or leave --host out to serve this machine alone.")
     _require_free(host, port)
     service = service.model_copy(update={"cpus": max(1.0, cpus() // count(service))})
     model = _model(service)
     with ray_failures(), ray_session(Cluster()) as own:
         logger.setLevel(logging.ERROR)  # replicas log to files of their own; here it would tell of its own start
+        if serve.status().proxies:
+            raise UsageError("Serve runs on that Ray already, with its own port and hosts: give it this service with `serve deploy` (examples/serve.yaml).")
         serve.start(http_options={"host": host, "port": port})
         try:
             # Built on this Ray: `ray.serve.llm` looks for one, and would start its own. Until the engines run, signals end the command as they are used to.
@@ -76,6 +82,12 @@ def _told_to_end() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
+def _loopback(host: str) -> bool:
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return host == "localhost"
+
+
 def _require_free(host: str, port: int) -> None:
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -106,4 +118,6 @@ def _model(service: Service) -> str:
 def _greet(service: Service, url: str, model: str, say: Callable[[str], None]) -> None:
     header = " -H 'Authorization: Bearer KEY'" if service.keys else ""
     say(f"serving {service.registry} at {url}/v1" + ("" if service.keys else ": no keys, for this machine alone (--keys FILE)"))
+    pages = sorted(f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics" for node in ray.nodes() if node["Alive"])
+    say(f"  metrics for Prometheus: {' '.join(pages)}")
     say(f"""  curl {url}/v1/completions{header} -H 'Content-Type: application/json' -d '{{"model": "{model}", "prompt": "Hello", "max_tokens": 16}}'""")
