@@ -19,7 +19,7 @@ import yaml
 from ray.cluster_utils import Cluster as ClusterOfNodes
 from ray.exceptions import RayActorError
 
-from tests.conftest import BALLAST, fill, small_disk
+from tests.conftest import BALLAST, fill, small_disk, task_rows
 from tests.ray.conftest import rows, same_weights
 from tests.ray.growing import children
 from tests.unreliable import unreliable
@@ -36,6 +36,7 @@ from translora_ray.fleet.training import Full, Slot
 from translora_ray.placement import RESTARTS, Resources, place
 from translora_ray.progress import Display
 from translora_ray.registry import Registry
+from translora_ray.releases import Release
 from translora_ray.storage import RunStore
 from translora_ray.stream.collect import Totals
 from translora_ray.stream.plan import Plan
@@ -165,6 +166,35 @@ def test_the_plan_is_said_and_nothing_is_made(calm: Path, open_kit: Path, tiny_g
     assert sorted(tmp_path.rglob("*")) == there
 
 
+def test_groups_follow_each_other_real_rows_have_a_say_and_what_was_retired_stays_so(open_kit: Path, tiny_gemma: str, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in task_rows(120)[80:]))
+    kit_here = str(shutil.copytree(open_kit, tmp_path / "kit"))
+    small = {**RECIPE, "selection": {**RECIPE["selection"], "quota": 8}, "training": {"epochs": 1, "batch_size": 4}}
+    kits: list[dict[str, object]] = [
+        {"name": "tested", "evaluate": "rows.jsonl", "recipe": {"gate": {"loss": 1.0}}},
+        {"name": "bad", "evaluate": "rows.jsonl", "recipe": {"gate": {"ship": 1.0, "refuse": 1.0}}},
+        {"name": "unjudged", "priority": 2, "recipe": {"selection": {"method": "none"}}},
+    ]
+    fleet = {"out": "fleet", "kits": [{"kit": kit_here, **each} for each in kits], "target": tiny_gemma, "recipe": small, "registry": "registry"}
+    (tmp_path / "fleet.yaml").write_text(yaml.safe_dump(fleet))
+    assert main(fleet_command(tmp_path / "fleet.yaml")) == 1
+    assert states(tmp_path) == {"tested": "shipped", "bad": "refused", "unjudged": "shipped"}
+    loads = [*json.loads((tmp_path / "fleet" / "fleet.json").read_text())["engine_loads"].values()]
+    assert [len(each) for each in loads] == [1, 1], "a group that asks no discriminator, and one that does"
+    for name in ("tested", "bad"):
+        assert json.loads((tmp_path / "fleet" / "runs" / name / "evaluation" / "result.json").read_text())["n"] == 40
+    registry = Registry(str(tmp_path / "registry"))
+    (evaluated,) = [release for release in registry.releases() if release.name == "tested"]
+    assert evaluated.evaluation and evaluated.evaluation["n"] == 40
+    registry.retire("unjudged@1")
+    shutil.rmtree(kit_here)
+    assert main(fleet_command(tmp_path / "fleet.yaml")) == 1  # one is refused, as before
+    assert states(tmp_path) == {"tested": "shipped", "bad": "refused", "unjudged": "shipped"}, "what has come to a verdict needs its kit no more"
+    shutil.copytree(open_kit, kit_here)
+    assert main(fleet_command(tmp_path / "fleet.yaml")) == 1
+    assert [release.id for release in registry.releases()] == ["tested@1"], "nothing retired is published again"
+
+
 class Drive:
     """A driver in a process of its own."""
 
@@ -216,10 +246,16 @@ def test_killed_three_times_and_stopped_once_it_comes_to_the_same(
 def the_same(folder: Path, calm: Path) -> None:
     assert states(folder) == states(calm)
     releases = [Registry(str(each / "registry")).releases() for each in (folder, calm)]
-    assert [release.id for release in releases[0]] == [release.id for release in releases[1]]
+    assert [_said(release) for release in releases[0]] == [_said(release) for release in releases[1]]
+    assert [release.digest for release in releases[0]] == [digest(folder / "fleet" / "runs" / name / "adapter") for name in ("one", "two")]
     for name in ("one", "two"):
         assert rows(folder / "fleet" / "runs" / name) == rows(calm / "fleet" / "runs" / name)
         same_weights(folder / "fleet" / "runs" / name, calm / "fleet" / "runs" / name)
+
+
+def _said(release: Release) -> tuple[object, ...]:
+    """What a release says, but for its digest: weights are equal to what the order of additions leaves."""
+    return release.id, release.kit, release.recipe_hash, release.verdict, release.lineage, release.adapter
 
 
 def test_a_node_lost_under_load_changes_nothing(shared_ray: ClusterOfNodes, calm: Path, open_kit: Path, tiny_gemma: str, tmp_path: Path) -> None:

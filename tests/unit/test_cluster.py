@@ -19,6 +19,7 @@ from translora_ray import kit
 from translora_ray.config import EngineKind
 from translora_ray.fleet.groups import grouped
 from translora_ray.fleet.manifest import load_fleet
+from translora_ray.placement import fit_beside
 from translora_ray.storage import RunStore
 from translora_ray.workflow import Checked
 
@@ -163,6 +164,7 @@ def test_the_fleet_fits_the_clusters_when_they_have_no_node_yet(tmp_path: Path, 
     checked = Checked(kit.load(tiny_kit), tiny_gemma, wanted.config, engine, RunStore(str(tmp_path / "run")), {})
     ((transfer,),), unplanned = grouped([(wanted, checked)], local=False)
     assert not unplanned and (transfer.plan.engine_gpus, transfer.worker.gpus) == (1, 1)
+    assert fit_beside(transfer.plan, transfer.worker, fleet.trainings), "the first adapters train while the others stream"
 
 
 def test_serve_accepts_what_the_service_deploys() -> None:

@@ -17,7 +17,7 @@ from translora_ray.engines.transformers import TransformersEngine
 from translora_ray.errors import UsageError
 from translora_ray.evaluation import page
 from translora_ray.evaluation.arms import Arms
-from translora_ray.evaluation.compare import _check_rows, evaluate
+from translora_ray.evaluation.compare import _say_how_little, check_rows, evaluate
 from translora_ray.evaluation.statistics import wilson
 from translora_ray.progress import Display
 from translora_ray.records import Candidate, TaskRow
@@ -36,22 +36,21 @@ def rows(start: int, end: int) -> list[TaskRow]:
 
 
 @pytest.mark.parametrize(("count", "said"), [(10, True), (29, True), (30, False)])
-def test_few_rows_are_taken_and_the_width_of_the_interval_is_said(loaded: kit.Kit, capsys: pytest.CaptureFixture[str], count: int, said: bool) -> None:
+def test_few_rows_are_taken_and_the_width_of_the_interval_is_said(capsys: pytest.CaptureFixture[str], count: int, said: bool) -> None:
     with Display() as display:
-        _check_rows(loaded, rows(60, 60 + count), "test.jsonl", {}, display)
+        _say_how_little(rows(60, 60 + count), "test.jsonl", display)
     low, high = wilson(count / 2, count)
     told = f"test.jsonl has {count} rows: an accuracy of 0.5 would have an interval of {low:.2f} to {high:.2f}. Take 30 or more."
     assert (told in " ".join(capsys.readouterr().err.split())) == said
 
 
 def test_rows_that_were_learnt_from_or_have_another_label_are_refused(loaded: kit.Kit) -> None:
-    with Display() as display:
-        with pytest.raises(UsageError, match="t: 5 of its inputs are among the kit's seeds"):
-            _check_rows(loaded, rows(0, 60), "t", {}, display)
-        with pytest.raises(UsageError, match="t: 2 of its inputs are among --train"):
-            _check_rows(loaded, rows(60, 100), "t", {"--oracle": [], "--train": rows(98, 110)}, display)
-        with pytest.raises(UsageError, match="t: 1 rows have a target that is none of the task's labels, 'z' first"):
-            _check_rows(loaded, [*rows(60, 100), TaskRow("red 900", "z")], "t", {}, display)
+    with pytest.raises(UsageError, match="t: 5 of its inputs are among the kit's seeds"):
+        check_rows(loaded, rows(0, 60), "t", {})
+    with pytest.raises(UsageError, match="t: 2 of its inputs are among --train"):
+        check_rows(loaded, rows(60, 100), "t", {"--oracle": [], "--train": rows(98, 110)})
+    with pytest.raises(UsageError, match="t: 1 rows have a target that is none of the task's labels, 'z' first"):
+        check_rows(loaded, [*rows(60, 100), TaskRow("red 900", "z")], "t", {})
 
 
 @pytest.fixture(scope="module")

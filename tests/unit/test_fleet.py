@@ -52,7 +52,7 @@ def test_a_fleet_comes_to_transfers_with_their_own_recipes(tmp_path: Path) -> No
     assert all(each.config.recipe.selection.votes == 3 and each.config.recipe.seed == 3 for each in wanted)
     assert wanted[0].kit == str(tmp_path / "kits" / "a-kit")
     assert wanted[0].out == f"{tmp_path}/fleet/runs/a-kit"
-    assert [(each.target, each.priority, each.release) for each in wanted[1:3]] == [("base", 1.0, None), ("base", 2.0, "special")]
+    assert [(each.target, each.priority, each.release) for each in wanted[1:3]] == [("base", 1.0, None), ("base", 2.0, "special-base")]
     assert (fleet.out, fleet.registry, fleet.trainings) == (str(tmp_path / "fleet"), "s3://bucket/registry", 2)
 
 
@@ -132,7 +132,8 @@ def test_the_example_parses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
     (tmp_path / "translora" / "kits" / "support_routing").mkdir(parents=True)
-    fleet, wanted = load_fleet(str(ROOT / "jobs" / "fleet.example.yaml"))
+    (path,) = (ROOT / "jobs").glob("*.yaml")
+    fleet, wanted = load_fleet(str(path))
     assert [each.name for each in wanted] == ["support_routing"]
     assert fleet.out == f"{tmp_path}/translora/fleet"
 
@@ -146,11 +147,13 @@ def test_state_page_and_status_tell_the_same(tmp_path: Path, capsys: pytest.Capt
     store.write("runs/one/report.html", b"")
     state.change("one", states.SHIPPED, release="task@1", seconds=12.0)
     state.change("two", states.FAILED, "<no kit>")
-    state.loaded("1", ["base"])
+    state.loaded(["base"])
     state.catch_up()
     assert state.counts == {"waiting": 1, "shipped": 1, "failed": 1}
     assert [record.state for record in states.read(store)] == ["shipped", "failed", "waiting"]
-    assert states.State(store, wanted).loads == {"1": ["base"]}
+    again = states.State(store, wanted)
+    assert [*again.loads.values()] == [["base"]]
+    assert [again.stays(name) for name in ("one", "two", "three")] == [True, False, False] and again.records["one"].release == "task@1"
     state.change("three", states.TRAINING)
     state.catch_up()
     page = (tmp_path / "fleet" / "index.html").read_text()

@@ -109,6 +109,32 @@ def test_a_storage_that_is_away_for_too_long_is_no_other_driver(tmp_path: Path) 
         store.away = False
 
 
+def test_a_storage_that_keeps_one_waiting_does_not_make_a_lease_longer(tmp_path: Path) -> None:
+    class Slow(RunStore):
+        waits = threading.Event()
+
+        def write(self, name: str, content: bytes) -> None:
+            super().write(name, content)
+            self.waits.wait()
+
+    store, lost = Slow(str(tmp_path / "fleet")), queue.Queue[str]()
+    store.waits.set()
+    with lease(store, lost.put, seconds=1.0):
+        store.waits.clear()
+        assert lost.get(timeout=10) == leases.SILENT
+        found = RunStore(store.uri).read_json(leases.FILE)["expires"]
+        assert time.time() < found + 0.5, "whoever waits for the lease may have it only now"
+        store.waits.set()
+
+
+def test_a_lease_that_is_odd_is_lost_and_not_held_for_ever(tmp_path: Path) -> None:
+    store, lost = RunStore(str(tmp_path / "fleet")), queue.Queue[str]()
+    with lease(store, lost.put, seconds=0.5):
+        store.write(leases.FILE, b"[]")
+        assert lost.get(timeout=10) == leases.SILENT
+        store.write_json(leases.FILE, {"owner": "another", "expires": time.time() + 30})
+
+
 def test_a_lease_that_ends_while_somebody_looks_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(RunStore, "exists", lambda *_: True)
     assert holder(RunStore(str(tmp_path / "fleet"))) is None

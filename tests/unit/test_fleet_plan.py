@@ -9,6 +9,7 @@ import pytest
 
 from tests.unit.test_fleet import write
 from translora_ray.cli import main
+from translora_ray.errors import UsageError
 from translora_ray.fleet.forecast import _hours, _there
 from translora_ray.fleet.groups import check_all, grouped
 from translora_ray.fleet.manifest import load_fleet
@@ -20,11 +21,14 @@ EXPECTED = {"expect": {"nodes": 2, "CPU": 4}}
 
 def test_real_rows_that_can_not_be_used_are_found_before_anything_runs(tmp_path: Path, tiny_kit: Path, tiny_gemma: str) -> None:
     (tmp_path / "strange.jsonl").write_text(json.dumps({"input": "red 1 blue", "target": "d"}))
-    kits = [{"kit": str(tiny_kit), "name": name, "evaluate": f"{name}.jsonl"} for name in ("absent", "strange")]
+    (tmp_path / "learnt.jsonl").write_text(json.dumps({"input": "red 1 blue", "target": "a"}))
+    kits: list[dict[str, str]] = [{"kit": str(tiny_kit), "name": name, "evaluate": f"{name}.jsonl"} for name in ("absent", "strange", "learnt")]
+    kits[2] |= {"train": "learnt.jsonl"}
     assert main(["fleet", write(tmp_path, kits=kits, target=tiny_gemma), "--engine", "transformers"]) == 1
-    absent, strange = json.loads((tmp_path / "fleet" / "fleet.json").read_text())["transfers"]
+    absent, strange, learnt = json.loads((tmp_path / "fleet" / "fleet.json").read_text())["transfers"]
     assert absent["reason"] == f"{tmp_path}/absent.jsonl can not be read: No such file or directory."
     assert "1 rows have a target that is none of the task's labels, 'd' first" in strange["reason"]
+    assert "1 of its inputs are among those of train, which adapters learn from" in learnt["reason"]
 
 
 def test_like_engines_make_a_group_and_the_most_urgent_group_is_first(tmp_path: Path, tiny_kit: Path, tiny_gemma: str) -> None:
@@ -36,6 +40,26 @@ def test_like_engines_make_a_group_and_the_most_urgent_group_is_first(tmp_path: 
     groups, unplanned = grouped(sound, local=False)
     assert not failures and not unplanned
     assert [[transfer.name for transfer in group] for group in groups] == [["b", "d"], ["a", "c"]]
+
+
+def test_a_group_that_the_cluster_has_no_room_for_fails_alone(tmp_path: Path, tiny_kit: Path, tiny_gemma: str) -> None:
+    larger = {"recipe": {"synthesis": {"generator": "target"}}}  # two engines in place of one
+    kits = [{"kit": str(tiny_kit), "name": "small"}, {"kit": str(tiny_kit), "name": "large", **larger}]
+    cluster = {"expect": {"nodes": 1, "CPU": 1}}
+    _, wanted = load_fleet(write(tmp_path, kits=kits, target=tiny_gemma, cluster=cluster))
+    with Display() as display:
+        sound, failures = check_all(wanted, "transformers", display)
+    assert not failures
+    groups, unplanned = grouped(sound, local=False)
+    assert [[transfer.name for transfer in group] for group in groups] == [["small"]]
+    assert "The engines ask for 2 CPU, the cluster can grow to 1" in unplanned["large"]
+    with pytest.raises(UsageError, match="The engines ask for 2 CPU"):
+        grouped([each for each in sound if each[0].name == "large"], local=False)
+
+
+def test_the_names_of_several_targets_are_apart_in_the_registry_too(tmp_path: Path) -> None:
+    _, wanted = load_fleet(write(tmp_path, kits=[{"kit": "one", "name": "a"}], target=["packaged:x", "packaged:y"]))
+    assert [(each.name, each.release) for each in wanted] == [("a-x", "a-x"), ("a-y", "a-y")]
 
 
 @pytest.mark.parametrize(

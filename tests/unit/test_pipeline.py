@@ -21,7 +21,7 @@ from translora_ray.stream.actor import ENGINE_DEATHS, StageActor, _through
 from translora_ray.stream.collect import Collector, Totals
 from translora_ray.stream.pipeline import _collectors, _commit, _raise
 from translora_ray.stream.plan import Plan, Pool
-from translora_ray.stream.requests import LATE, Desk
+from translora_ray.stream.requests import AT_ONCE, LATE, Desk
 
 
 class Failing:
@@ -170,6 +170,25 @@ def test_the_desk_hands_out_in_proportion_to_the_shares() -> None:
         return counts
 
     assert asyncio.run(ask()) == [{0: 20, 1: 40, 2: 10}, {0: 20, 2: 10}]
+
+
+def test_of_many_transfers_some_at_a_time_get_packs_and_the_first_ones_are_full_early() -> None:
+    async def ask() -> list[set[int]]:
+        desk, found = desk_of([0] * (AT_ONCE + 2), 1, (*[1.0] * (AT_ONCE + 1), 2.0)), []
+        for full in ([], [AT_ONCE + 1], [0, 1]):
+            await desk.full(*full)
+            served = set()
+            for turn in range(len(desk.handed_out), len(desk.handed_out) + 3 * AT_ONCE):
+                pack = await desk.lease(turn)
+                assert pack
+                await desk.arrived(*pack)
+                served.add(pack[0])
+            found.append(served)
+        return found
+
+    first, second, third = asyncio.run(ask())
+    assert first == {*range(AT_ONCE - 1), AT_ONCE + 1}, "the one with the largest share is among the first"
+    assert second == {*range(AT_ONCE)} and third == {*range(2, AT_ONCE + 1)}
 
 
 def test_the_desk_hands_out_in_turn_and_repeats_itself_to_a_source_that_starts_again() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,8 @@ def evaluate(
     loaded = kit.behind(manifest, run)
     rows = read_rows(data)
     oracle_rows = read_rows(oracle) if oracle else []
-    _check_rows(loaded, rows, data, {"--oracle": oracle_rows, "--train": read_rows(train) if train else []}, display)
+    check_rows(loaded, rows, data, {"--oracle": oracle_rows, "--train": read_rows(train) if train else []})
+    _say_how_little(rows, data, display)
     task, recipe = loaded.task, Recipe.model_validate(manifest["recipe"])
     with tempfile.TemporaryDirectory() as scratch:
         transferred = AdapterRef("transferred", str(store.fetch_folder(ADAPTER, Path(scratch) / ADAPTER)))
@@ -104,13 +105,17 @@ def evaluate(
     return result
 
 
-def _check_rows(loaded: kit.Kit, rows: Sequence[TaskRow], data: str, learnt: dict[str, Sequence[TaskRow]], display: Display) -> None:
-    """Raise `UsageError` for test rows that were seen in training or have no label of the task; say how little a few rows tell."""
+def check_rows(loaded: kit.Kit, rows: Sequence[TaskRow], data: str, learnt: Mapping[str, Sequence[TaskRow]]) -> None:
+    """Raise `UsageError` for test rows that were seen in training, as seeds or by `learnt`, or that have no label of the task."""
     kit.check_labels(loaded.task, rows, data)
     tested = {normal(row.input) for row in rows}
     for name, known in {"the kit's seeds": loaded.seeds, **learnt}.items():
         if common := tested & {normal(row.input) for row in known}:
             raise UsageError(f"{data}: {len(common)} of its inputs are among {name}, which adapters learn from: take them out.")
+
+
+def _say_how_little(rows: Sequence[TaskRow], data: str, display: Display) -> None:
+    """What few rows tell."""
     if len(rows) < FEW:
         low, high = wilson(len(rows) / 2, len(rows))
         display.say(f"{data} has {len(rows)} rows: an accuracy of 0.5 would have an interval of {low:.2f} to {high:.2f}. Take {FEW} or more.")

@@ -124,8 +124,10 @@ class Driver:
         self.state.begin()
         for name, why in failures.items():
             self.display.say(f"{name}: {why}")
-            self.state.change(name, states.FAILED, why)
+            if not self.state.stays(name):  # what is finished needs its kit and its base no more
+                self.state.change(name, states.FAILED, why)
         for wanted, checked in settled:
+            self._go_on()
             with self._own_failure(wanted.name):
                 self._conclude(wanted, checked)
 
@@ -234,7 +236,7 @@ class Driver:
                 ended(number, failure)
         else:
             if loads := max((total.loaded for total in totals), key=len):  # none where all was streamed before
-                self.state.loaded(f"{time.time():.0f}", loads)
+                self.state.loaded(loads)
 
     def _complete(self, full: Full, slots: queue.Queue[Slot]) -> None:
         """From a full quota to the end, in a thread."""
@@ -253,9 +255,16 @@ class Driver:
         gate = manifest["gate"] or UNGATED
         found = states.BY_VERDICT[verdict(gate, evaluation)]
         reasons = [*gate["reasons"], *((evaluation or {}).get("gate") or {}).get("reasons", [])]
-        release = self.registry.publish(checked.store.uri, wanted.release).id if self.registry and found == states.SHIPPED else None
+        release = self._published(self.registry, wanted, checked, manifest["adapter_digest"]) if self.registry and found == states.SHIPPED else None
         self.state.change(wanted.name, found, "; ".join(reasons), release=release, seconds=round(sum(manifest["seconds"].values()), 1))
         self.display.say(f"{wanted.name}: {found}" + (f" as {release}" if release else ""))
+
+    def _published(self, registry: Registry, wanted: Wanted, checked: Checked, digest: str) -> str:
+        """The id of the run's release. One that an attempt before published stays what it is: somebody may have retired it since."""
+        before = self.state.before.get(wanted.name)
+        if before and before.release and registry.holds(before.release, digest):
+            return before.release
+        return registry.publish(checked.store.uri, wanted.release).id
 
     @contextlib.contextmanager
     def _own_failure(self, name: str) -> Iterator[None]:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from translora_ray.config import EngineKind
 from translora_ray.errors import TransLoraError, UsageError, reason
+from translora_ray.evaluation.compare import check_rows
 from translora_ray.fleet.manifest import Wanted
-from translora_ray.kit import check_labels
 from translora_ray.placement import Resources, check_resources
 from translora_ray.progress import Display
 from translora_ray.records import read_rows
@@ -57,7 +57,7 @@ def _checked(wanted: Wanted, engine: EngineKind, display: Display) -> Checked:
         raise UsageError(wanted.obstacle)
     checked = check(wanted.kit, wanted.target, wanted.out, wanted.config, engine, display.named(wanted.name))
     if wanted.data and not checked.store.exists(RESULT):
-        check_labels(checked.kit.task, read_rows(wanted.data), wanted.data)
+        check_rows(checked.kit, read_rows(wanted.data), wanted.data, {"those of train": read_rows(wanted.train) if wanted.train else []})
     return checked
 
 
@@ -67,7 +67,7 @@ def _why(wanted: Wanted, failure: Exception) -> str:
 
 
 def grouped(sound: Sequence[tuple[Wanted, Checked]], local: bool) -> tuple[list[list[Transfer]], Failures]:
-    """The transfers in groups of like engines, the most urgent first. Raises `UsageError` where the cluster is too small for a group."""
+    """The transfers in groups of like engines, the most urgent first, and why the others have no room. Raises `UsageError` where the cluster has for none."""
     groups: dict[object, list[Transfer]] = defaultdict(list)
     failures = {}
     for wanted, checked in sound:
@@ -78,7 +78,15 @@ def grouped(sound: Sequence[tuple[Wanted, Checked]], local: bool) -> tuple[list[
         else:
             plan = transfer.plan
             groups[tuple(plan.pools()), plan.engine_cpus, plan.engine_gpus].append(transfer)
-    found = sorted(groups.values(), key=lambda group: -max(transfer.wanted.priority for transfer in group))
-    for group in found:
-        check_resources(group[0].plan, group[0].worker)
+    found, lacking = list[list[Transfer]](), ""
+    for group in sorted(groups.values(), key=lambda group: -max(transfer.wanted.priority for transfer in group)):
+        try:
+            check_resources(group[0].plan, group[0].worker)
+        except UsageError as failure:
+            lacking = str(failure)
+            failures |= dict.fromkeys((transfer.name for transfer in group), lacking)
+        else:
+            found.append(group)
+    if lacking and not found:
+        raise UsageError(lacking)
     return found, failures

@@ -48,17 +48,18 @@ def lease(store: RunStore, lost: Callable[[str], None], seconds: float = SECONDS
             raise UsageError(
                 f"{store.uri} is driven by process {other['pid']} on {other['host']}: wait for it, or stop it; it is given up {left:.0f} s after its last sign."
             )
-        _renew(store, mine, seconds)
+        until = _renew(store, mine, seconds)
         if not store.local:
             time.sleep(SETTLE)
             if not _holds(store, mine):
                 raise UsageError(f"{store.uri} was taken by another driver at the same moment: wait for it, or stop it.")
         try:
-            with beside(lambda done: _keep(store, mine, seconds, done, lost)):
+            with beside(lambda done: _keep(store, mine, seconds, until, done, lost)):
                 yield
         finally:
-            if _holds(store, mine):
-                store.fs.delete_file(store.path(FILE))
+            with contextlib.suppress(OSError, UsageError):  # it runs out by itself
+                if _holds(store, mine):
+                    store.fs.delete_file(store.path(FILE))
 
 
 def _other(store: RunStore, machine: str, seconds: float, wait: Callable[[str], None] | None) -> dict[str, Any] | None:
@@ -75,19 +76,24 @@ def _other(store: RunStore, machine: str, seconds: float, wait: Callable[[str], 
     return found
 
 
-def _keep(store: RunStore, mine: dict[str, Any], seconds: float, done: threading.Event, lost: Callable[[str], None]) -> None:
-    """Renew the lease until `done`. A storage that does not answer now, or is full, may be better in time."""
-    expires = time.monotonic() + seconds
-    while not done.wait(seconds / 4):
-        with contextlib.suppress(OSError, UsageError):
-            if not _holds(store, mine):
-                lost(TAKEN)
+def _keep(store: RunStore, mine: dict[str, Any], seconds: float, until: float, done: threading.Event, lost: Callable[[str], None]) -> None:
+    """Renew the lease until `done`. A storage that does not answer now, or is full, may be better before the lease expires; while it keeps this thread
+    waiting, another one looks at the clock."""
+    expires = [until]
+
+    def watch(over: threading.Event) -> None:
+        while not over.wait(max(0.0, min(seconds / 4, expires[0] - time.monotonic()))):
+            if time.monotonic() >= expires[0]:
+                lost(SILENT)
                 return
-            _renew(store, mine, seconds)
-            expires = time.monotonic() + seconds
-        if time.monotonic() >= expires:
-            lost(SILENT)
-            return
+
+    with beside(watch):
+        while not done.wait(seconds / 4):
+            with contextlib.suppress(Exception):  # whatever it is, `watch` ends what can not be held
+                if not _holds(store, mine):
+                    lost(TAKEN)
+                    return
+                expires[0] = _renew(store, mine, seconds)
 
 
 def _read(store: RunStore) -> dict[str, Any] | None:
@@ -102,8 +108,11 @@ def _holds(store: RunStore, mine: dict[str, Any]) -> bool:
     return lease is not None and bool(lease["owner"] == mine["owner"])
 
 
-def _renew(store: RunStore, mine: dict[str, Any], seconds: float) -> None:
+def _renew(store: RunStore, mine: dict[str, Any], seconds: float) -> float:
+    """When it expires, by this process's clock: so long after the writing began, however long that took."""
+    until = time.monotonic() + seconds
     store.write_json(FILE, {**mine, "expires": time.time() + seconds})
+    return until
 
 
 def _machine() -> str:

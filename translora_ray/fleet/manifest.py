@@ -15,7 +15,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from translora_ray.config import NAME, Cluster, Config, Recipe, Section
 from translora_ray.errors import UsageError
-from translora_ray.reading import read_yaml, validate
+from translora_ray.reading import inside, read_yaml, validate
 
 Targets = Annotated[list[str], BeforeValidator(lambda target: [target] if isinstance(target, str) else target)]
 """One or several."""
@@ -30,7 +30,8 @@ class Item(Section):
     """In place of `kit`: a registry, of which a release of each name that is for `base` moves on, under its name: that of its channel stable, or the newest."""
     base: str | None = None
     name: str | None = Field(None, pattern=f"^{NAME}$")
-    """Of the transfer's directory, and of its releases in the registry. None: the directory has the kit's name, releases the task's."""
+    """Of the transfer's directory, and of its releases in the registry. None: the directory has the kit's name, releases the task's. Where there are several
+    targets each name ends with the target's."""
     target: Targets = Field(default_factory=list)
     """Target bases in place of the fleet's."""
     recipe: dict[str, Any] = Field(default_factory=dict)
@@ -39,9 +40,13 @@ class Item(Section):
     """Share of the engines, against the other transfers that use them: with 2 it gets twice as many packs."""
     evaluate: str | None = None
     """JSONL of real rows on which the finished adapter is compared, as `translora evaluate` does; the machines that compute must see it."""
+    train: str | None = None
+    """JSONL of the rows that the source adapter learnt from, where they are still there: those of `evaluate` must not be among them."""
 
     @model_validator(mode="after")
     def _leads_somewhere(self) -> Item:
+        if self.train and not self.evaluate:
+            raise ValueError("train says what the rows of evaluate must not be among: give evaluate, too")
         if (self.kit is None) == (self.releases is None) or (self.releases is None) != (self.base is None):
             raise ValueError("give kit, or releases and base")
         return self
@@ -84,6 +89,7 @@ class Wanted:
     data: str | None
     release: str | None
     obstacle: str = ""
+    train: str | None = None
 
 
 def place_of(path: str) -> str:
@@ -101,7 +107,7 @@ def load_fleet(path: str) -> tuple[Fleet, list[Wanted]]:
     for number, item in enumerate(fleet.kits):
         where = f"kits.{number}"
         recipe = validate(Recipe, _merged(fleet.recipe, item.recipe), path, f"{where}.recipe.") if item.recipe else common
-        data = _located(item.evaluate, folder, f"{path}: {where}.evaluate") if item.evaluate else None
+        data, train = (_located(rows, folder, f"{path}: {where}.{key}") if rows else None for key, rows in (("evaluate", item.evaluate), ("train", item.train)))
         targets = item.target or fleet.target
         if not targets:
             raise UsageError(f"{path}: {where} has no target; add it there, or for the whole fleet.")
@@ -113,8 +119,8 @@ def load_fleet(path: str) -> tuple[Fleet, list[Wanted]]:
             for target in targets:
                 name = stem if len(targets) == 1 else f"{stem}-{_short(target)}"
                 config = Config(recipe=recipe, cluster=fleet.cluster)
-                release = item.name or called or None
-                wanted.append(Wanted(name, kit, _reference(target, folder), f"{out}/runs/{name}", config, item.priority, data, release, obstacle))
+                release = name if len(targets) > 1 else item.name or called or None  # two bases' releases of one name would be numbered as they happen to end
+                wanted.append(Wanted(name, kit, _reference(target, folder), inside(out, f"runs/{name}"), config, item.priority, data, release, obstacle, train))
     names = Counter(each.name for each in wanted)
     if twice := next((name for name, count in names.items() if count > 1 or not re.fullmatch(NAME, name)), None):
         raise UsageError(f"{path}: {names[twice]} transfers would be called {twice!r}; give their kits different names (the key name).")

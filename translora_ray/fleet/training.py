@@ -55,12 +55,13 @@ def bring_to_end(full: Full, slot: Slot, state: State, display: Display, go_on: 
         times = {"stream": full.streamed, "began": full.began}
         finish(plan, checked.store, checked.identity, full.totals, training, times, display, slot.run)
     if transfer.wanted.data and not checked.store.exists(RESULT):
+        go_on()
         run = slot.run or run_once(plan)
         with PhaseMeasures().timed(EVALUATION):
-            run(_evaluate, plan, checked.store.uri, transfer.wanted.data)
+            run(_evaluate, plan, checked.store.uri, transfer.wanted.data, transfer.wanted.train)
 
 
-def _evaluate(plan: Plan, run: str, data: str) -> None:
+def _evaluate(plan: Plan, run: str, data: str, train: str | None) -> None:
     """`translora evaluate` where an engine has room."""
     with Display() as display:
-        evaluate(run, data, None, [], opener(plan.engine, plan.cluster.vllm, plan.engine_gpus, display.say), display)
+        evaluate(run, data, None, [], opener(plan.engine, plan.cluster.vllm, plan.engine_gpus, display.say), display, train)

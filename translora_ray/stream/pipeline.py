@@ -19,7 +19,7 @@ from translora_ray.storage import RunStore
 from translora_ray.stream.actor import ENGINE_DEATHS, StageActor
 from translora_ray.stream.collect import Collector, Totals
 from translora_ray.stream.plan import Plan
-from translora_ray.stream.requests import PackSource, beside_driver, open_desk
+from translora_ray.stream.requests import AT_ONCE, PackSource, beside_driver, open_desk
 
 Ended = Callable[[int, Totals | TransLoraError], None]
 """Is told of a transfer, by its place in the stream, as it ends: its totals, or why it can not go on."""
@@ -49,7 +49,7 @@ def run_stream(
     phases = [display.phase("examples" if len(plans) == 1 else f"examples, {store.uri.rpartition('/')[2]}") for store in stores]
     for phase, plan, total in zip(phases, plans, totals, strict=True):
         phase.update(total.accepted, plan.wanted, "loading engines")
-    cap = sum((plans[0].packs_at_once(pool, len(plans)) + 1) * plans[0].cluster.engines[1] for pool in plans[0].pools())
+    cap = sum((plans[0].packs_at_once(pool, min(len(plans), AT_ONCE)) + 1) * plans[0].cluster.engines[1] for pool in plans[0].pools())
     desk = open_desk([each.packs for each in totals], cap, shares)
     ray.get(desk.full.remote(*{*range(len(plans))} - running.keys()))
     measures = StreamMeasures(totals)
@@ -147,7 +147,7 @@ def open_stream(plans: Sequence[Plan], desk: Any) -> Generator[Pack]:
     packs = ray.data.read_datasource(source, override_num_blocks=1, **beside_driver())
     low, high = plan.cluster.engines
     for pool in plan.pools():
-        at_once = plan.packs_at_once(pool, len(plans))
+        at_once = plan.packs_at_once(pool, min(len(plans), AT_ONCE))
         packs = packs.map_batches(
             StageActor,
             fn_constructor_args=(plans, pool, desk),

@@ -18,6 +18,9 @@ from ray.data.datasource import Datasource, ReadTask
 
 from translora_ray.records import Step, pack_to_table, request_pack
 
+AT_ONCE = 16
+"""Transfers of a stream that get packs at the same time; the others wait until one of these is full. So the first adapters train while the last ones have not
+begun, and an engine needs the adapters of these alone in its memory. More of them at once would not fill its batches any better (`make bench-sharing`)."""
 LATE = 4
 """A pack is late when this many times as many packs as may be on their way have come back since it went out."""
 
@@ -29,10 +32,10 @@ class Desk:
 
     def __init__(self, first: Sequence[int], cap: int, shares: Sequence[float] = ()) -> None:
         """`first` is the number of each transfer's first pack; at most `cap` packs are on their way at once. Packs are handed out in proportion to `shares`,
-        equally without them."""
+        equally without them, to `AT_ONCE` transfers at a time, those with the largest shares first."""
         self.next = list(first)
         self.shares = list(shares) or [1.0] * len(self.next)
-        self.wanted = [True] * len(self.next)
+        self.wanted = sorted(range(len(self.next)), key=lambda i: -self.shares[i])
         self.leased = [0] * len(self.next)
         self.handed_out: list[tuple[int, int]] = []
         self.cap = cap
@@ -48,7 +51,7 @@ class Desk:
         """The pack of this turn, 0, 1, 2, ..., as (transfer, number): of the transfer that had the fewest for its share so far. Waits until one may go out;
         None when no transfer wants more."""
         while turn >= len(self.handed_out):
-            if not any(self.wanted):
+            if not self.wanted:
                 return None
             if (pack := self._late()) or (pack := self._fresh()):
                 self.under_way.pop(pack, None)
@@ -67,7 +70,7 @@ class Desk:
     def _fresh(self) -> tuple[int, int] | None:
         if len(self.under_way) >= self.cap:
             return None
-        transfer = min((i for i, wanted in enumerate(self.wanted) if wanted), key=lambda i: self.leased[i] / self.shares[i])
+        transfer = min(self.wanted[:AT_ONCE], key=lambda i: self.leased[i] / self.shares[i])
         self.next[transfer] += 1
         self.leased[transfer] += 1
         return transfer, self.next[transfer] - 1
@@ -80,8 +83,7 @@ class Desk:
 
     async def full(self, *transfers: int) -> None:
         """These transfers want no more packs."""
-        for transfer in transfers:
-            self.wanted[transfer] = False
+        self.wanted = [transfer for transfer in self.wanted if transfer not in transfers]
         self.changed.set()
 
     async def loaded(self, base: str) -> None:
