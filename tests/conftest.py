@@ -190,10 +190,15 @@ def tiny_kit(tmp_path_factory: pytest.TempPathFactory, tiny_llama: str) -> Path:
 @pytest.fixture(scope="session")
 def open_kit(tmp_path_factory: pytest.TempPathFactory, tiny_kit: Path) -> Path:
     """The same one of a task without labels whose seeds have one answer: the gate does not want several of the tiny teacher, who often has one."""
-    folder = Path(shutil.copytree(tiny_kit, tmp_path_factory.mktemp("open") / "kit"))
+    return one_answer_kit(tiny_kit, tmp_path_factory.mktemp("open") / "kit", "a")
+
+
+def one_answer_kit(tiny_kit: Path, folder: Path, answer: str) -> Path:
+    """A copy of the kit whose seeds have one and the same answer."""
+    shutil.copytree(tiny_kit, folder)
     facts = json.loads((folder / kit.FACTS).read_text())
     facts["task"]["labels"] = "open"
-    seeds = "".join(json.dumps({"input": seed.input, "target": "a"}) + "\n" for seed in kit.load(tiny_kit).seeds)
+    seeds = "".join(json.dumps({"input": seed.input, "target": answer}) + "\n" for seed in kit.load(tiny_kit).seeds)
     (folder / kit.SEEDS).write_text(seeds)
     facts["digest"] = kit.digest_of(facts, seeds)
     (folder / kit.FACTS).write_text(json.dumps(facts))

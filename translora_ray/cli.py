@@ -146,6 +146,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     from translora_ray.evaluation.compare import evaluate
     from translora_ray.evaluation.report import show_evaluation
     from translora_ray.progress import Display
+    from translora_ray.storage import RunStore
 
     _check_json(options.json)
     if options.trainings < 1:
@@ -157,7 +158,10 @@ def _evaluate(options: argparse.Namespace) -> int:
     _write_json(options.json, result)
     if options.json != "-":
         show_evaluation(result)
-    refused = _judged(result["gate"], "on real rows", sys.stderr if options.json == "-" else None)
+    stream = sys.stderr if options.json == "-" else None
+    refused = _judged(result["gate"], "on real rows", stream)
+    if (before := RunStore(options.run).manifest(options.run).get("gate")) and before["verdict"] == "refuse":
+        refused = _judged(before, "without real rows, which counts as much", stream)
     return refused if options.gate else 0
 
 

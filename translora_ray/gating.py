@@ -12,8 +12,8 @@ import numpy
 from translora_ray.engines.base import AdapterRef, Generate, Sampling
 from translora_ray.engines.select import opener
 from translora_ray.evaluation import gate
-from translora_ray.evaluation.metrics import METRICS
-from translora_ray.evaluation.statistics import chance_interval
+from translora_ray.evaluation.metrics import METRICS, agreement, reading
+from translora_ray.evaluation.statistics import chance_interval, wilson
 from translora_ray.placement import Run
 from translora_ray.progress import Display
 from translora_ray.prompts import answer_stops, clean_answer, task_prompt
@@ -52,18 +52,24 @@ def pass_gate(
     trained, held_out = chosen
     unsettled = between(candidates, trained)
     rows = [TaskRow(candidate.input, candidate.target or "") for candidate in (*held_out, *unsettled[:MOST_BETWEEN])]
-    scores = run(_scores, plan, store, [*rows, *plan.kit.seeds])
+    task, seeds = plan.kit.task, plan.kit.seeds
+    given = run(_given, plan, store, [row.input for row in (*rows, *seeds)])
     phase.update(1, 1)
-    agreement, harder, seeds = (_mean(side) for side in (scores[: len(held_out)], scores[len(held_out) : len(rows)], scores[len(rows) :]))
-    share = len(unsettled) / (len(unsettled) + totals.accepted)
-    measured = {"agreement": (1 - share) * agreement + share * harder, "seeds": seeds, **likeness(plan.kit.discriminator or {}, trained)}
-    answers = gate.answers(plan.kit.task.classes, plan.kit.seeds, [candidate.target or "" for candidate in trained])
+    scores = [agreement(task, answer, row.target) for answer, row in zip(given, rows, strict=False)]
+    harder = len(unsettled) / (len(unsettled) + totals.accepted)
+    parts = [(1 - harder, _figure(scores[: len(held_out)])), (harder, _figure(scores[len(held_out) :]))]
+    agreed, *agreed_ends = (sum(share * figure[place] for share, figure in parts if share) for place in range(3))
+    right, *right_ends = _figure([METRICS[task.metric](answer, seed.target) for answer, seed in zip(given[len(rows) :], seeds, strict=True)])
+    measured = {"agreement": agreed, "agreement_ends": tuple(agreed_ends), "seeds": right, "seeds_ends": tuple(right_ends)}
+    measured |= likeness(plan.kit.discriminator or {}, trained)
+    answers = gate.answers(task.classes, seeds, [reading(task, candidate.target or "") for candidate in trained])
     asked = {"held_out": len(held_out), "between": len(rows) - len(held_out)}
     return {**gate.without_rows(plan.recipe.gate, measured, totals.accepted / totals.candidates, answers), **asked}
 
 
-def _mean(scores: Sequence[float]) -> float:
-    return sum(scores) / len(scores) if scores else 0.0
+def _figure(scores: Sequence[float]) -> tuple[float, float, float]:
+    """Mean of the scores, with Wilson's 95 % interval."""
+    return (sum(scores) / len(scores), *wilson(sum(scores), len(scores))) if scores else (0.0, 0.0, 0.0)
 
 
 def between(candidates: Sequence[Candidate], trained: Sequence[Candidate]) -> list[Candidate]:
@@ -87,15 +93,15 @@ def likeness(discriminator: dict[str, Any], trained: Sequence[Candidate]) -> dic
     return {"likeness": float(numpy.mean(places)) / len(real), "chance": low}
 
 
-def _scores(plan: Plan, store: RunStore, rows: Sequence[TaskRow]) -> list[float]:
-    """What the run's adapter makes of rows, by the task's metric."""
+def _given(plan: Plan, store: RunStore, inputs: Sequence[str]) -> list[str]:
+    """What the run's adapter answers."""
     task = plan.kit.task
     with tempfile.TemporaryDirectory() as scratch:
         adapter = AdapterRef("transferred", str(store.fetch_folder(ADAPTER, Path(scratch) / ADAPTER)))
         engine = opener(plan.engine, plan.cluster.vllm, plan.engine_gpus, lambda message: None)(plan.target, [adapter])
         sampling = Sampling(task.max_new_tokens, stop=answer_stops([seed.target for seed in plan.kit.seeds], task.format))
         try:
-            given = engine.generate([Generate(task_prompt(task.prompt, row.input, task.format), sampling, adapter) for row in rows])
+            given = engine.generate([Generate(task_prompt(task.prompt, text, task.format), sampling, adapter) for text in inputs])
         finally:
             engine.close()
-    return [METRICS[task.metric](clean_answer(answer.text), row.target) for answer, row in zip(given, rows, strict=True)]
+    return [clean_answer(answer.text) for answer in given]

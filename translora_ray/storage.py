@@ -125,8 +125,11 @@ class RunStore:
 
     def names(self, folder: str) -> list[str]:
         """Names in a folder of the run, sorted; without unfinished ones. On Google's store folders are made of their files: it lists no others."""
-        here = f"{self.path(folder).rstrip('/')}/"
-        found = {info.path.removeprefix(here).split("/")[0] for info in self.listed(folder, recursive=self.fs.type_name == "gcs")}
+        if self.fs.type_name == "gcs":
+            here = f"{self.path(folder).rstrip('/')}/"
+            found = {info.path.removeprefix(here).split("/")[0] for info in self.listed(folder, recursive=True)}
+        else:
+            found = {info.base_name for info in self.listed(folder)}
         return sorted(name for name in found if not name.startswith("."))
 
     def listed(self, folder: str, recursive: bool = False) -> list[Any]:

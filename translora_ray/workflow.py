@@ -17,14 +17,14 @@ from translora_ray.background import beside
 from translora_ray.config import Adapter, Config, EngineKind, Gate, Recipe
 from translora_ray.engines.select import choose_engine, engine_for, require_limits
 from translora_ray.errors import RunFailed, UsageError, first_line
-from translora_ray.evaluation import page
+from translora_ray.evaluation import gate, page
 from translora_ray.finishing import finish
 from translora_ray.gating import examples
 from translora_ray.measures import TRAINING, PhaseMeasures
 from translora_ray.placement import Resources, Run, check_resources, given, ray_failures, ray_session, share
 from translora_ray.progress import Display
 from translora_ray.reading import differing_field
-from translora_ray.storage import ADAPTER, IDENTITY, MANIFEST, REPORT, TRAIN, RunStore
+from translora_ray.storage import ADAPTER, IDENTITY, MANIFEST, REPORT, RESULT, TRAIN, RunStore
 from translora_ray.stream import teach
 from translora_ray.stream.collect import Totals
 from translora_ray.stream.pipeline import run_stream
@@ -92,6 +92,7 @@ class Checked:
 def check(kit_path: str, target: str, out: str, config: Config, engine: EngineKind, display: Display) -> Checked:
     """Raise `UsageError` where kit, target, recipe and run directory do not go together. Nothing is written; what is finished is not looked at again."""
     loaded = kit.load(kit_path)
+    _require_sound(kit_path)
     engine = choose_engine(engine)
     engine_for(engine, [loaded.adapter], display.say)
     config = config.model_copy(update={"recipe": config.recipe.decided(loaded.task.classes)})
@@ -111,6 +112,15 @@ def check(kit_path: str, target: str, out: str, config: Config, engine: EngineKi
     if adapter.type not in adapters.SERVED_BY_VLLM:
         display.say("vLLM can not serve an adapter of this type; transformers and peft do.")
     return checked
+
+
+def _require_sound(kit_path: str) -> None:
+    """Raise `UsageError` for a finished run that was refused: what it has learnt wrong its gate could not find in the next adapter."""
+    store = RunStore(kit_path)
+    if store.exists(MANIFEST):
+        found = [store.read_json(MANIFEST).get("gate"), store.read_json(RESULT)["gate"] if store.exists(RESULT) else None]
+        if why := [reason for each in found if each and each["verdict"] == gate.REFUSE for reason in each["reasons"]]:
+            raise UsageError(f"{kit_path} was refused ({'; '.join(why)}), so nothing moves on from it: transfer again with another recipe or kit.")
 
 
 def planned(checked: Checked, local: bool) -> tuple[Plan, Resources]:

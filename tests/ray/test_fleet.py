@@ -19,7 +19,7 @@ import yaml
 from ray.cluster_utils import Cluster as ClusterOfNodes
 from ray.exceptions import RayActorError
 
-from tests.conftest import BALLAST, fill, small_disk, task_rows
+from tests.conftest import BALLAST, fill, one_answer_kit, small_disk, task_rows
 from tests.ray.conftest import rows, same_weights
 from tests.ray.growing import children
 from tests.unreliable import unreliable
@@ -166,13 +166,18 @@ def test_the_plan_is_said_and_nothing_is_made(calm: Path, open_kit: Path, tiny_g
     assert sorted(tmp_path.rglob("*")) == there
 
 
-def test_groups_follow_each_other_real_rows_have_a_say_and_what_was_retired_stays_so(open_kit: Path, tiny_gemma: str, tmp_path: Path) -> None:
+def test_groups_follow_each_other_real_rows_have_a_say_and_what_was_retired_stays_so(open_kit: Path, tiny_kit: Path, tiny_gemma: str, tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in task_rows(120)[80:]))
     kit_here = str(shutil.copytree(open_kit, tmp_path / "kit"))
     small = {**RECIPE, "selection": {**RECIPE["selection"], "quota": 8}, "training": {"epochs": 1, "batch_size": 4}}
     kits: list[dict[str, object]] = [
         {"name": "tested", "evaluate": "rows.jsonl", "recipe": {"gate": {"loss": 1.0}}},
-        {"name": "bad", "evaluate": "rows.jsonl", "recipe": {"gate": {"ship": 1.0, "refuse": 1.0}}},
+        {
+            "name": "bad",
+            "evaluate": "rows.jsonl",
+            "kit": str(one_answer_kit(tiny_kit, tmp_path / "odd", "never")),
+            "recipe": {"gate": {"ship": 0.9, "refuse": 0.5}},
+        },
         {"name": "unjudged", "priority": 2, "recipe": {"selection": {"method": "none"}}},
     ]
     fleet = {"out": "fleet", "kits": [{"kit": kit_here, **each} for each in kits], "target": tiny_gemma, "recipe": small, "registry": "registry"}

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from translora_ray import adapters, kit
+from translora_ray.cli import main
 from translora_ray.errors import UsageError
 from translora_ray.registry import Registry
 from translora_ray.storage import RunStore
@@ -88,6 +89,20 @@ def test_a_finished_run_there_stands_for_a_kit(s3: str, tiny_kit: Path, tmp_path
     assert (found.path, found.teacher_base, found.lineage) == (store.uri, "target", (manifest["adapter_digest"],))
     assert Path(found.adapter.path).is_relative_to(cache)
     assert found.discriminator_adapter == before.discriminator_adapter
+
+
+def test_nothing_moves_on_from_what_was_refused(tiny_kit: Path, tiny_llama: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, before = tmp_path / "run", kit.load(tiny_kit)
+    shutil.copytree(tiny_kit / "adapter", run / "adapter")
+    facts = {"kit_path": str(tiny_kit), "kit": before.digest, "adapter_digest": adapters.digest(run / "adapter"), "target": "mark", "target_base": tiny_llama}
+    refused = {"verdict": "refuse", "reasons": ["the adapter gets seeds wrong"]}
+    for gate, on_rows in ((refused, None), (None, refused), (None, None)):
+        (run / "manifest.json").write_text(json.dumps(facts | {"gate": gate}))
+        RunStore(str(run)).write_json("evaluation/result.json", {"gate": on_rows})
+        assert main(["transfer", str(run), "--target", "nowhere", "--out", str(tmp_path / "next"), "--engine", "transformers"]) == 2
+        moves_on = "was refused (the adapter gets seeds wrong), so nothing moves on from it" not in capsys.readouterr().err
+        assert moves_on == (gate is on_rows is None), "else it is about the target"
+    assert not (tmp_path / "next").exists()
 
 
 @pytest.mark.usefixtures("cache")

@@ -51,12 +51,15 @@ def candidates(judged: bool) -> list[Candidate]:
     return found
 
 
+MEASURED = {"agreement": 0.8125, "seeds": 0.875, "agreement_ends": (0.57, 0.93), "seeds_ends": (0.53, 0.98)}
+
+
 def manifest(rows: list[Candidate], judged: bool, held_out: float) -> dict[str, Any]:
     recipe = Recipe(selection=Selection(quota=40), synthesis=Synthesis(pack_size=16), gate=Gate(held_out=held_out))
     accepted = [row for row in rows if row.accepted]
     rejects = {reason: sum(row.reason == reason for row in rows) for reason in {row.reason for row in rows} if reason}
     answers = gate.answers(LABELS, SEEDS, [row.target or "" for row in accepted])
-    judgement = {**gate.without_rows(recipe.gate, {"agreement": 0.8125, "seeds": 0.875}, len(accepted) / len(rows), answers), "held_out": 4}
+    judgement = {**gate.without_rows(recipe.gate, MEASURED, len(accepted) / len(rows), answers), "held_out": 4}
     counts = {"quota": 40, "candidates": len(rows), "accepted": len(accepted), "trained": 40, "held_out": 4, "left": len(accepted) - 44}
     epochs = [2.1, 0.9, 0.4, 0.31]
     return {
@@ -161,20 +164,22 @@ def test_the_page_says_what_manifest_and_evaluation_say(made: Made) -> None:
     seen = Seen(text)
     assert seen.headings == [
         "Verdict: review", "Accuracy of the arms", "What the gate measured without real rows", "Candidates over time", "Scores of the discriminator",
-        "Lengths and labels", "Map of the prompts", "Training", "Examples", "Negative flips", "Seconds and tokens", "Lineage",
+        "Lengths and labels", "Map of the prompts", "Training", "Examples", "Rows that were lost", "Seconds and tokens", "Lineage",
     ]  # fmt: skip
     assert "On 60 real rows" in seen.text and "The other one, without real rows, is review (the adapter answers new prompts otherwise" in seen.text
     for arm in result["arms"].values():
         assert {f"{arm['accuracy']:.3f}", f"{arm['low']:.3f} to {arm['high']:.3f}"} <= set(seen.words)
     for check in facts["gate"]["checks"]:
-        assert {check["name"], f"{check['value']:.3f}"} <= set(seen.words)
+        shown = f"{check['value']:.3f}" + (f" ({check['low']:.3f} to {check['high']:.3f})" if "low" in check else "")
+        assert {check["name"], shown} <= set(seen.words)
     for reason, count in facts["counts"]["rejects"].items():
         assert (reason if reason == NOT_NEEDED else f"rejected: {reason}") in seen.words and f"{count}" in seen.words
     for phase, tokens in facts["tokens"].items():
         assert {phase, f"{tokens:,}", f"{facts['seconds'][phase]:,.1f}"} <= set(seen.words)
     for fact in (*facts["lineage"], facts["kit"], facts["adapter_digest"], facts["recipe_hash"], facts["versions"]["torch"]):
         assert fact in seen.words
-    assert "The source adapter gets 5 of 60 rows right that the transferred one gets wrong; the other way round it is 0." in seen.text
+    assert "Source base + adapter: 5 of 60 rows right that the transferred adapter gets wrong; the other way round 0." in seen.text
+    assert "Bare target: 0 of 60 rows right that the transferred adapter gets wrong; the other way round 48." in seen.text
     assert {"wrong answer of transferred to 51", "wrong answer of transferred to 55"} <= set(seen.words)
     assert "wrong answer of transferred to 56" not in seen.text  # which the source adapter has wrong, too
 

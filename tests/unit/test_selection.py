@@ -22,6 +22,7 @@ from translora_ray.errors import UsageError
 from translora_ray.evaluation import gate
 from translora_ray.evaluation.distance import bandwidth, embed, mmd
 from translora_ray.evaluation.metrics import well_formed
+from translora_ray.evaluation.statistics import wilson
 from translora_ray.gating import likeness, pass_gate
 from translora_ray.progress import Display
 from translora_ray.prompts import task_prompt
@@ -207,12 +208,16 @@ class Voter:
         (["a", "endless", "endless", "a", "a"], "a", None),
         (["endless"] * 5, "endless", "answer too long"),
         (["z"] * 5, "z", ILL_FORMED),
+        (["b", "The (A).", "(A)", "I say A", "A"], "The (A).", None),
+        (["1 and 2 make 3", "so 3", "3.0", "4", "it is 3"], "1 and 2 make 3", None),
     ],
 )
 def test_the_teachers_votes_are_counted(loaded: kit.Kit, answers: list[str], target: str, reason: str | None) -> None:
     voter = Voter(answers)
     pack = Pack(0, [Candidate(0, 7, "red 1 blue")])
-    Teacher(voter, loaded.task, loaded.adapter, selection=Selection(votes=5, margin=0.4)).process(pack)  # type: ignore[arg-type]
+    read = {"(A)": {"metric": "choice", "labels": ["(A)", "(B)"]}, "so 3": {"metric": "number", "labels": "open"}}
+    task = loaded.task.model_copy(update=next((read[answer] for answer in answers if answer in read), {}))
+    Teacher(voter, task, loaded.adapter, selection=Selection(votes=5, margin=0.4)).process(pack)  # type: ignore[arg-type]
     assert (pack.candidates[0].target, pack.candidates[0].reason) == (target, reason)
     assert len(set(voter.seeds)) == 5
 
@@ -254,9 +259,9 @@ def test_agreement_counts_prompts_between_labels_by_their_share(loaded: kit.Kit,
     rows += [Candidate(200, 200, "Prompt 0", 1.0, "b", OTHER_LABEL), Candidate(201, 201, "hard 0", 1.0, "b", OTHER_LABEL if unsettled else "off task")]
     asked: list[str] = []
 
-    def run(_scores: Any, _plan: Plan, _store: RunStore, given: list[TaskRow]) -> list[float]:
-        asked.extend(row.input for row in given)
-        return [1.0, 0.0, *[0.0] * (len(given) - 2 - len(loaded.seeds)), *[1.0] * len(loaded.seeds)]
+    def run(_given: Any, _plan: Plan, _store: RunStore, inputs: list[str]) -> list[str]:
+        asked.extend(inputs)
+        return ["a", "b", *["a"] * (len(inputs) - 2 - len(loaded.seeds)), *(seed.target for seed in loaded.seeds)]
 
     totals = Totals(candidates=len(rows), accepted=22)
     with Display() as display:
@@ -264,27 +269,38 @@ def test_agreement_counts_prompts_between_labels_by_their_share(loaded: kit.Kit,
     assert found and asked == ["prompt 20", "prompt 21", *[f"hard {i}" for i in range(min(64, unsettled))], *loaded.seed_inputs]
     by_name = {check["name"]: check["value"] for check in found["checks"]}
     assert by_name["agreement with the teacher"] == pytest.approx(22 / (22 + unsettled) * 0.5) and by_name["accuracy on the seeds"] == 1.0
+    share, (_, high), (_, harder) = unsettled / (22 + unsettled), wilson(1, 2), wilson(0, min(64, unsettled) or 1)
+    assert found["checks"][0]["high"] == pytest.approx((1 - share) * high + share * harder)
+    assert (found["checks"][1]["low"], found["checks"][1]["high"]) == pytest.approx(wilson(len(loaded.seeds), len(loaded.seeds)))
     assert (found["held_out"], found["between"]) == (2, min(64, unsettled))
 
 
-def answered(accepted: float = 0.5, given: str = "aabbcc", **measured: float) -> dict[str, Any]:
+def answered(accepted: float = 0.5, given: str = "aabbcc", of: int = 30, **measured: float) -> dict[str, Any]:
     seen = gate.answers(["a", "b", "c"], [TaskRow("1", "a"), TaskRow("2", "b")], list(given))
-    return gate.without_rows(Gate(), {"agreement": 1.0, "seeds": 1.0, **measured}, accepted, seen)
+    shares = {"agreement": 1.0, "seeds": 1.0, **measured}
+    ends = {f"{name}_ends": wilson(shares[name] * of, of) for name in ("agreement", "seeds")}
+    return gate.without_rows(Gate(), shares | ends, accepted, seen)
 
 
 @pytest.mark.parametrize(
     ("found", "verdict", "reason"),
     [
         ({}, "ship", None),
-        ({"agreement": 0.8}, "review", r"answers new prompts otherwise than its teacher \(0.800\)"),
-        ({"agreement": 0.4}, "refuse", "otherwise than its teacher"),
+        ({"agreement": 0.8}, "review", r"answers new prompts otherwise than its teacher \(0.800, 0.627 to 0.905\)"),
+        ({"agreement": 0.4}, "review", "otherwise than its teacher"),  # of thirty, which may be half
+        ({"agreement": 0.4, "of": 300}, "refuse", "otherwise than its teacher"),
+        ({"agreement": 0.0, "of": 4}, "refuse", "otherwise than its teacher"),
+        ({"of": 3}, "review", "otherwise than its teacher"),  # three are too few to tell
+        ({"of": 5}, "ship", None),
         ({"agreement": math.nan}, "refuse", "otherwise than its teacher"),
         ({"seeds": 0.2, "accepted": 0.001}, "refuse", "gets seeds wrong"),
         ({"accepted": 0.001}, "review", "few candidates"),
         ({"likeness": 0.3, "chance": 0.4}, "ship", None),
         ({"likeness": 0.1, "chance": 0.4}, "review", "far from real prompts"),
         ({"likeness": 0.1, "chance": 0.05}, "ship", None),
-        ({"given": "aabb"}, "review", "no example has the label 'c'"),
+        ({"given": "aabb"}, "review", "'c' is the label of no examples"),
+        ({"given": "ab" * 15 + "c"}, "review", "'c' is the label of 1 examples"),
+        ({"given": "ab" * 6 + "c"}, "ship", None),
         ({"given": "a" * 98 + "bc"}, "review", "nearly all examples have one answer"),
     ],
 )

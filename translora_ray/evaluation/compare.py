@@ -83,19 +83,19 @@ def evaluate(
         learnt: dict[str, Sequence[TaskRow]] = {"transferred": made.trained_on, **({"oracle": oracle_rows} if oracle_rows else {})}
         repeated = _repeated(made, learnt, trainings, display)
         others: Asked = {adapter.name: (bare, adapter) for again in repeated for adapter in again.values()}
-        used = [adapter for _, adapter in (target_arms | others).values() if adapter]
-        engine = open_engine(manifest["target_base"], used)
+        engine = open_engine(manifest["target_base"], [adapter for _, adapter in (target_arms | others).values() if adapter])
         found |= answer_all(engine, target_arms, task, loaded.seeds, rows, display)
         answered = answer_all(engine, others, task, loaded.seeds, rows, display)
         engine.close()
     result = summary({arm: answered.scores for arm, answered in found.items()}, task.metric)
     if repeated:
-        every = {arm: [found[arm], *(answered[again[arm].name] for again in repeated)] for arm in learnt}
-        result["trainings"] = {arm: [sum(each.scores) / len(rows) for each in answers] for arm, answers in every.items()}
+        every = {arm: [found[arm].scores, *(answered[again[arm].name].scores for again in repeated)] for arm in learnt}
+        result["trainings"] = {arm: [sum(scores) / len(rows) for scores in each] for arm, each in every.items()}
     result["gate"] = gate.on_rows(recipe.gate, result["against"])
     if real is not None:
         result["verdicts"] = {"real": real}
     learnt_from = [row.input for row in made.trained_on]
+    result["looked_at"] = {"train": bool(train or oracle), "among_examples": len(_inputs(rows) & {*map(normal, learnt_from)})}
     result["distance"], points = distances(loaded.base, learnt_from, made.candidates, [row.input for row in rows], loaded.seed_inputs, display)
     store.write(ANSWERS, _lines(rows, found))
     store.write_json(MAP, points)
@@ -108,10 +108,13 @@ def evaluate(
 def check_rows(loaded: kit.Kit, rows: Sequence[TaskRow], data: str, learnt: Mapping[str, Sequence[TaskRow]]) -> None:
     """Raise `UsageError` for test rows that were seen in training, as seeds or by `learnt`, or that have no label of the task."""
     kit.check_labels(loaded.task, rows, data)
-    tested = {normal(row.input) for row in rows}
     for name, known in {"the kit's seeds": loaded.seeds, **learnt}.items():
-        if common := tested & {normal(row.input) for row in known}:
+        if common := _inputs(rows) & _inputs(known):
             raise UsageError(f"{data}: {len(common)} of its inputs are among {name}, which adapters learn from: take them out.")
+
+
+def _inputs(rows: Sequence[TaskRow]) -> set[str]:
+    return {normal(row.input) for row in rows}
 
 
 def _say_how_little(rows: Sequence[TaskRow], data: str, display: Display) -> None:

@@ -69,6 +69,22 @@ METRICS: dict[str, Callable[[str, str], float]] = {
 }
 
 
+def reading(task: Task, answer: str) -> str:
+    """What the task's metric reads in an answer: answers of one reading say the same. A label where the task has some; the text where nothing is read."""
+    if label := next((label for label in task.classes if says(task, answer, label)), None):
+        return label
+    if task.metric == "number" and (found := _NUMBER.findall(answer)):
+        return str(float(found[-1].replace(",", "")))
+    if task.metric == "choice" and (letter := _CHOICE.search(answer)):
+        return letter[1]
+    return answer
+
+
+def agreement(task: Task, answer: str, other: str) -> float:
+    """How far two models' answers agree, from 0 to 1: by the task's metric, but for code, whose metric wants assertions on one side."""
+    return exact_match(answer, other) if task.metric == "code" else METRICS[task.metric](answer, other)
+
+
 def says(task: Task, answer: str, label: str) -> bool:
     """Whether the answer is that label of the task's, as its metric reads both."""
     return METRICS[task.metric](answer, label) == 1

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from translora_ray.config import CUTTING, Recipe, Task
 from translora_ray.evaluation import plots
 from translora_ray.evaluation.markup import Html, document, figure, listed, section, soft, table, tag
-from translora_ray.evaluation.report import ARMS, trainings
+from translora_ray.evaluation.report import ARMS, looked_at, trainings
 from translora_ray.evaluation.statistics import flips
 from translora_ray.records import Candidate, TaskRow
 from translora_ray.releases import verdict
@@ -129,7 +129,7 @@ def _results(run: Run) -> Html:
     ]
     if result["recovery"] is not None:
         facts.append(f"Recovery: {result['recovery']:.3f} of what training on the real rows gains over the bare target.")
-    facts += [f"{line}." for line in trainings(result)]
+    facts += [f"{line[0].upper()}{line[1:]}." for line in (*trainings(result), *looked_at(result))]
     return section(title, found, listed(facts), figure(plots.arms(arms, ARMS), "Accuracy on the real rows; bars are 95 % intervals."))
 
 
@@ -137,11 +137,15 @@ def _gate(run: Run) -> Html:
     title, gate = "What the gate measured without real rows", run.manifest.get("gate")
     if gate is None:
         return section(title, soft("Nothing: the recipe holds no examples out for it (gate.held_out is 0)."))
-    rows = [(check["name"], f"{check['value']:.3f}", check["wanted"], tag("span", check["verdict"], class_=check["verdict"])) for check in gate["checks"]]
+    rows = [(check["name"], _value(check), check["wanted"], tag("span", check["verdict"], class_=check["verdict"])) for check in gate["checks"]]
     caption = f"{gate['held_out']} accepted examples were held out of training and answered by the adapter"
     if gate.get("between"):
         caption += f", and {gate['between']} prompts that the teacher gave another label than they were written for"
     return section(title, table(caption, ("check", "value", "wanted", "verdict"), rows, numbers=(1,)))
+
+
+def _value(check: dict[str, Any]) -> str:
+    return f"{check['value']:.3f}" + (f" ({check['low']:.3f} to {check['high']:.3f})" if "low" in check else "")
 
 
 def _stream(run: Run) -> Html:
@@ -246,19 +250,24 @@ def _short(text: str) -> str:
 
 
 def _flips(run: Run) -> Html:
-    title = "Negative flips"
+    title = "Rows that were lost"
     if not run.answers:
         return section(title, soft("They need real rows, which translora evaluate brings."))
-    before, after = ([row["scores"][arm] for row in run.answers] for arm in ("source_adapter", "transferred"))
+    return section(title, *(part for arm in ("source_adapter", "target_base") for part in _lost(run, arm)))
+
+
+def _lost(run: Run, arm: str) -> Iterator[Html]:
+    """Rows that an arm gets right and the transferred adapter gets wrong, side by side: of the bare target negative flips."""
+    before, after = ([row["scores"][each] for row in run.answers] for each in (arm, "transferred"))
     lost, won = flips(before, after), flips(after, before)
-    told = f"The source adapter gets {len(lost)} of {len(run.answers)} rows right that the transferred one gets wrong; the other way round it is {len(won)}."
-    if not lost:
-        return section(title, tag("p", told))
-    picked = [run.answers[number] for number in lost[:FLIPS]]
-    shown = [(row["input"], row["target"], row["answers"]["source_adapter"], row["answers"]["transferred"]) for row in picked]
-    rows = [list(map(_short, texts)) for texts in shown]
-    caption = f"Right on the source base, wrong on the target{f': the first {FLIPS}' if len(lost) > FLIPS else ''}"
-    return section(title, tag("p", told), table(caption, ("input", "wanted", "source adapter", "transferred"), rows, texts=(0, 1, 2, 3)))
+    told = f"{ARMS[arm].capitalize()}: {len(lost)} of {len(run.answers)} rows right that the transferred adapter gets wrong; the other way round {len(won)}."
+    yield tag("p", told)
+    if lost:
+        picked = [run.answers[number] for number in lost[:FLIPS]]
+        rows = [[_short(text) for text in (row["input"], row["target"], row["answers"][arm], row["answers"]["transferred"])] for row in picked]
+        what = "Negative flips: right on the bare target" if arm == "target_base" else "Right with the source adapter"
+        caption = f"{what}, wrong with the transferred one{f': the first {FLIPS}' if len(lost) > FLIPS else ''}"
+        yield table(caption, ("input", "wanted", ARMS[arm], "transferred"), rows, texts=(0, 1, 2, 3))
 
 
 def _costs(run: Run) -> Html:

@@ -46,7 +46,7 @@ def show_evaluation(result: dict[str, Any]) -> None:
         lines.append(f"distance of prompts to the real ones (MMD): accepted {result['distance']['filtered']:.3f}, all {result['distance']['unfiltered']:.3f}")
     if result["recovery"] is not None:
         lines.append(f"recovery: {result['recovery']:.3f} of what training on the real rows gains")
-    lines += trainings(result)
+    lines += [*trainings(result), *looked_at(result)]
     Console().print("\n".join(lines), markup=False, highlight=False)
 
 
@@ -54,6 +54,15 @@ def trainings(result: dict[str, Any]) -> list[str]:
     """What several trainings of an arm came to, a line each; the arm's own is the first of them."""
     found = result.get("trainings", {})
     return [f"{ARMS[arm]}, {len(each)} trainings: {sum(each) / len(each):.3f} in the mean, {min(each):.3f} to {max(each):.3f}" for arm, each in found.items()]
+
+
+def looked_at(result: dict[str, Any]) -> list[str]:
+    """What the test rows have in common with what was learnt from, a line each."""
+    found = result.get("looked_at", {"train": True, "among_examples": 0})
+    lines = [] if found["train"] else ["whether test rows are among those that the source adapter learnt from was not looked at (--train)"]
+    if among := found["among_examples"]:
+        lines.append(f"{among} of the {result['n']} test inputs happen to be among the written prompts that were trained on")
+    return lines
 
 
 def show_facts(title: str, facts: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from translora_ray.adapters import inspect
 from translora_ray.config import Selection, Task
 from translora_ray.engines.base import AdapterRef, Complete, Engine, Generate, Generation, Sampling
-from translora_ray.evaluation.metrics import says, well_formed
+from translora_ray.evaluation.metrics import reading, says, well_formed
 from translora_ray.prompts import Prompt, clean_answer, task_prompt
 from translora_ray.records import TOO_LONG, Candidate, Pack, derive_seed
 from translora_ray.token_weights import FindSpans, spread
@@ -22,7 +22,8 @@ GREEDY = Selection()
 
 
 class Teacher:
-    """Answers as hard text labels, so the tokenizers of source and target may differ (Trans-LoRA, section 3.3). Greedy, or the most frequent of several."""
+    """Answers as hard text labels, so the tokenizers of source and target may differ (Trans-LoRA, section 3.3). Greedy, or the first of several that says what
+    most of them say, as the task's metric reads them."""
 
     def __init__(
         self,
@@ -69,11 +70,12 @@ class Teacher:
         return [given[start : start + votes] for start in range(0, len(given), votes)]
 
     def _decide(self, candidate: Candidate, votes: list[Generation]) -> None:
-        counted = Counter(clean_answer(vote.text) for vote in votes if vote.finished).most_common(2)
+        given = [clean_answer(vote.text) for vote in votes if vote.finished]
+        counted = Counter(reading(self.task, text) for text in given).most_common(2)
         if not counted:
             candidate.target, candidate.reason = clean_answer(votes[0].text), "answer too long"
             return
-        candidate.target = counted[0][0]
+        candidate.target = next(text for text in given if reading(self.task, text) == counted[0][0])
         lead = counted[0][1] - (counted[1][1] if len(counted) > 1 else 0)
         if lead < self.selection.margin * len(votes):
             candidate.reason = UNSURE
