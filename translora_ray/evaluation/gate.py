@@ -25,9 +25,8 @@ def check(name: str, value: float, ship: float, refuse: float | None, reason: st
     """A figure that should be at least `ship`, and at least `refuse`, where there is one, by all means: with the upper of its interval's `ends` where it has
     some, as few answers tell little, and with the lower one to ship."""
     low, high = ends or (value, value)
-    verdict = (
-        SHIP if value >= ship and (refuse is None or low >= refuse) else REFUSE if refuse is not None and not (high >= refuse and value == value) else REVIEW
-    )
+    refused = refuse is not None and not (high >= refuse and value == value)  # NaN is as bad as can be
+    verdict = REFUSE if refused else SHIP if value >= ship and (refuse is None or low >= refuse) else REVIEW
     wanted = f"at least {ship:g}" + ("" if refuse is None else f", by all means {refuse:g}")
     told = f"{value:.3f}" + (f", {low:.3f} to {high:.3f}" if ends else "")
     found = {"name": name, "value": value, "wanted": wanted, "verdict": verdict, "reason": "" if verdict == SHIP else f"{reason} ({told})"}
