@@ -15,10 +15,12 @@ import hashlib
 import json
 import statistics
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy
 import results
 import transfer
 import yaml
@@ -28,7 +30,6 @@ from translora_ray.config import Recipe
 from translora_ray.engines.base import AdapterRef
 from translora_ray.evaluation import gate
 from translora_ray.evaluation.compare import summary
-from translora_ray.evaluation.statistics import paired_interval
 from translora_ray.kit import load
 from translora_ray.reading import load_task
 from translora_ray.records import read_rows
@@ -80,6 +81,7 @@ SHOWN: dict[str, str] = {
 """Rows of the table: a transfer's way, or an arm of the paper's evaluation, and its title."""
 PAIRS = [("default", "unfiltered"), ("default", "paper"), ("alone", "unfiltered")]
 """Which should be above which."""
+DRAWS = 10_000
 KEPT = results.ROOT / "benchmarks" / "quality.json"
 Chain = dict[str, Any]
 """What is kept of a chain: `commit`, `settings` (a digest), `accuracy` of each of `SHOWN`, `verdicts` (without and with real rows) and `candidates` by way."""
@@ -184,28 +186,44 @@ def recovery(chain: Chain, arm: str) -> float | None:
     return (found[arm] - found["target_base"]) / (found["oracle"] - found["target_base"]) if arm in found else None
 
 
-def interval(ours: Sequence[float], theirs: Sequence[float] = ()) -> str:
-    """Mean of chains with its 95 % interval, of the differences where there are others."""
-    return results.interval(*paired_interval(ours, theirs or [0.0] * len(ours)))
+def interval(by_task: Sequence[Sequence[float]]) -> str:
+    """Mean of the tasks' means, with a 95 % interval over seeds: chains are drawn anew within each task, whose test rows its seeds share. Of single seeds
+    there is none."""
+    mean = statistics.mean(map(statistics.mean, by_task))
+    if min(map(len, by_task)) < 2:
+        return f"{mean:.3f}"
+    draw = numpy.random.default_rng(0)
+    drawn = numpy.mean([draw.choice(values, (DRAWS, len(values))).mean(axis=1) for values in by_task], axis=0)
+    return results.interval(mean, *(float(end) for end in numpy.quantile(drawn, (0.025, 0.975))))
+
+
+def gain(chain: Chain, ours: str, theirs: str) -> float | None:
+    """By how much more one arm recovers than another."""
+    a, b = recovery(chain, ours), recovery(chain, theirs)
+    return None if a is None or b is None else a - b
+
+
+def by_task(kept: dict[str, dict[str, Chain]], figure: Callable[[Chain], float | None]) -> list[list[float]]:
+    """The figure of each task's chains, where they have it; tasks of which none has it left out."""
+    found = [[value for chain in by_seed.values() if (value := figure(chain)) is not None] for by_seed in kept.values()]
+    return [values for values in found if values]
 
 
 def table(kept: dict[str, dict[str, Chain]]) -> str:
     """Markdown for what is finished."""
     chains = [chain for by_seed in kept.values() for chain in by_seed.values()]
     commits = ", ".join(sorted({chain["commit"] for chain in chains}))
-    lines = [f"Commits {commits}. Accuracy on the test rows, mean of the seeds; recovery over all chains with a 95 % interval.", ""]
+    lines = [f"Commits {commits}. Accuracy on the test rows, mean of the seeds; recovery is the mean of the tasks', with a 95 % interval over seeds.", ""]
     heads = [f"{name.split('/')[1]} ({len(by_seed)} seeds)" for name, by_seed in kept.items()]
     lines += [f"| | {' | '.join(heads)} | recovery |", "|---" * (len(kept) + 2) + "|"]
     for arm, title in SHOWN.items():
         cells = [[chain["accuracy"][arm] for chain in by_seed.values() if arm in chain["accuracy"]] for by_seed in kept.values()]
-        recovered = [value for chain in chains if (value := recovery(chain, arm)) is not None]
-        if recovered:
+        if recovered := by_task(kept, partial(recovery, arm=arm)):
             lines.append(f"| {title} | {' | '.join(f'{statistics.mean(cell):.3f}' if cell else '-' for cell in cells)} | {interval(recovered)} |")
     lines.append("")
     for ours, theirs in PAIRS:
-        pairs = [(recovery(chain, ours), recovery(chain, theirs)) for chain in chains]
-        sides = list(zip(*[(a, b) for a, b in pairs if a is not None and b is not None], strict=True))
-        lines.append(f"{SHOWN[ours][0].upper()}{SHOWN[ours][1:]} less {SHOWN[theirs]}, chain by chain: {interval(*sides)} of recovery.  ")
+        if apart := by_task(kept, partial(gain, ours=ours, theirs=theirs)):
+            lines.append(f"{SHOWN[ours][0].upper()}{SHOWN[ours][1:]} less {SHOWN[theirs]}, chain by chain: {interval(apart)} of recovery.  ")
     return "\n".join([*lines, "", *verdicts(chains)])
 
 
