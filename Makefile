@@ -38,6 +38,7 @@ demo: install
 # Publishes the demo's adapter, which a person has to look at where its verdict is review, and serves it until Ctrl-C.
 serve-demo: install
 	test -e $(DEMO)/manifest.json || $(MAKE) demo
+	@echo "--reviewed says that a person has looked at $(DEMO)/report.html: for adapters of your own, look first."
 	$(BIN)/translora publish $(DEMO) runs/registry --reviewed --channel stable
 	$(BIN)/translora serve runs/registry
 

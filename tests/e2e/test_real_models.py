@@ -1,12 +1,15 @@
 """The whole way on the two packaged real models, short: a handful of rows and steps, so accuracy says nothing here."""
 
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from tests.conftest import free_port
+from tests.serving import running
 from translora_ray import models
 from translora_ray.cli import main
 from translora_ray.gating import likeness
@@ -53,3 +56,9 @@ def test_from_rows_to_a_comparison(tmp_path: Path) -> None:
     (found,) = (check["value"] for check in manifest["gate"]["checks"] if "real prompts" in check["name"])
     assert found == likeness(json.loads((tmp_path / "kit" / "kit.json").read_text())["discriminator"], judged)["likeness"]
     assert main(["inspect", str(tmp_path / "run")]) == 0
+    assert main(["publish", str(tmp_path / "kit"), str(tmp_path / "registry"), "--reviewed", "--channel", "stable"]) == 0
+    with running(str(tmp_path / "registry"), "--port", str(free_port())) as service:
+        assert service.url(), "it is ready"
+        (line,) = [line for line in service.lines if line.startswith("  curl ")]
+        answer = json.loads(subprocess.run(line, shell=True, capture_output=True, check=True).stdout)
+    assert (answer["model"], answer["usage"]["completion_tokens"] > 0) == ("support_routing@1", True)

@@ -12,20 +12,22 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pytest
 import ray
+import yaml
 
-from tests.ray.conftest import arguments, has_checkpoint, rows, same_weights
+from tests.ray.conftest import arguments, has_checkpoint, same_weights
 from tests.ray.growing import Growing, growing_cluster, wait
+from tests.ray.test_fleet import RECIPE
 from translora_ray import kit
 from translora_ray.config import Cluster, Recipe, Synthesis
 from translora_ray.placement import Resources, place, ray_session
 from translora_ray.records import Pack, pack_to_table, packs_from_table
+from translora_ray.registry import Registry
 from translora_ray.stream import pipeline
 from translora_ray.stream.plan import Plan
 from translora_ray.stream.requests import open_desk
@@ -34,9 +36,6 @@ pytestmark = pytest.mark.ray
 ROOT = Path(__file__).parents[2]
 SECONDS = 900
 """Longest wait for a transfer; on an idle machine of two cores it takes one to two minutes."""
-QUOTA = 150
-LONG = (f"selection.quota={QUOTA}", "training.epochs=1", "cluster.engines=[2, 2]")
-"""Settings with which a stream takes long enough for something to happen in the middle."""
 
 
 @pytest.fixture(scope="module")
@@ -162,34 +161,30 @@ def test_a_pool_that_has_packs_waiting_brings_nodes_up_to_its_most_actors(growin
     wait(lambda: not growing.raylets(), 120, "back to no nodes")
 
 
-@dataclass(frozen=True)
-class Whole:
-    """An undisturbed transfer, and the nodes that there were while it ran, look by look."""
-
-    run: Path
-    nodes: list[int]
-
-
-@pytest.fixture(scope="module")
-def whole(growing: Growing, tiny_kit: Path, tiny_gemma: str, tmp_path_factory: pytest.TempPathFactory) -> Whole:
-    run = tmp_path_factory.mktemp("whole") / "run"
+def test_nodes_come_for_a_fleet_one_is_lost_in_a_training_and_all_go_after_it(growing: Growing, open_kit: Path, tiny_gemma: str, tmp_path: Path) -> None:
     wait(lambda: not growing.raylets(), 120, "no nodes")
-    driver = transfer(growing, tiny_kit, tiny_gemma, run, *LONG)
+    kits = [{"kit": str(open_kit), "name": name, "recipe": {"seed": seed}} for seed, name in enumerate(("one", "two"))]
+    cluster = {"address": growing.address, "expect": {"nodes": 3, "CPU": 1}, "engines": [2, 2], "commit_seconds": 0, "checkpoint_seconds": 0}
+    fleet = {"out": "fleet", "kits": kits, "target": tiny_gemma, "recipe": RECIPE, "registry": "registry", "cluster": cluster}
+    (tmp_path / "fleet.yaml").write_text(yaml.safe_dump(fleet))
+    command = [sys.executable, "-m", "translora_ray.cli", "fleet", str(tmp_path / "fleet.yaml"), "--engine", "transformers"]
+    with (tmp_path / "fleet.log").open("wb") as log:
+        driver = subprocess.Popen(command, env=growing.environment, stdout=log, stderr=log)
     nodes = []
 
-    def look() -> bool:
+    def look(ready: Callable[[], bool]) -> bool:
         nodes.append(len(growing.raylets()))
-        return driver.poll() is not None
+        return driver.poll() is not None or ready()
 
-    wait(look, SECONDS, "the transfer")
-    assert driver.returncode == 0, run.with_suffix(".log").read_text()
-    return Whole(run, nodes)
-
-
-def test_nodes_come_for_a_transfer_and_all_go_after_it(growing: Growing, whole: Whole) -> None:
+    wait(lambda: look(lambda: any(tmp_path.glob("fleet/runs/*/train/**/state.pt"))), SECONDS, "a checkpoint", 0.1)
+    assert any(name.startswith(b"ray::Place") for name in growing.lose(b"ray::Place"))
+    wait(lambda: look(lambda: False), SECONDS, "the fleet")
+    assert driver.returncode == 0, (tmp_path / "fleet.log").read_text()
+    assert 2 <= max(nodes) <= 3, nodes
+    assert {release.id for release in Registry(str(tmp_path / "registry")).releases()} == {"one@1", "two@1"}
+    (loads,) = json.loads((tmp_path / "fleet" / "fleet.json").read_text())["engine_loads"].values()
+    assert len(loads) == 2, "an engine on each of two nodes, for both transfers"
     wait(lambda: not growing.raylets(), 120, "back to no nodes")
-    assert 2 <= max(whole.nodes) <= 3, whole.nodes
-    assert sum(row.accepted for row in rows(whole.run)) == QUOTA
 
 
 @pytest.mark.parametrize(
