@@ -89,6 +89,17 @@ class Adapter(Section):
     """Of prompt tuning; 20 where the source adapter has none."""
 
 
+class Privacy(Section):
+    """Bounds what an adapter can have learnt from any one row (differential privacy; DP-SGD, arXiv 1607.00133)."""
+
+    epsilon: float = Field(8.0, gt=0)
+    """How much likelier any outcome may be with a row than without it, as a logarithm. Smaller is stricter, and takes more noise."""
+    delta: float | None = Field(None, gt=0, lt=1)
+    """Chance that `epsilon` does not hold. None: a tenth of one in as many rows as there are."""
+    clip: float = Field(1.0, gt=0)
+    """Length to which the gradient of each row is cut."""
+
+
 class Task(Section):
     """TASK.yaml: what the adapter is for, and where its rows lie while they are at hand."""
 
@@ -120,6 +131,14 @@ class Task(Section):
     learns from all rows and may repeat some: audit the kit (docs/privacy.md)."""
     generator_training: Training = Training(epochs=3)
     """For the generator adapter."""
+    generator_privacy: Privacy | None = None
+    """Trains the generator adapter with differential privacy ({epsilon: 8}), as `pip install 'translora_ray[private]'` makes possible."""
+
+    @model_validator(mode="after")
+    def _private_rows_choose_nothing(self) -> Task:
+        if self.generator_privacy and (self.generator_training.held_out or self.generator_training.learning_rates):
+            raise ValueError("generator_privacy does not count what rows choose: leave held_out and learning_rates out of generator_training")
+        return self
 
     @model_validator(mode="after")
     def _real_rows_have_no_teacher(self) -> Task:

@@ -22,6 +22,7 @@ from translora_ray.stream.dedup import SeedFilter, Seen
 from translora_ray.stream.discriminate import calibrate, outline, verdicts
 from translora_ray.stream.synthesize import Synthesizer
 from translora_ray.training import task as training
+from translora_ray.training.private import require_opacus, train_privately
 
 NEGATIVE_TRIES = 4
 NO_SOURCE = adapters.AdapterInfo(path="", base="", type="lora", parameters=0, digest="", shapes={})
@@ -48,6 +49,8 @@ def prepare(task: Task, base: str, out: str | Path, adapter: str | None, discrim
         raise UsageError(f"{task.train} has {len(rows)} rows, too few to train and test a discriminator: add rows, or use --no-discriminator.")
     for training_section in (task.source_training, task.discriminator_training, task.generator_training):
         models.require_bits(training_section.base_bits)
+    if task.generator_adapter and task.generator_privacy:
+        require_opacus()
     info = models.describe(base)
     if obstacle := models.pair_obstacle(info, info, task.format):
         raise UsageError(obstacle)
@@ -143,8 +146,14 @@ def _discriminator(
 def _generator(task: Task, base: str, rows: Sequence[TaskRow], scratch: Path, progress: Display, facts: dict[str, Any]) -> dict[str, Any]:
     """Train the generator adapter into `scratch`, on all inputs: what a recipe's generator `adapter` writes with (`LearntSynthesizer`)."""
     pairs = [(learnt_prompt(task, row.target), row.input) for row in rows]
-    loss = _train(GENERATOR, task, base, pairs, task.generator_training, scratch, progress, facts)
-    return {"rows": len(rows), "after": "label" if task.classes else "name", "loss": loss}
+    stated = {"rows": len(rows), "after": "label" if task.classes else "name"}
+    if task.generator_privacy is None:
+        return stated | {"loss": _train(GENERATOR, task, base, pairs, task.generator_training, scratch, progress, facts)}
+    began, settings, seed = time.perf_counter(), task.generator_training, derive_seed(task.seed, GENERATOR)
+    adapter, shown = adapters.inherit(NO_SOURCE, Adapter(), models.linear_shapes(base)), progress.phase("generator, privately").step
+    private = train_privately(base, pairs, adapter, settings, task.generator_privacy, seed, scratch / GENERATOR, shown)
+    facts["seconds"][GENERATOR] = round(time.perf_counter() - began, 1)
+    return stated | {"private": private}
 
 
 def _train(

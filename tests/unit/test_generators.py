@@ -12,17 +12,18 @@ import pytest
 from tests.conftest import save_run, task_rows, write_task
 from translora_ray import adapters, kit
 from translora_ray.cli import main
-from translora_ray.config import Cluster, Recipe, Selection, Synthesis
+from translora_ray.config import Adapter, Cluster, Privacy, Recipe, Selection, Synthesis, Training
 from translora_ray.engines.base import Complete
 from translora_ray.engines.transformers import TransformersEngine
 from translora_ray.errors import UsageError
 from translora_ray.evaluation.statistics import auc
 from translora_ray.prompts import generator_prompt
-from translora_ray.records import request_pack
+from translora_ray.records import Step, request_pack
 from translora_ray.stream.actor import STAGES
 from translora_ray.stream.choose import by_generator
 from translora_ray.stream.plan import Plan
 from translora_ray.stream.synthesize import ROLE, LearntSynthesizer
+from translora_ray.training.private import train_privately
 
 COLOURS = ["red", "blue", "green", "black", "white", "pink", "brown", "grey"]
 COLOUR = f"({'|'.join(COLOURS)})"
@@ -61,6 +62,38 @@ def test_the_kit_states_its_generator_and_holds_it(made: Path, tmp_path: Path, c
     shutil.copy(other / "adapter" / adapters.WEIGHTS, other / "generator" / adapters.WEIGHTS)
     with pytest.raises(UsageError, match=r"generator is not the adapter that kit\.json describes"):
         kit.load(other)
+
+
+def test_a_generator_that_is_trained_privately_says_what_it_guarantees_and_is_never_the_same_twice(
+    tiny_kit: Path, tiny_llama: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task = write_task(tmp_path, generator_adapter=True, generator_training={"epochs": 2}, generator_privacy={"epsilon": 4})
+    command = ["prepare", str(task), "--base", tiny_llama, "--adapter", str(tiny_kit / "adapter"), "--no-discriminator", "--engine", "transformers"]
+    for out in ("one", "two"):
+        assert main([*command, "--out", str(tmp_path / out)]) == 0
+    facts = [json.loads((tmp_path / out / "kit.json").read_text()) for out in ("one", "two")]
+    private = facts[0]["generator"]["private"]
+    assert 3.5 < private["epsilon"] <= 4 and private["delta"] == pytest.approx(0.1 / 60) and private["clip"] == 1 and private["noise"] > 0.5
+    assert facts[0]["adapters"]["generator"] != facts[1]["adapters"]["generator"], "who knew the noise could take it away"
+    assert adapters.has_effect(str(tmp_path / "one" / "generator")) and "loss" not in facts[0]["generator"]
+    capsys.readouterr()
+    assert main(["inspect", str(tmp_path / "one")]) == 0
+    assert "epsilon" in capsys.readouterr().out
+    write_task(tmp_path, generator_adapter=True, generator_training={"held_out": 0.1}, generator_privacy={"epsilon": 4})
+    assert main([*command, "--out", str(tmp_path / "three")]) == 2
+    assert "generator_privacy does not count what rows choose" in capsys.readouterr().err
+
+
+def test_private_training_learns_where_its_noise_is_small_and_moves_little_where_rows_are_cut_short(tiny_llama: str, tmp_path: Path) -> None:
+    pairs = [(generator_prompt(row["target"]), row["input"]) for row in task_rows(60)]
+    lora, losses = Adapter(type="lora", rank=4, alpha=8.0, dropout=0.0, modules="all-linear"), []
+    for number, clip in enumerate((10.0, 1e-9)):
+        out, steps = tmp_path / str(number), list[Step]()
+        private = train_privately(tiny_llama, pairs, lora, Training(epochs=6, learning_rate=0.01), Privacy(epsilon=1e5, clip=clip), 0, out, steps.append)
+        assert private["noise"] < 0.2
+        losses.append((steps[0].loss, steps[-1].loss))
+    assert losses[0][1] < 0.8 * losses[0][0]
+    assert losses[1][1] > 0.9 * losses[1][0], "of gradients of no length nothing is learnt"
 
 
 def test_a_run_in_place_of_the_kit_keeps_its_generator(made: Path, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ LAYERS = [
     {"engines.select"},
     {"training.loop"},
     {"training.task"},
+    {"training.private"},
     {"evaluation.statistics", "evaluation.plots", "stream.synthesize", "stream.dedup", "stream.discriminate", "stream.teach"},
     {"kit", "evaluation.markup"},
     {"stream.plan", "preparing"},
