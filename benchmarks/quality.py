@@ -187,14 +187,15 @@ def recovery(chain: Chain, arm: str) -> float | None:
 
 
 def interval(by_task: Sequence[Sequence[float]]) -> str:
-    """Mean of the tasks' means, with a 95 % interval over seeds: chains are drawn anew within each task, whose test rows its seeds share. Of single seeds
-    there is none."""
+    """Mean of the tasks' means, with a 95 % interval over seeds: chains are drawn anew within each task, whose test rows its seeds share, and their deviations
+    taken by sqrt(n / (n - 1)), as few chains vary too little among themselves. Of single seeds there is none."""
     mean = statistics.mean(map(statistics.mean, by_task))
     if min(map(len, by_task)) < 2:
         return f"{mean:.3f}"
     draw = numpy.random.default_rng(0)
-    drawn = numpy.mean([draw.choice(values, (DRAWS, len(values))).mean(axis=1) for values in by_task], axis=0)
-    return results.interval(mean, *(float(end) for end in numpy.quantile(drawn, (0.025, 0.975))))
+    apart = [draw.choice(values, (DRAWS, len(values))).mean(axis=1) - statistics.mean(values) for values in by_task]
+    wider = [deviations * (len(values) / (len(values) - 1)) ** 0.5 for deviations, values in zip(apart, by_task, strict=True)]
+    return results.interval(mean, *(mean + float(end) for end in numpy.quantile(numpy.mean(wider, axis=0), (0.025, 0.975))))
 
 
 def gain(chain: Chain, ours: str, theirs: str) -> float | None:

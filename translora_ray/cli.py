@@ -159,10 +159,10 @@ def _evaluate(options: argparse.Namespace) -> int:
     if options.json != "-":
         show_evaluation(result)
     stream = sys.stderr if options.json == "-" else None
-    refused = _judged(result["gate"], "on real rows", stream)
+    refusals = _judged(result["gate"], "on real rows", stream)
     if (before := RunStore(options.run).manifest(options.run).get("gate")) and before["verdict"] == "refuse":
-        refused = _judged(before, "without real rows, which counts as much", stream)
-    return refused if options.gate else 0
+        refusals += _judged(before, "without real rows, which counts as much", stream)
+    return min(1, refusals) if options.gate else 0
 
 
 def _judged(gate: dict[str, Any] | None, where: str, stream: TextIO | None = None) -> int:

@@ -136,6 +136,8 @@ class Task(Section):
 
     @model_validator(mode="after")
     def _private_rows_choose_nothing(self) -> Task:
+        if self.generator_privacy and not self.generator_adapter:
+            raise ValueError("generator_privacy is about the generator adapter: set generator_adapter, or leave it out")
         if self.generator_privacy and (self.generator_training.held_out or self.generator_training.learning_rates):
             raise ValueError("generator_privacy does not count what rows choose: leave held_out and learning_rates out of generator_training")
         return self
@@ -251,7 +253,8 @@ class Gate(Section):
     ship: float = Field(0.9, ge=0, le=1)
     """Least agreement, and least accuracy on the seeds, with which an adapter ships; between this and `refuse` a person reviews."""
     refuse: float = Field(0.5, ge=0, le=1)
-    """Agreement, or accuracy on the seeds, below which an adapter is refused."""
+    """Agreement, or accuracy on the seeds, below which an adapter is refused, where it lies there with its whole 95 % interval; nothing ships whose interval
+    reaches below it. Three answers are too few to ship by, whatever they are."""
     acceptance: float = Field(0.02, ge=0, le=1)
     """Least share of candidates that became examples; below it a person reviews."""
     likeness: float = Field(0.25, ge=0, le=0.5)

@@ -55,12 +55,12 @@ def pass_gate(
     task, seeds = plan.kit.task, plan.kit.seeds
     given = run(_given, plan, store, [row.input for row in (*rows, *seeds)])
     phase.update(1, 1)
-    scores = [agreement(task, answer, row.target) for answer, row in zip(given, rows, strict=False)]
+    scores = [agreement(task, answer, row.target) for answer, row in zip(given[: len(rows)], rows, strict=True)]
     harder = len(unsettled) / (len(unsettled) + totals.accepted)
-    parts = [(1 - harder, _figure(scores[: len(held_out)])), (harder, _figure(scores[len(held_out) :]))]
-    agreed, *agreed_ends = (sum(share * figure[place] for share, figure in parts if share) for place in range(3))
+    examples, between_labels = _figure(scores[: len(held_out)]), _figure(scores[len(held_out) :])
+    agreed, low, high = ((1 - harder) * easy + harder * hard for easy, hard in zip(examples, between_labels, strict=True))
     right, *right_ends = _figure([METRICS[task.metric](answer, seed.target) for answer, seed in zip(given[len(rows) :], seeds, strict=True)])
-    measured = {"agreement": agreed, "agreement_ends": tuple(agreed_ends), "seeds": right, "seeds_ends": tuple(right_ends)}
+    measured = {"agreement": agreed, "agreement_ends": (low, high), "seeds": right, "seeds_ends": tuple(right_ends)}
     measured |= likeness(plan.kit.discriminator or {}, trained)
     answers = gate.answers(task.classes, seeds, [reading(task, candidate.target or "") for candidate in trained])
     asked = {"held_out": len(held_out), "between": len(rows) - len(held_out)}

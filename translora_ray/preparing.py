@@ -22,7 +22,7 @@ from translora_ray.stream.dedup import SeedFilter, Seen
 from translora_ray.stream.discriminate import calibrate, outline, verdicts
 from translora_ray.stream.synthesize import Synthesizer
 from translora_ray.training import task as training
-from translora_ray.training.private import require_opacus, train_privately
+from translora_ray.training.private import planned, train_privately
 
 NEGATIVE_TRIES = 4
 NO_SOURCE = adapters.AdapterInfo(path="", base="", type="lora", parameters=0, digest="", shapes={})
@@ -49,8 +49,8 @@ def prepare(task: Task, base: str, out: str | Path, adapter: str | None, discrim
         raise UsageError(f"{task.train} has {len(rows)} rows, too few to train and test a discriminator: add rows, or use --no-discriminator.")
     for training_section in (task.source_training, task.discriminator_training, task.generator_training):
         models.require_bits(training_section.base_bits)
-    if task.generator_adapter and task.generator_privacy:
-        require_opacus()
+    if task.generator_privacy:
+        planned(task.generator_privacy, task.generator_training, len(rows))
     info = models.describe(base)
     if obstacle := models.pair_obstacle(info, info, task.format):
         raise UsageError(obstacle)
@@ -85,7 +85,7 @@ def prepare(task: Task, base: str, out: str | Path, adapter: str | None, discrim
             "base": base,
             "base_fingerprint": models.fingerprint(base),
             "rows": len(rows),
-            "rows_digest": rows_digest(rows),
+            "rows_digest": "" if task.generator_privacy else rows_digest(rows),  # which would tell whether a guessed row is among the others
             "adapters": {name: adapters.digest(scratch / name) for name in names},
         }
         facts["digest"] = digest_of(facts, (scratch / SEEDS).read_text(encoding="utf-8"))

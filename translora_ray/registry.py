@@ -92,7 +92,7 @@ class Registry:
 
     def holds(self, release: str, digest: str) -> bool:
         """Whether `name@version` was published here with that digest, retired or not."""
-        with self._ledger.reaching(), contextlib.suppress(FileNotFoundError, ValueError):
+        with self._ledger.reaching(), contextlib.suppress(FileNotFoundError, UsageError):
             return bool(self._store.read_json(f"{RELEASES}/{release}/{RELEASE}").get("digest") == digest)
         return False
 

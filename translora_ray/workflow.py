@@ -24,7 +24,7 @@ from translora_ray.measures import TRAINING, PhaseMeasures
 from translora_ray.placement import Resources, Run, check_resources, given, ray_failures, ray_session, share
 from translora_ray.progress import Display
 from translora_ray.reading import differing_field
-from translora_ray.storage import ADAPTER, IDENTITY, MANIFEST, REPORT, RESULT, TRAIN, RunStore
+from translora_ray.storage import ADAPTER, IDENTITY, MANIFEST, RELEASE, REPORT, RESULT, TRAIN, RunStore
 from translora_ray.stream import teach
 from translora_ray.stream.collect import Totals
 from translora_ray.stream.pipeline import run_stream
@@ -92,7 +92,6 @@ class Checked:
 def check(kit_path: str, target: str, out: str, config: Config, engine: EngineKind, display: Display) -> Checked:
     """Raise `UsageError` where kit, target, recipe and run directory do not go together. Nothing is written; what is finished is not looked at again."""
     loaded = kit.load(kit_path)
-    _require_sound(kit_path)
     engine = choose_engine(engine)
     engine_for(engine, [loaded.adapter], display.say)
     config = config.model_copy(update={"recipe": config.recipe.decided(loaded.task.classes)})
@@ -101,6 +100,7 @@ def check(kit_path: str, target: str, out: str, config: Config, engine: EngineKi
     _check_identity(checked)
     if checked.finished:
         return checked
+    _require_sound(kit_path)
     models.require_bits(config.recipe.training.base_bits)
     if config.recipe.training.base_bits and config.cluster.spread_base:
         raise UsageError("A base in few bits can not be spread over workers: leave training.base_bits or cluster.spread_base out.")
@@ -115,10 +115,12 @@ def check(kit_path: str, target: str, out: str, config: Config, engine: EngineKi
 
 
 def _require_sound(kit_path: str) -> None:
-    """Raise `UsageError` for a finished run that was refused: what it has learnt wrong its gate could not find in the next adapter."""
+    """Raise `UsageError` for a finished run that was refused, or a release of it: what it has learnt wrong no gate could find in the next adapter."""
     store = RunStore(kit_path)
+    if store.exists(RELEASE):
+        store = RunStore(store.read_json(RELEASE).get("run") or kit_path)
     if store.exists(MANIFEST):
-        found = [store.read_json(MANIFEST).get("gate"), store.read_json(RESULT)["gate"] if store.exists(RESULT) else None]
+        found = [store.read_json(MANIFEST).get("gate"), store.read_json(RESULT).get("gate") if store.exists(RESULT) else None]
         if why := [reason for each in found if each and each["verdict"] == gate.REFUSE for reason in each["reasons"]]:
             raise UsageError(f"{kit_path} was refused ({'; '.join(why)}), so nothing moves on from it: transfer again with another recipe or kit.")
 

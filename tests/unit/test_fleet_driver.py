@@ -132,7 +132,6 @@ def test_a_lease_that_is_odd_is_lost_and_not_held_for_ever(tmp_path: Path) -> No
     with lease(store, lost.put, seconds=0.5):
         store.write(leases.FILE, b"[]")
         assert lost.get(timeout=10) == leases.SILENT
-        store.write_json(leases.FILE, {"owner": "another", "expires": time.time() + 30})
 
 
 def test_a_lease_that_ends_while_somebody_looks_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

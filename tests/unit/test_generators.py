@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from opacus import optimizers
 
 from tests.conftest import save_run, task_rows, write_task
 from translora_ray import adapters, kit
@@ -65,8 +66,16 @@ def test_the_kit_states_its_generator_and_holds_it(made: Path, tmp_path: Path, c
 
 
 def test_a_generator_that_is_trained_privately_says_what_it_guarantees_and_is_never_the_same_twice(
-    tiny_kit: Path, tiny_llama: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_kit: Path, tiny_llama: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    asked: list[dict[str, Any]] = []
+
+    class Seen(optimizers.DPOptimizer):  # type: ignore[misc]
+        def __init__(self, optimizer: Any, **settings: Any) -> None:
+            asked.append(settings)
+            super().__init__(optimizer, **settings)
+
+    monkeypatch.setattr(optimizers, "DPOptimizer", Seen)
     task = write_task(tmp_path, generator_adapter=True, generator_training={"epochs": 2}, generator_privacy={"epsilon": 4})
     command = ["prepare", str(task), "--base", tiny_llama, "--adapter", str(tiny_kit / "adapter"), "--no-discriminator", "--engine", "transformers"]
     for out in ("one", "two"):
@@ -76,12 +85,20 @@ def test_a_generator_that_is_trained_privately_says_what_it_guarantees_and_is_ne
     assert 3.5 < private["epsilon"] <= 4 and private["delta"] == pytest.approx(0.1 / 60) and private["clip"] == 1 and private["noise"] > 0.5
     assert facts[0]["adapters"]["generator"] != facts[1]["adapters"]["generator"], "who knew the noise could take it away"
     assert adapters.has_effect(str(tmp_path / "one" / "generator")) and "loss" not in facts[0]["generator"]
+    assert [(each["noise_multiplier"], each["max_grad_norm"], each["expected_batch_size"]) for each in asked] == [(private["noise"], 1, 8)] * 2
+    assert facts[0]["rows_digest"] == "", "by which a guessed row could be told from the others"
     capsys.readouterr()
     assert main(["inspect", str(tmp_path / "one")]) == 0
     assert "epsilon" in capsys.readouterr().out
-    write_task(tmp_path, generator_adapter=True, generator_training={"held_out": 0.1}, generator_privacy={"epsilon": 4})
-    assert main([*command, "--out", str(tmp_path / "three")]) == 2
-    assert "generator_privacy does not count what rows choose" in capsys.readouterr().err
+    for keys, said in (
+        ({"generator_training": {"held_out": 0.1}, "generator_privacy": {"epsilon": 4}}, "generator_privacy does not count what rows choose"),
+        ({"generator_privacy": {"epsilon": 1e-4}}, "generator_privacy.epsilon 0.0001 is too small for 60 rows"),
+        ({"generator_adapter": False, "generator_privacy": {}}, "generator_privacy is about the generator adapter"),
+    ):
+        write_task(tmp_path, **({"generator_adapter": True} | keys))
+        assert main([*command, "--out", str(tmp_path / "three")]) == 2
+        assert said in capsys.readouterr().err
+    assert not (tmp_path / "three").exists()
 
 
 def test_private_training_learns_where_its_noise_is_small_and_moves_little_where_rows_are_cut_short(tiny_llama: str, tmp_path: Path) -> None:

@@ -191,6 +191,24 @@ def test_of_many_transfers_some_at_a_time_get_packs_and_the_first_ones_are_full_
     assert second == {*range(AT_ONCE)} and third == {*range(2, AT_ONCE + 1)}
 
 
+def test_transfers_end_about_in_their_order_also_where_there_are_many() -> None:
+    async def ask() -> list[int]:
+        quotas = [20 + 7 * (i % 3) for i in range(3 * AT_ONCE)]
+        desk, got, ended, turn = desk_of([0] * len(quotas), 1), Counter[int](), list[int](), 0
+        while pack := await desk.lease(turn):
+            turn += 1
+            got[pack[0]] += 1
+            await desk.arrived(*pack)
+            if got[pack[0]] == quotas[pack[0]]:
+                ended.append(pack[0])
+                await desk.full(pack[0])
+        return ended
+
+    ended = asyncio.run(ask())
+    assert set(ended[:AT_ONCE]) == {*range(AT_ONCE)}, "who takes a free place does not make those wait that came before"
+    assert all(abs(place - transfer) <= AT_ONCE for place, transfer in enumerate(ended))
+
+
 def test_the_desk_hands_out_in_turn_and_repeats_itself_to_a_source_that_starts_again() -> None:
     async def ask() -> list[list[tuple[int, int] | None]]:
         desk = desk_of([3, 0], 4)

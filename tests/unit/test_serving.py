@@ -479,7 +479,8 @@ def test_a_client_that_does_not_wait_for_its_answer_is_no_failure_of_the_service
         raise failure
 
     router = SimpleNamespace(resolve=resolve, trial=lambda *_: None)
-    engines = health.Health({})
+    engine: Any = None
+    engines = health.Health({"base": engine})
     engines.running.add("base")
     gateway = SimpleNamespace(_admit=lambda _: OPEN, router=router, _begin=begin, _end=said.append, _running=0, health=engines)
     with pytest.raises(failure):
@@ -489,7 +490,7 @@ def test_a_client_that_does_not_wait_for_its_answer_is_no_failure_of_the_service
 
 def test_a_request_waits_for_an_engine_that_is_gone_but_not_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(health, "SECONDS", 0.05)
-    engines = health.Health({})
+    engine: Any = None
 
     async def never() -> str:
         await asyncio.Event().wait()
@@ -500,10 +501,12 @@ def test_a_request_waits_for_an_engine_that_is_gone_but_not_for_ever(monkeypatch
         return "late"
 
     for patience in (0.0, 0.2):
-        began = time.monotonic()
+        engines, began = health.Health({"base": engine}), time.monotonic()
         with pytest.raises(ServiceError) as refused:
             asyncio.run(engines.while_running("base", never(), patience))
         assert refused.value.status == 503 and refused.value.retry_after and patience <= time.monotonic() - began < patience + 2
+    with pytest.raises(ServiceError):
+        asyncio.run(engines.while_running("base", late(), 0.1))  # it has been gone for longer: who comes now does not wait at all
     assert asyncio.run(engines.while_running("base", late(), 20)) == "late"  # a replica came meanwhile
     engines.running.add("base")
     assert asyncio.run(engines.while_running("base", late())) == "late"

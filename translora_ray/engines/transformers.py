@@ -19,7 +19,7 @@ from translora_ray.prompts import Prompt, answer_ids, common_length, distinct_to
 
 WORTH_SHARING = 16
 GREEDY = 1e-5
-"""Temperature below which the likeliest token is taken, as in vLLM: logits over a tiny number are no numbers."""
+"""Temperature below which the likeliest token is taken: logits over a tiny number are no numbers."""
 _Request = TypeVar("_Request", Generate, Score, Complete)
 _Result = TypeVar("_Result")
 

@@ -127,11 +127,10 @@ class Arms:
         """(candidates as they come, until at least as many can be learnt from as a method chooses from; these and, where one of the arms cuts, all others that
         the discriminator takes), without repetitions, each with the teacher's answer, whatever that is. Methods without a cut choose from the former."""
         cut = self.recipe.selection.threshold if CUTTING.intersection(names) else math.inf
-        open_task = self.kit.task.model_copy(update={"labels": "open", "metric": "exact_match"})
         weighed = self.recipe.training.token_weights > 0
         spans = partial(answer_spans, models.load_tokenizer(self.manifest["source_base"])) if weighed else None
         selection = self.recipe.selection.model_copy(update={"as_asked": False})  # each arm looks itself
-        teacher = Teacher(engine, open_task, self.kit.adapter, selection=selection, by_excess=bool(BY_EXCESS.intersection(names)), spans=spans)
+        teacher = Teacher(engine, self.kit.task, self.kit.adapter, selection=selection, by_excess=bool(BY_EXCESS.intersection(names)), spans=spans)
         seen, waiting = Seen(self.recipe.selection.near_duplicate), iter([each for each in self.candidates if each.reason in WRITTEN])
         phase, size = self.display.phase("answers for the arms"), self.recipe.synthesis.pack_size
 

@@ -95,7 +95,7 @@ def evaluate(
     if real is not None:
         result["verdicts"] = {"real": real}
     learnt_from = [row.input for row in made.trained_on]
-    result["looked_at"] = {"train": bool(train or oracle), "among_examples": len(_inputs(rows) & {*map(normal, learnt_from)})}
+    result["looked_at"] = {"train": train is not None, "among_examples": len(_inputs(rows) & {*map(normal, learnt_from)})}
     result["distance"], points = distances(loaded.base, learnt_from, made.candidates, [row.input for row in rows], loaded.seed_inputs, display)
     store.write(ANSWERS, _lines(rows, found))
     store.write_json(MAP, points)

@@ -22,14 +22,21 @@ LONG = 3.0
 
 
 def check(name: str, value: float, ship: float, refuse: float | None, reason: str, ends: tuple[float, float] | None = None) -> dict[str, Any]:
-    """A figure that should be at least `ship`, and at least `refuse`, where there is one, by all means: with the upper of its interval's `ends` where it has
-    some, as few answers tell little, and with the lower one to ship."""
+    """A figure that should be at least `ship`, and at least `refuse`, where there is one, by all means.
+
+    `ends` are those of its 95 % interval, where it has one. It is refused where all of the interval lies below `refuse`, and ships where none of it does: few
+    answers tell little.
+    """
     low, high = ends or (value, value)
-    refused = refuse is not None and not (high >= refuse and value == value)  # NaN is as bad as can be
-    verdict = REFUSE if refused else SHIP if value >= ship and (refuse is None or low >= refuse) else REVIEW
-    wanted = f"at least {ship:g}" + ("" if refuse is None else f", by all means {refuse:g}")
+    found = {"name": name, "value": value, "wanted": f"at least {ship:g}" + ("" if refuse is None else f", by all means {refuse:g}"), "verdict": REVIEW}
     told = f"{value:.3f}" + (f", {low:.3f} to {high:.3f}" if ends else "")
-    found = {"name": name, "value": value, "wanted": wanted, "verdict": verdict, "reason": "" if verdict == SHIP else f"{reason} ({told})"}
+    if refuse is not None and (high < refuse or value != value):  # NaN is as bad as can be
+        found["verdict"] = REFUSE
+    elif value >= ship and refuse is not None and low < refuse:
+        reason = f"too few answers for the {name}"
+    elif value >= ship:
+        found["verdict"] = SHIP
+    found["reason"] = "" if found["verdict"] == SHIP else f"{reason} ({told})"
     return found | ({"low": low, "high": high} if ends else {})
 
 
@@ -48,7 +55,7 @@ def without_rows(gate: Gate, measured: dict[str, Any], accepted: float, labels: 
         least = min(gate.likeness, measured["chance"])  # few real prompts tell little
         checks.append(check("examples that look more real than real prompts", measured["likeness"], least, None, "examples lie far from real prompts"))
     if "labels" in labels:
-        reason = f"{labels['rarest']} is the label of {labels['fewest'] or 'no'} examples"
+        reason = f"{labels['rarest']} is the label of {labels['fewest'] or 'none'} of the examples"
         checks.append(check("examples of the rarest label, to an even share", labels["labels"], RARE, None, reason))
     checks.append(check("room left by the most frequent answer", labels["others"], 1 - ONE_SIDED, None, "nearly all examples have one answer"))
     checks.append(check("length of the seeds' answers to the examples'", labels["shorter"], 1 / LONG, None, "answers are longer than the seeds'"))

@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 import ray
 
 from translora_ray.background import beside
-from translora_ray.config import EngineKind
+from translora_ray.config import EngineKind, Task
 from translora_ray.errors import Stopped, TransLoraError, UsageError, reason
 from translora_ray.fleet import lease as leases
 from translora_ray.fleet import state as states
@@ -34,10 +34,10 @@ from translora_ray.placement import fit_beside, place, place_for_both, ray_failu
 from translora_ray.progress import Display
 from translora_ray.registry import Registry
 from translora_ray.releases import UNGATED, verdict
-from translora_ray.storage import RESULT, RunStore
+from translora_ray.storage import MANIFEST, RESULT, RunStore
 from translora_ray.stream.collect import Totals
 from translora_ray.stream.pipeline import run_stream
-from translora_ray.stream.requests import open_desk
+from translora_ray.stream.requests import AT_ONCE, open_desk
 from translora_ray.workflow import Checked, begin
 
 STOPPED = "The fleet was stopped: what was under way is committed; the same command with --resume goes on."
@@ -122,14 +122,28 @@ class Driver:
     def _begin(self, failures: Failures, settled: Sequence[tuple[Wanted, Checked]]) -> None:
         """From here on there is a fleet."""
         self.state.begin()
+        others = {wanted.name: wanted for wanted in self.wanted}
         for name, why in failures.items():
             self.display.say(f"{name}: {why}")
-            if not self.state.stays(name):  # what is finished needs its kit and its base no more
+            if not self._stays(others.pop(name)):
                 self.state.change(name, states.FAILED, why)
+        for name in others.keys() - {wanted.name for wanted, _ in settled}:
+            if self.state.records[name].state != states.WAITING:  # it had ended, and there is something to do again
+                self.state.change(name, states.WAITING)
         for wanted, checked in settled:
             self._go_on()
             with self._own_failure(wanted.name):
                 self._conclude(wanted, checked)
+
+    def _stays(self, wanted: Wanted) -> bool:
+        """Whether the transfer has come to a verdict, by the same recipe, and lacks its kit alone, which it needs no more."""
+        store = RunStore(wanted.out)
+        with contextlib.suppress(Exception):  # whatever is wrong there, it does not stay
+            if self.state.records[wanted.name].state in states.BY_VERDICT.values() and not RunStore(wanted.kit).exists():
+                manifest = store.read_json(MANIFEST)
+                recipe = wanted.config.recipe.decided(Task.model_validate(manifest["task"]).classes)
+                return bool(manifest["recipe_hash"] == recipe.digest() and (wanted.data is None or store.exists(RESULT)))
+        return False
 
     @contextlib.contextmanager
     def _stopping(self) -> Iterator[Callable[[], None]]:
@@ -206,17 +220,23 @@ class Driver:
     def _begun(self, transfer: Transfer) -> bool:
         with self._own_failure(transfer.name):
             begin(transfer.checked)
-            self.state.change(transfer.name, states.STREAMING)
             return True
         return False
 
     def _stream(self, group: Sequence[Transfer], full: Callable[[Full], None]) -> None:
         """Stream the group until each of its transfers is full or failed; `full` is given the former as they come."""
-        began = time.monotonic()
+        began, priorities = time.monotonic(), [transfer.wanted.priority for transfer in group]
         over: set[int] = set()
+        order = sorted(range(len(group)), key=lambda number: -priorities[number])  # as the desk has it
+
+        def show() -> None:
+            for number in [number for number in order if number not in over][:AT_ONCE]:
+                if self.state.records[group[number].name].state != states.STREAMING:
+                    self.state.change(group[number].name, states.STREAMING)
 
         def ended(number: int, outcome: Totals | TransLoraError) -> None:
             over.add(number)
+            show()
             if isinstance(outcome, TransLoraError):
                 self._fail(group[number].name, outcome)
             else:
@@ -224,9 +244,10 @@ class Driver:
                 full(Full(group[number], outcome, time.monotonic() - began, began))
 
         plans, stores = [transfer.plan for transfer in group], [transfer.checked.store for transfer in group]
+        show()
         try:
             with ray_failures():
-                totals = run_stream(plans, stores, self.display, ended, self.stop, [transfer.wanted.priority for transfer in group])
+                totals = run_stream(plans, stores, self.display, ended, self.stop, priorities)
         except Stopped:
             for number in {*range(len(group))} - over:
                 self.state.change(group[number].name, states.WAITING, "stopped in its stream")
@@ -261,9 +282,9 @@ class Driver:
 
     def _published(self, registry: Registry, wanted: Wanted, checked: Checked, digest: str) -> str:
         """The id of the run's release. One that an attempt before published stays what it is: somebody may have retired it since."""
-        before = self.state.before.get(wanted.name)
-        if before and before.release and registry.holds(before.release, digest):
-            return before.release
+        before = self.state.records[wanted.name].release
+        if before and registry.holds(before, digest):
+            return before
         return registry.publish(checked.store.uri, wanted.release).id
 
     @contextlib.contextmanager

@@ -57,7 +57,7 @@ def lease(store: RunStore, lost: Callable[[str], None], seconds: float = SECONDS
             with beside(lambda done: _keep(store, mine, seconds, until, done, lost)):
                 yield
         finally:
-            with contextlib.suppress(OSError, UsageError):  # it runs out by itself
+            with contextlib.suppress(Exception):  # whatever it is, the lease runs out by itself
                 if _holds(store, mine):
                     store.fs.delete_file(store.path(FILE))
 

@@ -31,7 +31,7 @@ class Item(Section):
     base: str | None = None
     name: str | None = Field(None, pattern=f"^{NAME}$")
     """Of the transfer's directory, and of its releases in the registry. None: the directory has the kit's name, releases the task's. Where there are several
-    targets each name ends with the target's."""
+    targets both have one name, that of the directory, which ends with the target's."""
     target: Targets = Field(default_factory=list)
     """Target bases in place of the fleet's."""
     recipe: dict[str, Any] = Field(default_factory=dict)

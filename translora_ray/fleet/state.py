@@ -55,14 +55,15 @@ class State:
         self.records = {each.name: Record(each.name, each.kit, each.target) for each in wanted}
         self.loads: dict[str, list[str]] = {}
         """Bases that each finished stream loaded into engines, by when it ended; of all attempts."""
-        self.before: dict[str, Record] = {}
-        """What was written of transfers that had ended, by an attempt before this one."""
         self._lock = threading.Lock()
         self._late = False
         self._next = 0.0
         if store.exists(FILE):
             self.loads = store.read_json(FILE)["engine_loads"]
-            self.before = {record.name: record for record in read(store) if record.state in ENDS}
+            for record in read(store):  # what an attempt before this one knew of releases and verdicts
+                mine = self.records.get(record.name)
+                if mine and (mine.kit, mine.target) == (record.kit, record.target) and (record.state in ENDS or record.release):
+                    self.records[record.name] = record
 
     def change(self, name: str, state: str, reason: str = "", **facts: Any) -> None:
         with self._lock:
@@ -73,16 +74,6 @@ class State:
             with contextlib.suppress(OSError):  # without it the page has no link
                 record.report = record.report or (state in ENDS and self.store.exists(f"runs/{name}/{REPORT}"))
             self._write()
-
-    def stays(self, name: str) -> bool:
-        """Let a transfer be what it was before, where it had come to a verdict; False where it had not."""
-        before = self.before.get(name)
-        if before is None or before.state == FAILED:
-            return False
-        with self._lock:
-            self.records[name] = before
-            self._write()
-        return True
 
     def loaded(self, loads: list[str]) -> None:
         with self._lock:

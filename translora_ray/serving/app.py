@@ -132,7 +132,7 @@ def _transformers(service: Service, number: int, base: str, fingerprint: str) ->
 def _vllm(service: Service, number: int, base: str, fingerprint: str, releases: list[Release]) -> tuple[Serves, Any]:
     from translora_ray.serving import llm
 
-    if service.gpus > 1 and service.gpus != service.vllm.tensor_parallel_size:
+    if service.gpus and max(1, service.gpus) != service.vllm.tensor_parallel_size:
         wanted = f"args.gpus is {service.gpus:g} and vllm.tensor_parallel_size {service.vllm.tensor_parallel_size}"
         raise UsageError(f"{wanted}: vLLM spreads over as many GPUs as the latter says; make them equal.")
     served = [release for release in releases if release.adapter["type"] in adapters.SERVED_BY_VLLM]

@@ -26,6 +26,8 @@ class Health:
     def __init__(self, engines: Mapping[str, DeploymentHandle]) -> None:
         self.engines = engines
         self.running: set[str] = set()
+        self._seen = dict.fromkeys(engines, time.monotonic())
+        """When each was last known to run, or may have."""
 
     async def watch(self) -> None:
         """Ask Serve again and again, for ever. While its controller is away all stays as it was."""
@@ -33,6 +35,7 @@ class Health:
         while True:
             try:
                 self.running, now = await asyncio.to_thread(self._look), None
+                self._seen |= dict.fromkeys(self.running, time.monotonic())
             except Exception as error:  # whatever it is, it is tried again in a moment
                 now = f"{type(error).__name__}: {error}"
                 if now != said:
@@ -45,13 +48,9 @@ class Health:
 
     async def while_running(self, engine: str, answer: Coroutine[Any, Any, _T], patience: float = 0.0) -> _T:
         """The answer, or 503 where the engine has had no replica for `patience` seconds: Serve itself lets a request wait for the next one for ever."""
-        step, seen = asyncio.ensure_future(answer), time.monotonic()
+        step = asyncio.ensure_future(answer)
         try:
-            while True:
-                if engine in self.running:
-                    seen = time.monotonic()
-                elif time.monotonic() - seen >= patience:
-                    break
+            while engine in self.running or time.monotonic() - self._seen[engine] < patience:
                 if (await asyncio.wait([step], timeout=SECONDS))[0]:
                     return step.result()
         finally:

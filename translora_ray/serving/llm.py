@@ -127,7 +127,8 @@ class VllmBackend(LLMServer):  # type: ignore[misc]
                 return list(await self.collective_rpc("applied_modules", args=(lora.lora_int_id,)))
             except Exception as error:  # vLLM's processes send on the words alone
                 if not tries_left:
-                    raise RunFailed(f"other adapters take its place again and again ({error}); serve more at once (--adapters)") from None
+                    logger.error(f"others take the place of {lora.lora_name} again and again ({error}): serve more at once (--adapters)")
+                    raise ServiceError(503, "engine_unavailable", "Too many adapters are asked for at once: try again.", 2) from None
                 await self.engine._engine_client.add_lora(lora)
         raise AssertionError
 

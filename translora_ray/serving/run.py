@@ -37,7 +37,7 @@ def run(service: Service, host: str | None, port: int, say: Callable[[str], None
     _require_free(host, port)
     service = service.model_copy(update={"cpus": max(1.0, cpus() // count(service))})
     model = _model(service)
-    with ray_failures(), ray_session(Cluster()) as own:
+    with ray_failures(), ray_session(Cluster()):
         logger.setLevel(logging.ERROR)  # replicas log to files of their own; here it would tell of its own start
         if serve.status().proxies:
             raise UsageError("Serve runs on that Ray already, with its own port and hosts: give it this service with `serve deploy` (examples/serve.yaml).")
@@ -55,10 +55,7 @@ def run(service: Service, host: str | None, port: int, say: Callable[[str], None
             say("ending: requests that run may finish")
             _end(service.drain_seconds)
         finally:
-            if own:
-                serve.shutdown()
-            else:
-                serve.delete(NAME, _blocking=False)
+            serve.shutdown()  # there was none before
 
 
 def _end(drain_seconds: float) -> None:

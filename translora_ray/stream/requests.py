@@ -36,7 +36,7 @@ class Desk:
         self.next = list(first)
         self.shares = list(shares) or [1.0] * len(self.next)
         self.wanted = sorted(range(len(self.next)), key=lambda i: -self.shares[i])
-        self.leased = [0] * len(self.next)
+        self.leased = [0.0] * len(self.next)
         self.handed_out: list[tuple[int, int]] = []
         self.cap = cap
         self.under_way: dict[tuple[int, int], int] = {}
@@ -83,7 +83,12 @@ class Desk:
 
     async def full(self, *transfers: int) -> None:
         """These transfers want no more packs."""
+        before = self.wanted[:AT_ONCE]
         self.wanted = [transfer for transfer in self.wanted if transfer not in transfers]
+        now = self.wanted[:AT_ONCE]
+        level = min((self.leased[i] / self.shares[i] for i in now if i in before), default=0.0)
+        for newcomer in set(now) - set(before):  # it owes the others nothing: it begins where they are
+            self.leased[newcomer] = level * self.shares[newcomer]
         self.changed.set()
 
     async def loaded(self, base: str) -> None:
