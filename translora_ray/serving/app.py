@@ -7,6 +7,7 @@ Which engine answers is decided here. vLLM is served by `ray.serve.llm` (`servin
 from __future__ import annotations
 
 import logging
+import re
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
@@ -75,8 +76,10 @@ def service(arguments: dict[str, Any]) -> Service:
     try:
         return Service.model_validate(arguments)
     except ValidationError as error:
-        wrong = error.errors()[0]
-        raise UsageError(f"args.{'.'.join(map(str, wrong['loc']))}: {wrong['msg']}.") from None
+        found = error.errors()
+        wrong = next((each for each in found if not each["type"].endswith("_type")), found[0])  # of two kinds that a value may have, the one that it has
+        where = ".".join(str(part) for part in wrong["loc"] if re.fullmatch(r"\w+", str(part)))
+        raise UsageError(f"args.{where}: {wrong['msg']}.") from None
 
 
 def application(service: Service) -> Application:
