@@ -45,15 +45,15 @@ TASKS: dict[str, dict[str, Any]] = {
         "task": {"prompt": "Message: {input}\nSlots:", "max_new_tokens": 48, "seeds": 15, "source_training": {"epochs": 4}},
         "recipe": {"training": {"epochs": 4}},
     },
-    "bbh/boolean_expressions": {  # as many examples as rows, like the others, so that the oracle takes as many steps
+    "bbh/boolean_expressions": {
         "task": transfer.TASKS["bbh/boolean_expressions"]["task"],
         "recipe": {"training": {"epochs": 6}, "synthesis": {"temperature": 1.0}},
     },
 }
 QUICK = list(TASKS)[:3]
 WAYS: dict[str, dict[str, dict[str, Any]]] = {"paper": {"selection": {"method": "discriminator"}}, "default": {}, "alone": {"selection": {"method": "excess"}}}
-"""A recipe's sections that turn the default into each transfer's way. The paper's has a kit of its own, whose task is `open`: a list of seeds goes on, the
-discriminator has learnt from such lists, and any answer of the teacher counts. `alone` is what a kit without a discriminator does."""
+"""A recipe's sections that turn the default into each transfer's way. The paper's has as many examples as rows, and a kit of its own, whose task is `open`: a
+list of seeds goes on, the discriminator has learnt from such lists, and any answer of the teacher counts. `alone` is a kit without a discriminator."""
 GENERATORS: dict[str, dict[str, dict[str, Any]]] = {
     "target": {"synthesis": {"generator": "target"}},
     "turns": {"synthesis": {"generator": ["source", "target"]}},
@@ -103,7 +103,9 @@ def run(name: str, seed: int, data: Path, work: Path, threads: int, more: bool) 
     """One chain, on `threads` cores."""
     here, ways = work / f"{name.split('/')[1]}-{seed}", WAYS | (GENERATORS if more else {})
     task = write_task(name, here, data, seed=seed, generator_adapter=more, **TASKS[name]["task"])
-    recipes = {way: _recipe(here, way, seed, threads, TASKS[name]["recipe"], sections) for way, sections in ways.items()}
+    once = {"selection": {"quota": len(read_rows(data / name / "train.jsonl"))}}
+    common = {way: {**TASKS[name]["recipe"], **(once if way == "paper" else {})} for way in ways}
+    recipes = {way: _recipe(here, way, seed, threads, common[way], sections) for way, sections in ways.items()}
     asked = load_task(task).model_dump() | {"train": name}
     settings = {"task": asked, "recipes": {way: recipe.model_dump() for way, recipe in recipes.items()}, "more": more}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
@@ -119,7 +121,7 @@ def run(name: str, seed: int, data: Path, work: Path, threads: int, more: bool) 
     chain: Chain = {"commit": results.commit(), "settings": digest, "accuracy": {}, "verdicts": {}, "candidates": {}}
     answers: dict[str, list[float]] = {}
     for way in ways:
-        out = here / ("paper" if way == "default" and not labels else way)  # where answers are open, both are one
+        out = here / way
         manifest = transfer.transferred(here, threads, out, str(kits[way]), "--target", transfer.TARGET, "--recipe", str(here / f"{way}.yaml"))
         if way == "paper":
             result = _evaluated(here, threads, out, arms, oracle)

@@ -212,6 +212,11 @@ class Synthesis(Section):
         return self.model_copy(update={"by_label": by_label, "temperature": self.temperature or (1.0 if by_label or learnt else 0.7)})
 
 
+EXAMPLES_FOR_A_ROW = 2
+"""Written prompts are less varied than real ones, and the teacher's answers take no data. Twice as many did more for a new adapter than twice as many epochs
+(`make bench-amount`)."""
+
+
 class Selection(Section):
     """Which candidates become examples, and which of the teacher's answers are trusted."""
 
@@ -221,7 +226,7 @@ class Selection(Section):
     (TiTok, arXiv 2510.04682); it needs no discriminator. `both`: excess among verdicts above the threshold. `none`: all. `auto`: discriminator, or excess
     where the kit has none."""
     quota: int | None = Field(None, ge=1)
-    """Examples to train on; None: as many as the task had rows (paper)."""
+    """Examples to train on. None: `EXAMPLES_FOR_A_ROW` for each row that the kit was made from; the paper takes one."""
     threshold: float = 0.0
     """Least log p(yes) - log p(no) of the discriminator; 0 is the paper's p(yes) > p(no)."""
     surplus: float = Field(2.0, ge=1)
@@ -292,9 +297,11 @@ class Recipe(Section):
             raise ValueError(f"{self.selection.method} chooses among all examples, before training begins: leave overlap out, or selection.method")
         return self
 
-    def decided(self, classes: Sequence[str]) -> Recipe:
-        """With what is left to a task's labels decided: what a run writes down, so that it stays what it is when a default changes."""
-        return self.model_copy(update={"synthesis": self.synthesis.model_copy(update={"by_label": self.synthesis.asks(classes)})})
+    def decided(self, classes: Sequence[str], rows: int) -> Recipe:
+        """With what is left to a kit's labels and number of rows decided: what a run writes down, so that it stays what it is when a default changes."""
+        quota = self.selection.quota or EXAMPLES_FOR_A_ROW * rows
+        synthesis = self.synthesis.model_copy(update={"by_label": self.synthesis.asks(classes)})
+        return self.model_copy(update={"synthesis": synthesis, "selection": self.selection.model_copy(update={"quota": quota})})
 
     def digest(self) -> str:
         return hashlib.sha256(json.dumps(self.model_dump(), sort_keys=True).encode()).hexdigest()[:16]

@@ -47,6 +47,7 @@ def finish(
         **identity,
         "task": plan.kit.task.model_dump(),
         "kit_path": plan.kit.path,
+        "kit_rows": plan.kit.rows,
         "source_base": plan.kit.teacher_base,
         "lineage": [*plan.kit.lineage, adapters.digest(plan.kit.adapter.path)],
         "target_base": plan.target,

@@ -94,8 +94,9 @@ def check(kit_path: str, target: str, out: str, config: Config, engine: EngineKi
     loaded = kit.load(kit_path)
     engine = choose_engine(engine)
     engine_for(engine, [loaded.adapter], display.say)
-    config = config.model_copy(update={"recipe": config.recipe.decided(loaded.task.classes)})
-    checked = Checked(loaded, target, config, engine, RunStore(out), _identity(loaded, target, config))
+    store = RunStore(out)
+    config = config.model_copy(update={"recipe": _as_begun(config.recipe, store, loaded).decided(loaded.task.classes, loaded.rows)})
+    checked = Checked(loaded, target, config, engine, store, _identity(loaded, target, config))
     checked.store.check_writable()
     _check_identity(checked)
     if checked.finished:
@@ -165,11 +166,20 @@ def _check_identity(checked: Checked) -> dict[str, Any] | None:
     return stored
 
 
+def _as_begun(recipe: Recipe, store: RunStore, loaded: kit.Kit) -> Recipe:
+    """The recipe; in an older run, which left its quota open, with as many examples as rows where it is still open."""
+    left_open = recipe.selection.quota is None and store.exists(IDENTITY) and store.read_json(IDENTITY)["recipe"]["selection"]["quota"] is None
+    return recipe.model_copy(update={"selection": recipe.selection.model_copy(update={"quota": loaded.rows})}) if left_open else recipe
+
+
 def _as_today(stored: dict[str, Any], loaded: kit.Kit) -> dict[str, Any]:
-    """What an older run is, as it is written down today: it lacks keys of the gate, and left open that prompts of a task with labels were by label."""
+    """What an older run is, as it is written down today: it lacks keys of the gate, and left open that prompts of a task with labels were by label, and that
+    there were as many examples as rows."""
     recipe = {**stored["recipe"], "gate": {**Gate().model_dump(), **stored["recipe"]["gate"]}}
     if recipe["synthesis"].get("by_label", False) is None:
         recipe["synthesis"] = {**recipe["synthesis"], "by_label": bool(loaded.task.classes)}
+    if recipe["selection"]["quota"] is None:
+        recipe["selection"] = {**recipe["selection"], "quota": loaded.rows}
     return {**stored, "recipe": recipe}
 
 

@@ -150,17 +150,22 @@ def test_directories_that_are_something_else(tmp_path: Path, tiny_kit: Path, tin
 
 def test_a_run_of_another_recipe_is_refused_by_field(tmp_path: Path, tiny_kit: Path, tiny_gemma: str, capsys: pytest.CaptureFixture[str]) -> None:
     from translora_ray import kit
-    from translora_ray.workflow import _identity
+    from translora_ray.progress import Display
+    from translora_ray.workflow import _identity, check
 
     run = tmp_path / "run"
     run.mkdir()
     loaded, config = kit.load(tiny_kit), load_config(None, [])
-    decided = config.model_copy(update={"recipe": config.recipe.decided(loaded.task.classes)})
+    decided = config.model_copy(update={"recipe": config.recipe.decided(loaded.task.classes, loaded.rows)})
     arguments = ("transfer", tiny_kit, "--target", tiny_gemma, "--out", run)
     (run / "run.json").write_text(json.dumps(_identity(loaded, tiny_gemma, decided)))
     assert "recipe.selection.votes is 1 there and 3 here" in fails(capsys, *arguments, "--set", "selection.votes=3")
     (run / "run.json").write_text(json.dumps(_identity(loaded, tiny_gemma, config)))  # as it was written before
     assert "recipe.synthesis.by_label is True there and False here" in fails(capsys, *arguments)
+    with Display() as display:
+        older = check(str(tiny_kit), tiny_gemma, str(run), load_config(None, ["synthesis.by_label=true"]), "transformers", display)
+    assert older.config.recipe.selection.quota == 60, "there were as many examples as rows"
+    assert decided.recipe.selection.quota == 120
 
 
 def test_an_adapter_of_another_base_of_the_same_shapes_is_refused(tmp_path: Path, tiny_kit: Path, capsys: pytest.CaptureFixture[str]) -> None:
