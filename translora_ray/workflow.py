@@ -12,9 +12,9 @@ from typing import Any
 
 import ray
 
-from translora_ray import adapters, adapting, kit, models
+from translora_ray import adapters, adapting, identity, kit, models
 from translora_ray.background import beside
-from translora_ray.config import Adapter, Config, EngineKind, Gate, Recipe
+from translora_ray.config import Adapter, Config, EngineKind, Recipe
 from translora_ray.engines.select import choose_engine, engine_for, require_limits
 from translora_ray.errors import RunFailed, UsageError, first_line
 from translora_ray.evaluation import gate, page
@@ -95,10 +95,10 @@ def check(kit_path: str, target: str, out: str, config: Config, engine: EngineKi
     engine = choose_engine(engine)
     engine_for(engine, [loaded.adapter], display.say)
     store = RunStore(out)
-    config = config.model_copy(update={"recipe": _as_begun(config.recipe, store, loaded).decided(loaded.task.classes, loaded.rows)})
-    checked = Checked(loaded, target, config, engine, store, _identity(loaded, target, config))
+    config = config.model_copy(update={"recipe": identity.as_begun(config.recipe, store, loaded).decided(loaded.task.classes, loaded.rows)})
+    checked = Checked(loaded, target, config, engine, store, identity.of(loaded, target, config.recipe))
     checked.store.check_writable()
-    _check_identity(checked)
+    identity.check(checked.store, checked.kit, checked.identity)
     if checked.finished:
         return checked
     _require_sound(kit_path)
@@ -139,56 +139,10 @@ def planned(checked: Checked, local: bool) -> tuple[Plan, Resources]:
 
 def begin(checked: Checked) -> None:
     """Write down what the run is. A training that was begun in another way is forgotten."""
-    stored = _check_identity(checked)
+    stored = identity.check(checked.store, checked.kit, checked.identity)
     if stored and differing_field(stored["recipe"]["training"], checked.identity["recipe"]["training"]):
         checked.store.remove(TRAIN)
     checked.store.write_json(IDENTITY, checked.identity)
-
-
-def _identity(loaded: kit.Kit, target: str, config: Config) -> dict[str, Any]:
-    recipe = config.recipe
-    return {"kit": loaded.digest, "target": models.fingerprint(target), "recipe_hash": recipe.digest(), "recipe": recipe.model_dump()}
-
-
-def _check_identity(checked: Checked) -> dict[str, Any] | None:
-    """What is written down of the run, None where nothing is. Raises `UsageError` where it is another one."""
-    store = checked.store
-    if not store.exists():
-        return None
-    if not store.exists(IDENTITY):
-        if store.names(""):
-            raise UsageError(f"{store.uri} is not empty and not a run: choose another --out.")
-        return None
-    stored: dict[str, Any] = store.read_json(IDENTITY)
-    trained = store.exists(f"{ADAPTER}/{adapters.CONFIG}")
-    if field := differing_field(_fixed(_as_today(stored, checked.kit), trained), _fixed(checked.identity, trained)):
-        raise UsageError(f"{store.uri} is a run of something else: {field}. Choose another --out.")
-    return stored
-
-
-def _as_begun(recipe: Recipe, store: RunStore, loaded: kit.Kit) -> Recipe:
-    """The recipe; in an older run, which left its quota open, with as many examples as rows where it is still open."""
-    left_open = recipe.selection.quota is None and store.exists(IDENTITY) and store.read_json(IDENTITY)["recipe"]["selection"]["quota"] is None
-    return recipe.model_copy(update={"selection": recipe.selection.model_copy(update={"quota": loaded.rows})}) if left_open else recipe
-
-
-def _as_today(stored: dict[str, Any], loaded: kit.Kit) -> dict[str, Any]:
-    """What an older run is, as it is written down today: it lacks keys of the gate, and left open that prompts of a task with labels were by label, and that
-    there were as many examples as rows."""
-    recipe = {**stored["recipe"], "gate": {**Gate().model_dump(), **stored["recipe"]["gate"]}}
-    if recipe["synthesis"].get("by_label", False) is None:
-        recipe["synthesis"] = {**recipe["synthesis"], "by_label": bool(loaded.task.classes)}
-    if recipe["selection"]["quota"] is None:
-        recipe["selection"] = {**recipe["selection"], "quota": loaded.rows}
-    return {**stored, "recipe": recipe}
-
-
-def _fixed(identity: dict[str, Any], trained: bool) -> dict[str, Any]:
-    """What must stay as it is in a run. How its adapter is trained may change until there is one, but for what the stream measures for it."""
-    recipe = identity["recipe"]
-    if not trained:
-        recipe = {**recipe, "training": {"token_weights": recipe["training"].get("token_weights")}}
-    return {**{key: value for key, value in identity.items() if key != "recipe_hash"}, "recipe": recipe}
 
 
 def _check_models(loaded: kit.Kit, target: str, recipe: Recipe) -> None:

@@ -149,18 +149,18 @@ def test_directories_that_are_something_else(tmp_path: Path, tiny_kit: Path, tin
 
 
 def test_a_run_of_another_recipe_is_refused_by_field(tmp_path: Path, tiny_kit: Path, tiny_gemma: str, capsys: pytest.CaptureFixture[str]) -> None:
-    from translora_ray import kit
+    from translora_ray import identity, kit
     from translora_ray.progress import Display
-    from translora_ray.workflow import _identity, check
+    from translora_ray.workflow import check
 
     run = tmp_path / "run"
     run.mkdir()
     loaded, config = kit.load(tiny_kit), load_config(None, [])
     decided = config.model_copy(update={"recipe": config.recipe.decided(loaded.task.classes, loaded.rows)})
     arguments = ("transfer", tiny_kit, "--target", tiny_gemma, "--out", run)
-    (run / "run.json").write_text(json.dumps(_identity(loaded, tiny_gemma, decided)))
+    (run / "run.json").write_text(json.dumps(identity.of(loaded, tiny_gemma, decided.recipe)))
     assert "recipe.selection.votes is 1 there and 3 here" in fails(capsys, *arguments, "--set", "selection.votes=3")
-    (run / "run.json").write_text(json.dumps(_identity(loaded, tiny_gemma, config)))  # as it was written before
+    (run / "run.json").write_text(json.dumps(identity.of(loaded, tiny_gemma, config.recipe)))  # as it was written before
     assert "recipe.synthesis.by_label is True there and False here" in fails(capsys, *arguments)
     with Display() as display:
         older = check(str(tiny_kit), tiny_gemma, str(run), load_config(None, ["synthesis.by_label=true"]), "transformers", display)

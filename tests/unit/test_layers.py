@@ -20,7 +20,7 @@ LAYERS = [
     {"training.private"},
     {"evaluation.statistics", "evaluation.plots", "stream.synthesize", "stream.dedup", "stream.discriminate", "stream.teach"},
     {"kit", "evaluation.markup"},
-    {"stream.plan", "preparing"},
+    {"stream.plan", "preparing", "identity"},
     {"stream.choose", "evaluation.gate"},
     {"ledger", "releases"},
     {"registry"},

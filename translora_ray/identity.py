@@ -1,0 +1,57 @@
+"""What a run is, as its run.json says: by it a command that is given again knows its own run, also where an older version began it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from translora_ray import adapters, models
+from translora_ray.config import Gate, Recipe
+from translora_ray.errors import UsageError
+from translora_ray.kit import Kit
+from translora_ray.reading import differing_field
+from translora_ray.storage import ADAPTER, IDENTITY, RunStore
+
+
+def of(loaded: Kit, target: str, recipe: Recipe) -> dict[str, Any]:
+    """That of a transfer, everything in its recipe decided."""
+    return {"kit": loaded.digest, "target": models.fingerprint(target), "recipe_hash": recipe.digest(), "recipe": recipe.model_dump()}
+
+
+def check(store: RunStore, loaded: Kit, identity: dict[str, Any]) -> dict[str, Any] | None:
+    """What is written down of the run, None where nothing is. Raises `UsageError` where it is another one."""
+    if not store.exists():
+        return None
+    if not store.exists(IDENTITY):
+        if store.names(""):
+            raise UsageError(f"{store.uri} is not empty and not a run: choose another --out.")
+        return None
+    stored: dict[str, Any] = store.read_json(IDENTITY)
+    trained = store.exists(f"{ADAPTER}/{adapters.CONFIG}")
+    if field := differing_field(_fixed(_as_today(stored, loaded), trained), _fixed(identity, trained)):
+        raise UsageError(f"{store.uri} is a run of something else: {field}. Choose another --out.")
+    return stored
+
+
+def as_begun(recipe: Recipe, store: RunStore, loaded: Kit) -> Recipe:
+    """The recipe; in an older run, which left its quota open, with as many examples as rows where it is still open."""
+    left_open = recipe.selection.quota is None and store.exists(IDENTITY) and store.read_json(IDENTITY)["recipe"]["selection"]["quota"] is None
+    return recipe.model_copy(update={"selection": recipe.selection.model_copy(update={"quota": loaded.rows})}) if left_open else recipe
+
+
+def _as_today(stored: dict[str, Any], loaded: Kit) -> dict[str, Any]:
+    """What an older run is, as it is written down today: it lacks keys of the gate, and left open that prompts of a task with labels were by label, and that
+    there were as many examples as rows."""
+    recipe = {**stored["recipe"], "gate": {**Gate().model_dump(), **stored["recipe"]["gate"]}}
+    if recipe["synthesis"].get("by_label", False) is None:
+        recipe["synthesis"] = {**recipe["synthesis"], "by_label": bool(loaded.task.classes)}
+    if recipe["selection"]["quota"] is None:
+        recipe["selection"] = {**recipe["selection"], "quota": loaded.rows}
+    return {**stored, "recipe": recipe}
+
+
+def _fixed(identity: dict[str, Any], trained: bool) -> dict[str, Any]:
+    """What must stay as it is in a run. How its adapter is trained may change until there is one, but for what the stream measures for it."""
+    recipe = identity["recipe"]
+    if not trained:
+        recipe = {**recipe, "training": {"token_weights": recipe["training"].get("token_weights")}}
+    return {**{key: value for key, value in identity.items() if key != "recipe_hash"}, "recipe": recipe}
