@@ -40,8 +40,8 @@ app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
 CLIENT_GONE = 499
 START_SECONDS = 20
 """How long a new gateway waits for the registry."""
-PATIENCE = 60.0
-"""Seconds that a request waits for an engine of which no replica runs: one that died is back by then, where it can be."""
+PATIENCE = 20.0
+"""Seconds that a request waits for an engine of which no replica runs: a small one that died is back by then, and no client has to wait for a large one."""
 UNFORESEEN = ServiceError(500, "internal_error", "The service failed: its log says why.")
 
 
