@@ -9,12 +9,11 @@ Files lie in runs/amount/; what is there is not computed again.
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 import quality
 import results
 import transfer
-from rounds import SOURCE, TARGET, accuracy_of, translora
+from rounds import TARGET, accuracy_of, translora
 
 from translora_ray.config import Recipe
 from translora_ray.engines.base import AdapterRef
@@ -22,7 +21,7 @@ from translora_ray.evaluation.arms import Arms
 from translora_ray.kit import load
 from translora_ray.progress import Display
 from translora_ray.records import TaskRow, read_rows
-from translora_ray.storage import RunStore
+from translora_ray.storage import MANIFEST, RunStore
 
 NAME = "intents/clinc_utility"
 WORK = results.ROOT / "runs" / "amount"
@@ -31,25 +30,18 @@ WAYS: list[tuple[float, int, int]] = [(1, 4, 2), (1, 8, 1), (1.5, 4, 1), (2, 2, 
 """(examples for a row, epochs, trainings)"""
 
 
-def kit_of(data: Path, engine: str) -> Path:
-    task = quality.write_task(NAME, WORK, data, **quality.TASKS[NAME]["task"])
-    if not (WORK / "kit").exists():
-        translora("prepare", str(task), "--base", SOURCE, "--out", str(WORK / "kit"), "--engine", engine)
-    return WORK / "kit"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engine", default="auto")
     options = transfer.with_data(parser)
     data = options.data.resolve()
-    kit, run = load(kit_of(data, options.engine)), WORK / "run"
+    kit, run = load(quality.prepared(NAME, WORK, data, options.engine, quality.TASKS[NAME]["task"])), WORK / "run"
     learnt = read_rows(data / NAME / "train.jsonl")
     asked = [row for row in learnt if row.input not in kit.seed_inputs]
     sets = ("--set", f"selection.quota={MOST * len(learnt)}", "--set", "gate.held_out=0", "--set", "training.epochs=1")
     translora("transfer", kit.path, "--target", TARGET, "--out", str(run), "--engine", options.engine, *sets)
     store = RunStore(str(run))
-    manifest = store.read_json("manifest.json")
+    manifest = store.read_json(MANIFEST)
     accepted = [TaskRow(candidate.input, candidate.target or "") for candidate in store.candidates() if candidate.accepted]
     lines = ["| examples for a row | epochs | steps | accuracy of each training (95 % interval) |", "|---|---|---|---|"]
     for times, epochs, trainings in WAYS:

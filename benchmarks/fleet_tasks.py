@@ -27,7 +27,7 @@ import quality
 import results
 import transfer
 import yaml
-from rounds import SOURCE, TARGET, translora
+from rounds import TARGET, translora
 
 from translora_ray.fleet import state as states
 from translora_ray.registry import Registry
@@ -56,11 +56,9 @@ COLUMNS = (
 
 
 def prepare(name: str, data: Path, engine: str) -> Path:
-    """The kit of a task; its test rows lie beside it."""
+    """The kit of a task lies there; its test rows beside it."""
     here = WORK / "kits" / name.split("/")[1]
-    task = quality.write_task(name, here, data, TESTED, **TASKS[name]["task"])
-    if not (here / "kit").exists():
-        translora("prepare", str(task), "--base", SOURCE, "--out", str(here / "kit"), "--engine", engine)
+    quality.prepared(name, here, data, engine, TASKS[name]["task"], TESTED)
     return here
 
 
@@ -144,7 +142,7 @@ def row(moved: dict[str, Any], engine: str) -> str:
         arms, verdict = result["arms"], result["gate"]["verdict"]
         cells += [verdict, *(f"{arms[arm]['accuracy']:.3f}" for arm in ("source_adapter", "target_base"))]
         cells.append(results.interval(*(arms["transferred"][figure] for figure in ("accuracy", "low", "high"))))
-        manifest = store.read_json("manifest.json")
+        manifest = store.read_json(MANIFEST)
         answers = [tested["answers"] for tested in store.answers()]
         real = sum(answer["transferred"] == answer["source_adapter"] for answer in answers) / len(answers)
         cells += [f"{manifest['gate']['checks'][0]['value']:.3f}, {real:.3f}", str(manifest["counts"]["candidates"])]

@@ -24,7 +24,7 @@ import numpy
 import results
 import transfer
 import yaml
-from rounds import answered
+from rounds import answered, translora
 
 from translora_ray.config import Recipe
 from translora_ray.engines.base import AdapterRef
@@ -97,6 +97,14 @@ def write_task(name: str, here: Path, data: Path, tested: int | None = None, **k
     task = {"name": name.split("/")[1], "train": str(rows / "train.jsonl"), **keys}
     (here / "task.yaml").write_text(yaml.safe_dump(task))
     return here / "task.yaml"
+
+
+def prepared(name: str, here: Path, data: Path, engine: str, task: dict[str, Any], tested: int | None = None) -> Path:
+    """The kit of a task, made where it is not there yet; its test rows lie beside it."""
+    file = write_task(name, here, data, tested, **task)
+    if not (here / "kit").exists():
+        translora("prepare", str(file), "--base", transfer.SOURCE, "--out", str(here / "kit"), "--engine", engine)
+    return here / "kit"
 
 
 def run(name: str, seed: int, data: Path, work: Path, threads: int, more: bool) -> Chain:

@@ -350,6 +350,13 @@ class Nodes(Section):
         return [{"CPU": self.CPU, "GPU": self.GPU}] * self.nodes
 
 
+def ordered(count: tuple[int, int]) -> tuple[int, int]:
+    """(least, most), where they can be that."""
+    if not 1 <= count[0] <= count[1]:
+        raise ValueError("the least must be 1 or more and no more than the most")
+    return count
+
+
 class Cluster(Section):
     """Where and how widely a run is computed. Never part of a run's identity."""
 
@@ -395,12 +402,7 @@ class Cluster(Section):
     def _one_number(cls, workers: Any) -> Any:
         return (workers, workers) if isinstance(workers, int) else workers
 
-    @field_validator("engines", "workers")
-    @classmethod
-    def _ordered(cls, count: tuple[int, int]) -> tuple[int, int]:
-        if not 1 <= count[0] <= count[1]:
-            raise ValueError("the least must be 1 or more and no more than the most")
-        return count
+    _ordered = field_validator("engines", "workers")(ordered)
 
 
 class Config(Section):

@@ -57,8 +57,8 @@ def pass_gate(
     phase.update(1, 1)
     scores = [agreement(task, answer, row.target) for answer, row in zip(given[: len(rows)], rows, strict=True)]
     harder = len(unsettled) / (len(unsettled) + totals.accepted)
-    examples, between_labels = _figure(scores[: len(held_out)]), _figure(scores[len(held_out) :])
-    agreed, low, high = ((1 - harder) * easy + harder * hard for easy, hard in zip(examples, between_labels, strict=True))
+    sides = zip(_figure(scores[: len(held_out)]), _figure(scores[len(held_out) :]), strict=True)
+    agreed, low, high = ((1 - harder) * example + harder * unsure for example, unsure in sides)
     right, *right_ends = _figure([METRICS[task.metric](answer, seed.target) for answer, seed in zip(given[len(rows) :], seeds, strict=True)])
     measured = {"agreement": agreed, "agreement_ends": (low, high), "seeds": right, "seeds_ends": tuple(right_ends)}
     measured |= likeness(plan.kit.discriminator or {}, trained)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -147,13 +148,10 @@ def _generator(task: Task, base: str, rows: Sequence[TaskRow], scratch: Path, pr
     """Train the generator adapter into `scratch`, on all inputs: what a recipe's generator `adapter` writes with (`LearntSynthesizer`)."""
     pairs = [(learnt_prompt(task, row.target), row.input) for row in rows]
     stated = {"rows": len(rows), "after": "label" if task.classes else "name"}
-    if task.generator_privacy is None:
-        return stated | {"loss": _train(GENERATOR, task, base, pairs, task.generator_training, scratch, progress, facts)}
-    began, settings, seed = time.perf_counter(), task.generator_training, derive_seed(task.seed, GENERATOR)
-    adapter, shown = adapters.inherit(NO_SOURCE, Adapter(), models.linear_shapes(base)), progress.phase("generator, privately").step
-    private = train_privately(base, pairs, adapter, settings, task.generator_privacy, seed, scratch / GENERATOR, shown)
-    facts["seconds"][GENERATOR] = round(time.perf_counter() - began, 1)
-    return stated | {"private": private}
+    if task.generator_privacy:
+        privately = partial(train_privately, privacy=task.generator_privacy)
+        return stated | {"private": _train(GENERATOR, task, base, pairs, task.generator_training, scratch, progress, facts, privately)}
+    return stated | {"loss": _train(GENERATOR, task, base, pairs, task.generator_training, scratch, progress, facts)}
 
 
 def _train(
@@ -165,13 +163,14 @@ def _train(
     scratch: Path,
     progress: Display,
     facts: dict[str, Any],
-) -> float:
-    """Train a LoRA of the usual size as `scratch`/`name`; returns the last epoch's mean loss."""
+    by: Callable[..., Any] = training.train_adapter,
+) -> Any:
+    """Train a LoRA of the usual size as `scratch`/`name`; returns what `by` does, by default the last epoch's mean loss."""
     began = time.perf_counter()
     adapter, shown = adapters.inherit(NO_SOURCE, Adapter(), models.linear_shapes(base)), progress.phase(name).step
-    loss = training.train_adapter(base, pairs, adapter, settings, derive_seed(task.seed, name), scratch / name, shown)
+    told = by(base, pairs, adapter, settings, derive_seed(task.seed, name), scratch / name, shown)
     facts["seconds"][name] = round(time.perf_counter() - began, 1)
-    return loss
+    return told
 
 
 def _negatives(task: Task, engine: Engine, seeds: list[TaskRow], wanted: int, phase: Phase) -> list[str]:

@@ -106,7 +106,7 @@ def test_private_training_learns_where_its_noise_is_small_and_moves_little_where
     lora, losses = Adapter(type="lora", rank=4, alpha=8.0, dropout=0.0, modules="all-linear"), []
     for number, clip in enumerate((10.0, 1e-9)):
         out, steps = tmp_path / str(number), list[Step]()
-        private = train_privately(tiny_llama, pairs, lora, Training(epochs=6, learning_rate=0.01), Privacy(epsilon=1e5, clip=clip), 0, out, steps.append)
+        private = train_privately(tiny_llama, pairs, lora, Training(epochs=6, learning_rate=0.01), 0, out, steps.append, Privacy(epsilon=1e5, clip=clip))
         assert private["noise"] < 0.2
         losses.append((steps[0].loss, steps[-1].loss))
     assert losses[0][1] < 0.8 * losses[0][0]

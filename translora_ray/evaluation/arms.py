@@ -33,8 +33,8 @@ EXTRA: dict[str, str] = {
     "copy": "source adapter as it is on the target",
     "seeds_only": "target, trained on the seeds",
     "unfiltered": "target, trained on candidates that are no copies, as they come",
+    **{str(method): f"target, trained on candidates by {method}" for method in SELECTED},
     "none": "target, trained on candidates with a trusted answer, as they come",
-    **{str(method): f"target, trained on candidates by {method}" for method in SELECTED[1:]},
 }
 """Arms that are made when they are asked for, and their titles."""
 WRITTEN = {None, OFF_TASK, UNSURE, ILL_FORMED, OTHER_LABEL, LABEL_FULL, NOT_NEEDED}
@@ -57,13 +57,14 @@ class Arms:
 
     def check(self, names: Sequence[str]) -> None:
         """Raise `UsageError` for an arm that can not be made."""
+        own = self._plan(self.recipe.selection.method)
         for name in names:
             if name not in EXTRA:
                 raise UsageError(f"--arms {name}: there is no such arm; there are {', '.join(EXTRA)}.")
             if name in SELECTED:
-                self._plan(name).check()
-                own = self._plan(self.recipe.selection.method)
-                if self._plan(name).judges and not own.judges:
+                wanted = self._plan(name)
+                wanted.check()
+                if wanted.judges and not own.judges:
                     raise UsageError(f"--arms {name}: the run's candidates were selected by {own.method}, without asking the discriminator.")
         if "copy" in names:
             target = self.manifest["target_base"]
@@ -136,7 +137,7 @@ class Arms:
 
         def fresh(above: float) -> Iterator[Candidate]:
             for candidate in waiting:
-                if not seen.repeats(candidate.input) and (above == -math.inf or (-math.inf if candidate.verdict is None else candidate.verdict) > above):
+                if not seen.repeats(candidate.input) and (above == -math.inf or (candidate.verdict is not None and candidate.verdict > above)):
                     seen.add(candidate.input)
                     yield replace(candidate, reason=None)
 

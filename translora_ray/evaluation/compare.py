@@ -108,8 +108,9 @@ def evaluate(
 def check_rows(loaded: kit.Kit, rows: Sequence[TaskRow], data: str, learnt: Mapping[str, Sequence[TaskRow]]) -> None:
     """Raise `UsageError` for test rows that were seen in training, as seeds or by `learnt`, or that have no label of the task."""
     kit.check_labels(loaded.task, rows, data)
+    tested = _inputs(rows)
     for name, known in {"the kit's seeds": loaded.seeds, **learnt}.items():
-        if common := _inputs(rows) & _inputs(known):
+        if common := tested & _inputs(known):
             raise UsageError(f"{data}: {len(common)} of its inputs are among {name}, which adapters learn from: take them out.")
 
 

@@ -37,7 +37,7 @@ from translora_ray.releases import UNGATED, verdict
 from translora_ray.storage import MANIFEST, RESULT, RunStore
 from translora_ray.stream.collect import Totals
 from translora_ray.stream.pipeline import run_stream
-from translora_ray.stream.requests import AT_ONCE, open_desk
+from translora_ray.stream.requests import AT_ONCE, by_share, open_desk
 from translora_ray.workflow import Checked, begin
 
 STOPPED = "The fleet was stopped: what was under way is committed; the same command with --resume goes on."
@@ -227,10 +227,9 @@ class Driver:
         """Stream the group until each of its transfers is full or failed; `full` is given the former as they come."""
         began, priorities = time.monotonic(), [transfer.wanted.priority for transfer in group]
         over: set[int] = set()
-        order = sorted(range(len(group)), key=lambda number: -priorities[number])  # as the desk has it
 
         def show() -> None:
-            for number in [number for number in order if number not in over][:AT_ONCE]:
+            for number in [number for number in by_share(priorities) if number not in over][:AT_ONCE]:
                 if self.state.records[group[number].name].state != states.STREAMING:
                     self.state.change(group[number].name, states.STREAMING)
 

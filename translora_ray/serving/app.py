@@ -15,7 +15,7 @@ from ray import serve
 from ray.serve import Application
 
 from translora_ray import adapters, models
-from translora_ray.config import EngineKind, Vllm
+from translora_ray.config import EngineKind, Vllm, ordered
 from translora_ray.engines.select import choose_engine
 from translora_ray.errors import UsageError, first_line
 from translora_ray.registry import Registry, Release
@@ -25,12 +25,6 @@ from translora_ray.serving.routing import Serves
 
 logger = logging.getLogger("ray.serve")
 NAME = "translora"
-
-
-def _ordered(replicas: tuple[int, int]) -> tuple[int, int]:
-    if not 1 <= replicas[0] <= replicas[1]:
-        raise ValueError("the least must be 1 or more and no more than the most")
-    return replicas
 
 
 class Service(BaseModel):
@@ -46,7 +40,7 @@ class Service(BaseModel):
     """File of keys (`translora keys`). None: no keys, which a config file has to ask for with `open`."""
     open: bool = False
     """Let whoever reaches the port in, without keys. `translora serve` without keys listens on its own machine alone."""
-    replicas: Annotated[int, Field(ge=1)] | Annotated[tuple[int, int], AfterValidator(_ordered)] = 1
+    replicas: Annotated[int, Field(ge=1)] | Annotated[tuple[int, int], AfterValidator(ordered)] = 1
     """Engines of each base, or the least and the most between which Serve scales with the load."""
     ingresses: int = Field(1, ge=1)
     """Replicas of the ingress. Rates are limited in each of them."""

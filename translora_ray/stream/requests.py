@@ -25,6 +25,11 @@ LATE = 4
 """A pack is late when this many times as many packs as may be on their way have come back since it went out."""
 
 
+def by_share(shares: Sequence[float]) -> list[int]:
+    """The transfers in the order in which they take their places: those with the largest shares first."""
+    return sorted(range(len(shares)), key=lambda i: -shares[i])
+
+
 @ray.remote(num_cpus=0)
 class Desk:
     """Hands out the packs of the transfers that share a stream, in turn, counts model loads, and passes training steps on to whoever shows
@@ -35,7 +40,7 @@ class Desk:
         equally without them, to `AT_ONCE` transfers at a time, those with the largest shares first."""
         self.next = list(first)
         self.shares = list(shares) or [1.0] * len(self.next)
-        self.wanted = sorted(range(len(self.next)), key=lambda i: -self.shares[i])
+        self.wanted = by_share(self.shares)
         self.leased = [0.0] * len(self.next)
         self.handed_out: list[tuple[int, int]] = []
         self.cap = cap

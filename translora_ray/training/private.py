@@ -25,7 +25,7 @@ from translora_ray.training.task import AnyPair, start
 
 
 def train_privately(
-    base: str, pairs: Sequence[AnyPair], adapter: Adapter, settings: Training, privacy: Privacy, seed: int, out: Path, on_step: Callable[[Step], None]
+    base: str, pairs: Sequence[AnyPair], adapter: Adapter, settings: Training, seed: int, out: Path, on_step: Callable[[Step], None], privacy: Privacy
 ) -> dict[str, float]:
     """Train an adapter on `base` and save it at `out`; returns what is guaranteed: `epsilon` and `delta` for each pair, with the `noise` in multiples of the
     `clip` that a row's gradient is cut to. Losses are shown, for whoever may see the rows, and not returned: the guarantee does not hold for them."""
