@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import openai
 import pytest
 
@@ -204,7 +204,7 @@ def test_a_replica_that_is_killed_under_load_loses_no_request(world: World, vict
         """All of it, or an error that the client raises: nothing is cut off in silence."""
         try:
             pieces = list(world.client().completions.create(**body, stream=True))  # type: ignore[call-overload]
-        except (openai.APIError, httpx.RemoteProtocolError):  # the latter where the gateway is gone, which can not say so any more
+        except (openai.APIError, httpx2.RemoteProtocolError):  # the latter where the gateway is gone, which can not say so any more
             return
         assert "".join(piece.choices[0].text for piece in pieces) == said
 
