@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 from rounds import CPUS, SETTINGS, example_kit, kept
 
 from translora_ray import models
-from translora_ray.config import Cluster, Recipe, Selection, Synthesis
+from translora_ray.cluster import Cluster
+from translora_ray.config import Recipe, Selection, Synthesis
 from translora_ray.kit import Kit, find_labels
 from translora_ray.prompts import labelled_prompt, prompt_ids, synthesis_prompt, synthesis_stops
 from translora_ray.records import Pack, read_rows

@@ -15,7 +15,7 @@ import ray
 from ray import serve
 from ray.serve.llm import LLMConfig, build_openai_app
 
-from translora_ray.config import Vllm
+from translora_ray.cluster import Vllm
 from translora_ray.engines.vllm import engine_arguments
 from translora_ray.placement import cpus
 

@@ -36,8 +36,8 @@ from translora_ray.records import read_rows
 from translora_ray.storage import RunStore
 from translora_ray.stream.dedup import normal
 
-# As many seeds as the paper's hardest task had (15), or one for each label where there are more. Of one seed for each label, as snips_intents would have with 7, a
-# base writes little else than copies: 3 % of its candidates became examples, of two for each label 12 % (on prompts alone, without a look at accuracy).
+# As many seeds as the paper's hardest task had (15), or one for each label where there are more. Of one seed for each label, as snips_intents would have with
+# 7, a base writes little else than copies: 3 % of its candidates became examples, of two for each label 12 % (counted without a look at accuracy).
 INTENT = {"prompt": "Message: {input}\nIntent:", "max_new_tokens": 10, "source_training": {"epochs": 5}}
 TASKS: dict[str, dict[str, Any]] = {
     "intents/clinc_utility": {"task": {**INTENT, "seeds": 15}, "recipe": {"training": {"epochs": 4}}},

@@ -15,7 +15,8 @@ from typing import Any, TypeVar
 
 import results
 
-from translora_ray.config import Adapter, Recipe, Vllm
+from translora_ray.cluster import Vllm
+from translora_ray.config import Adapter, Recipe
 from translora_ray.engines.base import AdapterRef
 from translora_ray.engines.select import open_engine
 from translora_ray.evaluation.compare import answer_all

@@ -16,7 +16,8 @@ from typing import Any
 import results
 from rounds import CPUS, EXAMPLE, LORA, alternate, run_parts
 
-from translora_ray.config import Cluster, Training
+from translora_ray.cluster import Cluster
+from translora_ray.config import Training
 from translora_ray.placement import ray_session
 from translora_ray.reading import load_task
 from translora_ray.records import Candidate, read_rows

@@ -16,7 +16,7 @@ from translora_ray.errors import TransLoraError, UsageError, reason
 from translora_ray.options import parser
 
 if TYPE_CHECKING:
-    from translora_ray.config import Cluster
+    from translora_ray.cluster import Cluster
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

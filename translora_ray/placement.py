@@ -13,7 +13,7 @@ import ray
 from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, RayError
 from ray.train.v2.api.exceptions import TrainingFailedError
 
-from translora_ray.config import Cluster
+from translora_ray.cluster import Cluster
 from translora_ray.errors import RunFailed, TransLoraError, UsageError
 from translora_ray.stream.plan import Plan
 

@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import ValidationError
 
-from translora_ray.config import Cluster, Config, Recipe, Section, Task
+from translora_ray.cluster import Cluster, Config
+from translora_ray.config import Recipe, Section, Task
 from translora_ray.errors import UsageError
 
 

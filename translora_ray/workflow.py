@@ -14,7 +14,8 @@ import ray
 
 from translora_ray import adapters, adapting, identity, kit, models
 from translora_ray.background import beside
-from translora_ray.config import Adapter, Config, EngineKind, Recipe
+from translora_ray.cluster import Config
+from translora_ray.config import Adapter, EngineKind, Recipe
 from translora_ray.engines.select import choose_engine, engine_for, require_limits
 from translora_ray.errors import RunFailed, UsageError, first_line
 from translora_ray.evaluation import gate, page

@@ -1,12 +1,9 @@
-"""An adapter as it is exported, evaluated by lm-eval's own command: the same accuracy as plain transformers and peft.
-
-lm-eval is no dependency: the test runs where the command is on the path, or named in LM_EVAL.
-"""
+"""An adapter as it is exported, evaluated by lm-eval's own command: the same accuracy as plain transformers and peft."""
 
 import json
 import os
-import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +12,7 @@ import yaml
 from tests.conftest import task_rows
 from tests.ray.conftest import answers
 
-LM_EVAL = os.environ.get("LM_EVAL") or shutil.which("lm_eval")
+LM_EVAL = Path(sys.executable).with_name("lm_eval")
 EXAMPLE = Path(__file__).parents[2] / "examples" / "support_routing"
 
 
@@ -26,7 +23,6 @@ def test_the_example_asks_what_the_task_asks() -> None:
     assert (EXAMPLE.parents[1] / theirs["dataset_kwargs"]["data_files"]["test"]).is_file()
 
 
-@pytest.mark.skipif(not LM_EVAL, reason="lm-eval is not installed: put its command on the path, or name it in LM_EVAL")
 def test_lm_eval_takes_an_exported_adapter_unchanged(tiny_llama: str, tiny_kit: Path, tmp_path: Path) -> None:
     rows = task_rows(90)[60:]
     (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

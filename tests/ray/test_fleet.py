@@ -26,7 +26,8 @@ from tests.unreliable import unreliable
 from translora_ray import kit
 from translora_ray.adapters import digest
 from translora_ray.cli import main
-from translora_ray.config import Cluster, Recipe
+from translora_ray.cluster import Cluster
+from translora_ray.config import Recipe
 from translora_ray.fleet import driver
 from translora_ray.fleet.groups import Transfer
 from translora_ray.fleet.lease import holder

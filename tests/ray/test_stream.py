@@ -15,7 +15,8 @@ import ray
 
 from tests.unit.test_kit import put
 from translora_ray import kit
-from translora_ray.config import Cluster, Gate, Recipe, Selection, Synthesis
+from translora_ray.cluster import Cluster
+from translora_ray.config import Gate, Recipe, Selection, Synthesis
 from translora_ray.errors import Stopped
 from translora_ray.placement import ray_session
 from translora_ray.progress import Display

@@ -10,7 +10,8 @@ from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError, Wo
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
 from tests.conftest import lora
-from translora_ray.config import Cluster, Task, Training
+from translora_ray.cluster import Cluster
+from translora_ray.config import Task, Training
 from translora_ray.errors import RunFailed
 from translora_ray.storage import TRAIN, RunStore
 from translora_ray.training.again import as_long_as_it_moves

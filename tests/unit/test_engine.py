@@ -8,7 +8,8 @@ from peft import PeftModel
 
 from tests.serving import finished_run
 from translora_ray import adapting, models
-from translora_ray.config import Adapter, Vllm
+from translora_ray.cluster import Vllm
+from translora_ray.config import Adapter
 from translora_ray.engines import vllm
 from translora_ray.engines.base import AdapterRef, Complete, Generate, Sampling, Score
 from translora_ray.engines.transformers import TransformersEngine

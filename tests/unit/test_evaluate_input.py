@@ -10,7 +10,8 @@ import torch
 
 from tests.conftest import lora, task_rows
 from translora_ray import adapters, adapting, kit, models
-from translora_ray.config import Adapter, Gate, Recipe, Selection, Synthesis, Training, Vllm
+from translora_ray.cluster import Vllm
+from translora_ray.config import Adapter, Gate, Recipe, Selection, Synthesis, Training
 from translora_ray.engines.base import AdapterRef
 from translora_ray.engines.select import opener
 from translora_ray.engines.transformers import TransformersEngine

@@ -13,7 +13,8 @@ from opacus import optimizers
 from tests.conftest import save_run, task_rows, write_task
 from translora_ray import adapters, kit
 from translora_ray.cli import main
-from translora_ray.config import Adapter, Cluster, Privacy, Recipe, Selection, Synthesis, Training
+from translora_ray.cluster import Cluster
+from translora_ray.config import Adapter, Privacy, Recipe, Selection, Synthesis, Training
 from translora_ray.engines.base import Complete
 from translora_ray.engines.transformers import TransformersEngine
 from translora_ray.errors import UsageError

@@ -8,6 +8,7 @@ LAYERS = [
     {"errors", "background"},
     {"records"},
     {"config"},
+    {"cluster"},
     {"reading", "evaluation.metrics"},
     {"prompts", "storage", "progress", "references"},
     {"models", "adapters", "token_weights"},

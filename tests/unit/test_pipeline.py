@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.unit.conftest import scripted_pack, stream
-from translora_ray.config import Cluster, Vllm
+from translora_ray.cluster import Cluster, Vllm
 from translora_ray.engines.base import AdapterRef
 from translora_ray.errors import EngineDied, RunFailed, TransLoraError, UsageError
 from translora_ray.records import Pack, pack_to_table, packs_from_table, request_pack

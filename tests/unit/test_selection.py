@@ -15,7 +15,8 @@ import pytest
 
 from tests.conftest import task_rows
 from translora_ray import kit
-from translora_ray.config import Cluster, Gate, Recipe, Selection, Synthesis, Task
+from translora_ray.cluster import Cluster
+from translora_ray.config import Gate, Recipe, Selection, Synthesis, Task
 from translora_ray.engines.base import Complete, Generate, Generation, Sampling
 from translora_ray.engines.transformers import TransformersEngine
 from translora_ray.errors import UsageError

@@ -13,7 +13,8 @@ from torch.nn import functional
 
 from tests.conftest import lora, save_model
 from translora_ray import adapters, adapting, models, workflow
-from translora_ray.config import Adapter, AdapterType, Cluster, Task, Training
+from translora_ray.cluster import Cluster
+from translora_ray.config import Adapter, AdapterType, Task, Training
 from translora_ray.errors import Diverged, RunFailed, StreamEnded, UsageError
 from translora_ray.prompts import Prompt
 from translora_ray.records import Candidate, Step, TaskRow

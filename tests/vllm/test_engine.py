@@ -22,7 +22,7 @@ from transformers import LlamaForCausalLM
 from tests.conftest import lora
 from tests.unit.test_adapters import rename_modules
 from translora_ray import adapters, adapting, models
-from translora_ray.config import Vllm
+from translora_ray.cluster import Vllm
 from translora_ray.engines.base import AdapterRef, Complete, Generate, Sampling, Score
 from translora_ray.engines.transformers import TransformersEngine
 from translora_ray.engines.vllm import VllmEngine

@@ -18,7 +18,7 @@ from tests.conftest import own, processes, write_task
 from tests.ray.conftest import arguments, rows
 from translora_ray import adapting, models
 from translora_ray.cli import main
-from translora_ray.config import Vllm
+from translora_ray.cluster import Vllm
 from translora_ray.engines.base import AdapterRef, Complete
 from translora_ray.engines.transformers import TransformersEngine
 from translora_ray.engines.vllm import VllmEngine

@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 
 from translora_ray import adapters
-from translora_ray.config import MOST_RANK, MOST_TEMPERATURE, EngineKind, Vllm
+from translora_ray.cluster import Vllm
+from translora_ray.config import MOST_RANK, MOST_TEMPERATURE, EngineKind
 from translora_ray.engines.base import AdapterRef, Engine, OpenEngine
 from translora_ray.errors import UsageError
 

@@ -20,7 +20,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from translora_ray import adapters
-from translora_ray.config import MOST_RANK, Vllm
+from translora_ray.cluster import Vllm
+from translora_ray.config import MOST_RANK
 from translora_ray.engines.base import KEPT, AdapterRef, Complete, Generate, Generation, Sampling, Score
 from translora_ray.errors import EngineDied, RunFailed, TransLoraError, UsageError, first_line
 from translora_ray.models import computes_in_bf16, context_of, linear_shapes, load_tokenizer, skeleton

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from translora_ray import adapting, models
-from translora_ray.config import BY_EXCESS, CUTTING, Adapter, Cluster, Method, Recipe, Training
+from translora_ray.cluster import Cluster
+from translora_ray.config import BY_EXCESS, CUTTING, Adapter, Method, Recipe, Training
 from translora_ray.engines.base import AdapterRef, Engine
 from translora_ray.errors import UsageError
 from translora_ray.evaluation.metrics import says, well_formed

@@ -8,7 +8,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from translora_ray.config import Cluster, EngineKind
+from translora_ray.cluster import Cluster
+from translora_ray.config import EngineKind
 from translora_ray.fleet.groups import Transfer, check_all, grouped
 from translora_ray.fleet.manifest import Fleet, Wanted
 from translora_ray.models import load_tokenizer

@@ -13,7 +13,8 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from translora_ray.config import NAME, Cluster, Config, Recipe, Section
+from translora_ray.cluster import Cluster, Config
+from translora_ray.config import NAME, Recipe, Section
 from translora_ray.errors import UsageError
 from translora_ray.reading import inside, read_yaml, validate
 

@@ -15,7 +15,8 @@ from ray import serve
 from ray.serve import Application
 
 from translora_ray import adapters, models
-from translora_ray.config import EngineKind, Vllm, ordered
+from translora_ray.cluster import Vllm, ordered
+from translora_ray.config import EngineKind
 from translora_ray.engines.select import choose_engine
 from translora_ray.errors import UsageError, first_line
 from translora_ray.registry import Registry, Release

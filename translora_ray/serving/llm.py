@@ -23,7 +23,7 @@ from ray.serve.llm.deployment import LLMServer
 from ray.serve.llm.openai_api_models import ChatCompletionRequest, CompletionRequest
 
 from translora_ray import adapters
-from translora_ray.config import Vllm
+from translora_ray.cluster import Vllm
 from translora_ray.engines.vllm import OWNER, engine_arguments
 from translora_ray.errors import RunFailed
 from translora_ray.serving.loading import Held, Loader

@@ -19,7 +19,7 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
 from translora_ray import models
-from translora_ray.config import Cluster
+from translora_ray.cluster import Cluster
 from translora_ray.errors import RunFailed, UsageError
 from translora_ray.placement import cpus, ray_failures, ray_session
 from translora_ray.registry import Registry

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from translora_ray.config import BY_EXCESS, CHOOSING, CUTTING, JUDGING, Cluster, EngineKind, GeneratorKind, Method, Recipe, Selection, Synthesis
+from translora_ray.cluster import Cluster
+from translora_ray.config import BY_EXCESS, CHOOSING, CUTTING, JUDGING, EngineKind, GeneratorKind, Method, Recipe, Selection, Synthesis
 from translora_ray.engines.base import AdapterRef
 from translora_ray.engines.select import engine_for
 from translora_ray.errors import UsageError

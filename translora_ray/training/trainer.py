@@ -21,7 +21,8 @@ from ray.train import Checkpoint, CheckpointConfig, DataConfig, FailureConfig, R
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from translora_ray import adapters, adapting
-from translora_ray.config import Adapter, Cluster, Task, Training
+from translora_ray.cluster import Cluster
+from translora_ray.config import Adapter, Task, Training
 from translora_ray.errors import Diverged, RunFailed, StreamEnded
 from translora_ray.records import TaskRow
 from translora_ray.storage import ADAPTER, SHARDS, TRAIN, RunStore
