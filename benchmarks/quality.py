@@ -3,7 +3,8 @@
     make bench-quality         (or: python benchmarks/quality.py --data ../shared/data --seeds 3 [--quick | --more])
 
 Each (task, seed) is a whole chain: a kit, a transfer in each way, the arms made from the paper's candidates, and an oracle on the real rows. --quick takes
-three tasks; --more adds transfers with each other generator, and more arms. --jobs chains run at a time, on an even share of the cores each.
+three tasks; --more adds transfers with the discriminator's cut or another generator, and more arms. --jobs chains run at a time, on an even share of the
+cores each.
 
 Logs and runs lie in runs/quality/; what is there is not computed again. Figures of finished chains are kept in benchmarks/quality.json, so that chains may be
 run on several days; table and plot are made from it, and say of which commits they are. A chain of another task, recipe or set of ways replaces what was kept.
@@ -30,7 +31,7 @@ from translora_ray.config import Recipe
 from translora_ray.engines.base import AdapterRef
 from translora_ray.evaluation import gate
 from translora_ray.evaluation.compare import summary
-from translora_ray.kit import load
+from translora_ray.kit import find_labels, load
 from translora_ray.reading import load_task
 from translora_ray.records import read_rows
 from translora_ray.storage import RunStore
@@ -55,12 +56,15 @@ TASKS: dict[str, dict[str, Any]] = {
 QUICK = list(TASKS)[:3]
 WAYS: dict[str, dict[str, dict[str, Any]]] = {"paper": {"selection": {"method": "discriminator"}}, "default": {}, "alone": {"selection": {"method": "excess"}}}
 """A recipe's sections that turn the default into each transfer's way. The paper's has as many examples as rows, and a kit of its own, whose task is `open`: a
-list of seeds goes on, the discriminator has learnt from such lists, and any answer of the teacher counts. `alone` is a kit without a discriminator."""
-GENERATORS: dict[str, dict[str, dict[str, Any]]] = {
+list of seeds goes on, the discriminator has learnt from such lists, and any answer of the teacher counts. `alone` is a kit without a discriminator; where the
+default asks none, it is the default."""
+OTHERS: dict[str, dict[str, dict[str, Any]]] = {
+    "cut": {"selection": {"method": "discriminator"}},
     "target": {"synthesis": {"generator": "target"}},
     "turns": {"synthesis": {"generator": ["source", "target"]}},
     "adapter": {"synthesis": {"generator": "adapter"}},
 }
+"""More ways to do it."""
 ARMS, MORE_ARMS = ["unfiltered"], ["seeds_only", "importance", "excess", "both"]
 """Arms that are made from the paper's candidates."""
 SHOWN: dict[str, str] = {
@@ -73,7 +77,8 @@ SHOWN: dict[str, str] = {
     "excess": "list, excess",
     "both": "list, both",
     "default": "default",
-    "alone": "default without a discriminator (excess)",
+    "alone": "default, for a kit without a discriminator",
+    "cut": "default, and the discriminator's cut",
     "target": "default, the target base writes",
     "turns": "default, source and target base write in turn",
     "adapter": "default, a generator adapter writes",
@@ -111,13 +116,18 @@ def prepared(name: str, here: Path, data: Path, engine: str, task: dict[str, Any
 
 def run(name: str, seed: int, data: Path, work: Path, threads: int, more: bool) -> Chain:
     """One chain, on `threads` cores."""
-    here, ways = work / f"{name.split('/')[1]}-{seed}", WAYS | (GENERATORS if more else {})
+    here, ways = work / f"{name.split('/')[1]}-{seed}", WAYS | (OTHERS if more else {})
     task = write_task(name, here, data, seed=seed, generator_adapter=more, **TASKS[name]["task"])
-    once = {"selection": {"quota": len(read_rows(data / name / "train.jsonl"))}}
+    rows = read_rows(data / name / "train.jsonl")
+    labels = find_labels(load_task(task), rows).classes
+    once = {"selection": {"quota": len(rows)}}
     common = {way: {**TASKS[name]["recipe"], **(once if way == "paper" else {})} for way in ways}
     recipes = {way: _recipe(here, way, seed, threads, common[way], sections) for way, sections in ways.items()}
+    decided = {way: recipe.decided([] if way == "paper" else labels, len(rows), judged=way != "alone") for way, recipe in recipes.items()}
+    if decided["default"].selection.method == "none":
+        del ways["alone"], decided["alone"]
     asked = load_task(task).model_dump() | {"train": name}
-    settings = {"task": asked, "recipes": {way: recipe.model_dump() for way, recipe in recipes.items()}, "more": more}
+    settings = {"task": asked, "recipes": {way: recipe.model_dump() for way, recipe in decided.items()}, "more": more}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
     if (kept := finished().get(name, {}).get(str(seed))) and kept["settings"] == digest:
         return dict(kept)
@@ -125,7 +135,6 @@ def run(name: str, seed: int, data: Path, work: Path, threads: int, more: bool) 
     kit = here / "kit"
     if not kit.exists():
         transfer.translora(here, threads, "prepare", str(task), "--base", transfer.SOURCE, "--out", str(kit))
-    labels = bool(load(kit).task.classes)
     kits = dict.fromkeys(ways, kit) | ({"paper": _paper_kit(name, here, data, threads, seed)} if labels else {})
     arms, oracle = [*ARMS, *(MORE_ARMS if more else [])], data / name / "train.jsonl"
     chain: Chain = {"commit": results.commit(), "settings": digest, "accuracy": {}, "verdicts": {}, "candidates": {}}
@@ -135,8 +144,8 @@ def run(name: str, seed: int, data: Path, work: Path, threads: int, more: bool) 
         manifest = transfer.transferred(here, threads, out, str(kits[way]), "--target", transfer.TARGET, "--recipe", str(here / f"{way}.yaml"))
         if way == "paper":
             result = _evaluated(here, threads, out, arms, oracle)
-            rows = RunStore(str(out)).answers()
-            answers = {arm: [row["scores"][arm] for row in rows] for arm in result["arms"]}
+            given = RunStore(str(out)).answers()
+            answers = {arm: [row["scores"][arm] for row in given] for arm in result["arms"]}
             chain["accuracy"] = {arm: value["accuracy"] for arm, value in result["arms"].items() if arm in SHOWN}
         else:
             adapter = AdapterRef("transferred", str(out / "adapter"))
@@ -146,6 +155,8 @@ def run(name: str, seed: int, data: Path, work: Path, threads: int, more: bool) 
         chain["accuracy"][way] = result["arms"]["transferred"]["accuracy"]
         chain["verdicts"][way] = [manifest["gate"]["verdict"], result["gate"]["verdict"]]
         chain["candidates"][way] = manifest["counts"]["candidates"]
+    if "alone" not in ways:
+        chain["accuracy"]["alone"] = chain["accuracy"]["default"]
     return chain
 
 

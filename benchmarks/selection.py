@@ -34,7 +34,7 @@ THRESHOLDS: tuple[float, ...] = (0.0, -2.0, float("-inf"))
 
 def main() -> None:
     kit, run = judged_kit(), WORK / "run"
-    options = ("--recipe", str(EXAMPLE / "recipe.yaml"), "--set", "selection.threshold=0")
+    options = ("--recipe", str(EXAMPLE / "recipe.yaml"), "--set", "selection.method=discriminator", "--set", "selection.threshold=0")
     translora("transfer", kit.path, "--target", TARGET, "--out", str(run), "--engine", "transformers", *options, allowed=(0, 1))
     store = RunStore(str(run))  # under the strictest of the rules, so that all of them find enough
     quota, labels = store.read_json("manifest.json")["counts"]["quota"], kit.task.classes

@@ -205,6 +205,10 @@ class Synthesis(Section):
         """`by_label`, decided for a task with such labels."""
         return len(classes) > FEW_LABELS if self.by_label is None else self.by_label
 
+    def asks_all(self, classes: Sequence[str]) -> bool:
+        """Whether each candidate is written for a label, whoever writes it."""
+        return all(self.settled(classes, generator).by_label for generator in self.generator)
+
     def settled(self, classes: Sequence[str], generator: GeneratorKind = "source") -> Synthesis:
         """These settings with `by_label` and `temperature` decided, for such a generator and a task with such labels."""
         learnt = generator == "adapter"
@@ -223,8 +227,9 @@ class Selection(Section):
     method: Method = "auto"
     """`discriminator`: verdicts above `threshold` (paper). `importance`: examples are drawn by the discriminator's calibrated odds, so that they are spread as
     the real prompts are. `excess`: those on which the adapter says most beyond its base, log p(source + adapter) - log p(source) of the answer per token
-    (TiTok, arXiv 2510.04682); it needs no discriminator. `both`: excess among verdicts above the threshold. `none`: all. `auto`: discriminator, or excess
-    where the kit has none."""
+    (TiTok, arXiv 2510.04682); it needs no discriminator. `both`: excess among verdicts above the threshold. `none`: all. `auto`: none where each
+    answer is checked against the label asked for (`as_asked`), which tells as much as a verdict (`make bench-selection`) and leaves several times as many
+    candidates; else discriminator, or excess where the kit has none."""
     quota: int | None = Field(None, ge=1)
     """Examples to train on. None: `EXAMPLES_FOR_A_ROW` for each row that the kit was made from; the paper takes one."""
     threshold: float = 0.0
@@ -248,6 +253,13 @@ class Selection(Section):
     """Share of the runs of five words of a seed, or of the candidate, that are in the other, from which the candidate is a copy of it."""
     max_candidates: int = Field(30, ge=1)
     """Candidates per example wanted, after which a run that is not full stops with an error."""
+
+    def settled(self, by_label: bool, judged: bool) -> Selection:
+        """These settings with `as_asked` and `auto` decided: for candidates that are written each for a label, or are not, and a kit with a discriminator, or
+        without."""
+        as_asked = by_label if self.as_asked is None else self.as_asked
+        auto: Method = "none" if as_asked else "discriminator" if judged else "excess"
+        return self.model_copy(update={"as_asked": as_asked, "method": auto if self.method == "auto" else self.method})
 
 
 class Gate(Section):
@@ -297,11 +309,13 @@ class Recipe(Section):
             raise ValueError(f"{self.selection.method} chooses among all examples, before training begins: leave overlap out, or selection.method")
         return self
 
-    def decided(self, classes: Sequence[str], rows: int) -> Recipe:
-        """With what is left to a kit's labels and number of rows decided: what a run writes down, so that it stays what it is when a default changes."""
-        quota = self.selection.quota or EXAMPLES_FOR_A_ROW * rows
+    def decided(self, classes: Sequence[str], rows: int, judged: bool) -> Recipe:
+        """With what is left to a kit's labels, its number of rows and whether it has a discriminator decided: what a run writes down, so that it stays what it
+        is when a default changes."""
+        method = self.selection.settled(self.synthesis.asks_all(classes), judged).method
+        selection = self.selection.model_copy(update={"quota": self.selection.quota or EXAMPLES_FOR_A_ROW * rows, "method": method})
         synthesis = self.synthesis.model_copy(update={"by_label": self.synthesis.asks(classes)})
-        return self.model_copy(update={"synthesis": synthesis, "selection": self.selection.model_copy(update={"quota": quota})})
+        return self.model_copy(update={"synthesis": synthesis, "selection": selection})
 
     def digest(self) -> str:
         return hashlib.sha256(json.dumps(self.model_dump(), sort_keys=True).encode()).hexdigest()[:16]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from translora_ray import adapters, models
-from translora_ray.config import Gate, Recipe
+from translora_ray.config import Gate, Recipe, Selection
 from translora_ray.errors import UsageError
 from translora_ray.kit import Kit
 from translora_ray.reading import differing_field
@@ -33,20 +33,28 @@ def check(store: RunStore, loaded: Kit, identity: dict[str, Any]) -> dict[str, A
 
 
 def as_begun(recipe: Recipe, store: RunStore, loaded: Kit) -> Recipe:
-    """The recipe; in an older run, which left its quota open, with as many examples as rows where it is still open."""
-    left_open = recipe.selection.quota is None and store.exists(IDENTITY) and store.read_json(IDENTITY)["recipe"]["selection"]["quota"] is None
-    return recipe.model_copy(update={"selection": recipe.selection.model_copy(update={"quota": loaded.rows})}) if left_open else recipe
+    """The recipe; where it and an older run both leave something of the selection open, with what that was then."""
+    if not store.exists(IDENTITY):
+        return recipe
+    stored = store.read_json(IDENTITY)["recipe"]["selection"]
+    then = {key: value for key, value in _then(loaded).items() if stored[key] == getattr(recipe.selection, key) == Selection.model_fields[key].default}
+    return recipe.model_copy(update={"selection": recipe.selection.model_copy(update=then)})
+
+
+def _then(loaded: Kit) -> dict[str, Any]:
+    """What older runs did where they left the selection's quota and method open."""
+    return {"quota": loaded.rows, "method": "excess" if loaded.discriminator is None else "discriminator"}
 
 
 def _as_today(stored: dict[str, Any], loaded: Kit) -> dict[str, Any]:
-    """What an older run is, as it is written down today: it lacks keys of the gate, and left open that prompts of a task with labels were by label, and that
-    there were as many examples as rows."""
+    """What an older run is, as it is written down today: it lacks keys of the gate, and left open that prompts of a task with labels were by label, how many
+    examples there were, and how they were selected."""
     recipe = {**stored["recipe"], "gate": {**Gate().model_dump(), **stored["recipe"]["gate"]}}
     if recipe["synthesis"].get("by_label", False) is None:
         recipe["synthesis"] = {**recipe["synthesis"], "by_label": bool(loaded.task.classes)}
-    if recipe["selection"]["quota"] is None:
-        recipe["selection"] = {**recipe["selection"], "quota": loaded.rows}
-    return {**stored, "recipe": recipe}
+    found = recipe["selection"]
+    left_open = {key: value for key, value in _then(loaded).items() if found[key] == Selection.model_fields[key].default}
+    return {**stored, "recipe": {**recipe, "selection": {**found, **left_open}}}
 
 
 def _fixed(identity: dict[str, Any], trained: bool) -> dict[str, Any]:

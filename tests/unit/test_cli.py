@@ -156,7 +156,7 @@ def test_a_run_of_another_recipe_is_refused_by_field(tmp_path: Path, tiny_kit: P
     run = tmp_path / "run"
     run.mkdir()
     loaded, config = kit.load(tiny_kit), load_config(None, [])
-    decided = config.model_copy(update={"recipe": config.recipe.decided(loaded.task.classes, loaded.rows)})
+    decided = config.model_copy(update={"recipe": config.recipe.decided(loaded.task.classes, loaded.rows, judged=True)})
     arguments = ("transfer", tiny_kit, "--target", tiny_gemma, "--out", run)
     (run / "run.json").write_text(json.dumps(identity.of(loaded, tiny_gemma, decided.recipe)))
     assert "recipe.selection.votes is 1 there and 3 here" in fails(capsys, *arguments, "--set", "selection.votes=3")
@@ -164,8 +164,11 @@ def test_a_run_of_another_recipe_is_refused_by_field(tmp_path: Path, tiny_kit: P
     assert "recipe.synthesis.by_label is True there and False here" in fails(capsys, *arguments)
     with Display() as display:
         older = check(str(tiny_kit), tiny_gemma, str(run), load_config(None, ["synthesis.by_label=true"]), "transformers", display)
-    assert older.config.recipe.selection.quota == 60, "there were as many examples as rows"
+    assert (older.config.recipe.selection.quota, older.config.recipe.selection.method) == (60, "discriminator"), "as many examples as rows, and all were judged"
     assert decided.recipe.selection.quota == 120
+    with Display() as display:
+        new = check(str(tiny_kit), tiny_gemma, str(tmp_path / "new"), load_config(None, ["synthesis.by_label=true"]), "transformers", display)
+    assert new.config.recipe.selection.method == "none"
 
 
 def test_an_adapter_of_another_base_of_the_same_shapes_is_refused(tmp_path: Path, tiny_kit: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -122,7 +122,10 @@ def test_a_kit_that_lacks_what_the_recipe_asks_is_refused(loaded: kit.Kit, selec
         planned(replace(loaded, **without), **selection).check()
 
 
-def test_a_kit_without_a_discriminator_selects_by_excess(loaded: kit.Kit) -> None:
+def test_labels_that_are_checked_select_else_the_discriminator_or_excess(loaded: kit.Kit) -> None:
+    labelled = replace(loaded, task=loaded.task.model_copy(update={"labels": list("abcdef")}))
+    assert [planned(labelled, **asked).method for asked in ({}, {"as_asked": False}, {"method": "discriminator"})] == ["none", "discriminator", "discriminator"]
+    assert planned(replace(labelled, discriminator=None)).method == "none"
     assert planned(loaded).method == "discriminator"
     alone = planned(replace(loaded, discriminator=None))
     assert (alone.method, alone.by_excess, alone.judges) == ("excess", True, False)

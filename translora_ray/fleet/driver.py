@@ -141,8 +141,9 @@ class Driver:
         with contextlib.suppress(Exception):  # whatever is wrong there, it does not stay
             if self.state.records[wanted.name].state in states.BY_VERDICT.values() and not RunStore(wanted.kit).exists():
                 manifest = store.read_json(MANIFEST)
-                recipe = wanted.config.recipe.decided(Task.model_validate(manifest["task"]).classes, manifest["kit_rows"])
-                return bool(manifest["recipe_hash"] == recipe.digest() and (wanted.data is None or store.exists(RESULT)))
+                classes, rows = Task.model_validate(manifest["task"]).classes, manifest["kit_rows"]
+                recipes = [wanted.config.recipe.decided(classes, rows, judged) for judged in (True, False)]
+                return bool(manifest["recipe_hash"] in [recipe.digest() for recipe in recipes] and (wanted.data is None or store.exists(RESULT)))
         return False
 
     @contextlib.contextmanager

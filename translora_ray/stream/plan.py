@@ -52,26 +52,22 @@ class Plan:
     @property
     def by_label(self) -> bool:
         """Whether each candidate is written for a label."""
-        return all(self.synthesis(generator).by_label for generator in self.recipe.synthesis.generator)
+        return self.recipe.synthesis.asks_all(self.kit.task.classes)
 
     @property
     def as_asked(self) -> bool:
         """Whether the teacher must answer with the label that a candidate was written for."""
-        asked = self.recipe.selection.as_asked
-        return self.by_label if asked is None else asked
+        return bool(self.selection.as_asked)
 
     @property
     def selection(self) -> Selection:
-        """Which of the teacher's answers are trusted, everything decided."""
-        return self.recipe.selection.model_copy(update={"as_asked": self.as_asked})
+        """Which candidates become examples, and which of the teacher's answers are trusted, everything decided."""
+        return self.recipe.selection.settled(self.by_label, self.kit.discriminator is not None)
 
     @property
     def method(self) -> Method:
-        """How candidates are selected, `auto` decided."""
-        chosen = self.recipe.selection.method
-        if chosen == "auto":
-            return "excess" if self.kit.discriminator is None else "discriminator"
-        return chosen
+        """How candidates are selected."""
+        return self.selection.method
 
     @property
     def judges(self) -> bool:
