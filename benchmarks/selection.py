@@ -1,94 +1,128 @@
-"""Which prompts should an adapter learn from? The candidates of one run, what each rule takes of them, and an adapter trained on as many of each.
+"""Which prompts should an adapter of a task with many labels learn from? Ways to write and to select them, and an adapter trained on as many of each.
 
-    make bench-selection       (or: python benchmarks/selection.py)
+    make bench-selection       (or: python benchmarks/selection.py --data ../shared/data [--task intents/snips_intents])
 
-Adapters are asked the example's training rows that are no seeds, so that defaults can be chosen without a look at test rows. Files lie in
-runs/selection/; what is there is not computed again.
+Adapters on Gemma are asked the training rows that are no seeds, which no transfer sees, so that defaults can be chosen without a look at test rows. In each
+way the teacher must answer with the label that was asked for. Files lie in runs/selection/; what is there is not computed again.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import quality
 import results
-from rounds import EXAMPLE, SOURCE, TARGET, accuracy_of, judged_kit, translora
+import transfer
+from rounds import SOURCE, TARGET, accuracy_of
 
-from translora_ray.config import Recipe
-from translora_ray.engines.base import AdapterRef
+from translora_ray import adapters, models
+from translora_ray.config import CHOOSING, EXAMPLES_FOR_A_ROW, Adapter, Recipe, Selection, Synthesis, Training
+from translora_ray.engines.base import AdapterRef, Engine
 from translora_ray.engines.select import open_engine
-from translora_ray.evaluation.arms import WRITTEN, Arms
-from translora_ray.evaluation.metrics import says
-from translora_ray.kit import Kit
+from translora_ray.kit import Kit, load
 from translora_ray.progress import Display
-from translora_ray.records import Candidate, Pack, TaskRow, read_rows
-from translora_ray.storage import RunStore
-from translora_ray.stream.dedup import Seen
+from translora_ray.records import Candidate, Pack, TaskRow, read_rows, request_pack
+from translora_ray.stream.dedup import SeedFilter, Seen
+from translora_ray.stream.discriminate import Discriminator
+from translora_ray.stream.synthesize import Synthesizer
 from translora_ray.stream.teach import Teacher
+from translora_ray.training.task import task_pairs, train_adapter
 
-WORK = results.ROOT / "runs" / "selection" / results.commit().replace(" ", "-")
-THRESHOLDS: tuple[float, ...] = (0.0, -2.0, float("-inf"))
+WORK = results.ROOT / "runs" / "selection"
+TASKS = ["intents/clinc_utility", "intents/snips_intents"]
+WAYS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "default": ({}, {}),
+    "the discriminator's cut": ({}, {"method": "discriminator"}),
+    "excess, of twice as many": ({}, {"method": "excess"}),
+    "temperature 1.5": ({"temperature": 1.5}, {}),
+    "two seeds shown, not five": ({"shots": 2}, {}),
+    "the target base writes": ({"generator": "target"}, {}),
+}
+"""Title: what differs from the default in synthesis and in selection."""
+AT_ONCE = 4
+"""Packs that an engine gets together."""
+MOST = 6144
+"""Candidates after which a way is left with what it has."""
 
 
 def main() -> None:
-    kit, run = judged_kit(), WORK / "run"
-    options = ("--recipe", str(EXAMPLE / "recipe.yaml"), "--set", "selection.method=discriminator", "--set", "selection.threshold=0")
-    translora("transfer", kit.path, "--target", TARGET, "--out", str(run), "--engine", "transformers", *options, allowed=(0, 1))
-    store = RunStore(str(run))  # under the strictest of the rules, so that all of them find enough
-    quota, labels = store.read_json("manifest.json")["counts"]["quota"], kit.task.classes
-    candidates = answered(kit, store.candidates())
-    rows = [row for row in read_rows(EXAMPLE / "train.jsonl") if row.input not in kit.seed_inputs]
-    lines = ["| verdict above | teacher says | examples | of candidates | least of a label | accuracy (95 % interval) |", "|---|---|---|---|---|---|"]
-    for threshold in THRESHOLDS:
-        for as_asked in (False, True):
-
-            def taken(candidate: Candidate, least: float = threshold, asked: bool = as_asked) -> bool:
-                return (candidate.verdict or 0.0) > least and (not asked or says(kit.task, candidate.target or "", candidate.label_of(labels)))
-
-            chosen = [candidate for candidate in candidates if taken(candidate)][:quota]
-            name = f"{threshold:g}-{as_asked}"
-            found = accuracy_of(kit, TARGET, AdapterRef(name, str(adapter_of(kit, store, name, chosen))), rows, WORK / f"{name}.json")
-            least = min(Counter(candidate.target for candidate in chosen)[label] for label in labels)
-            said = "the label asked for" if as_asked else "anything"
-            lines.append(f"| {threshold:g} | {said} | {len(chosen)} | {1 + chosen[-1].index} | {least} | {results.interval(*found)} |")
-    head = f"Commit {results.commit()}; {len(rows)} training rows that are no seeds, one training each."
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--engine", default="auto")
+    parser.add_argument("--task", action="append", choices=TASKS, help="default: both")
+    options = transfer.with_data(parser)
+    data = options.data.resolve()
+    lines = ["| task | way | examples | of candidates | copies of seeds | least of a label | accuracy (95 % interval) |", "|---|---|---|---|---|---|---|"]
+    for name in options.task or TASKS:
+        here = WORK / name.split("/")[1]
+        kit = load(quality.prepared(name, here, data, options.engine, quality.TASKS[name]["task"]))
+        learnt = read_rows(data / name / "train.jsonl")
+        asked = [row for row in learnt if row.input not in kit.seed_inputs]
+        for way in WAYS:
+            lines.append(f"| {kit.task.name} | {way} | {' | '.join(compared(kit, here / way.replace(' ', '-'), way, asked, len(learnt), options.engine))} |")
+    head = f"Commit {results.commit()}; {EXAMPLES_FOR_A_ROW} examples for each row, {quality.EPOCHS} epochs, one training each."
     results.replace("selection", "\n".join([head, "", *lines]))
-    print("\n".join(lines))
+    print("\n".join([head, *lines]))
 
 
-def answered(kit: Kit, candidates: Sequence[Candidate]) -> list[Candidate]:
-    """All well-written candidates that are no copies, each with the teacher's answer, in their order."""
-    file, seen, found = WORK / "answers.json", Seen(0.95), list[Candidate]()
-    for candidate in candidates:
-        if candidate.reason in WRITTEN and candidate.verdict is not None and not seen.repeats(candidate.input):
-            seen.add(candidate.input)
-            candidate.reason = None
-            found.append(candidate)
-    if not file.exists():
-        engine, size = open_engine("transformers", SOURCE, [kit.adapter]), 64
-        teacher = Teacher(engine, kit.task, kit.adapter)
+def compared(kit: Kit, here: Path, way: str, asked: list[TaskRow], rows: int, engine: Any) -> list[str]:
+    """Cells of the table for one way, whose files lie in `here`."""
+    here.mkdir(exist_ok=True)
+    if not (here / "written.json").exists():
+        (here / "written.json").write_text(json.dumps(written(kit, way, rows, engine)))
+    found = json.loads((here / "written.json").read_text())
+    examples = [TaskRow(*pair) for pair in found["examples"]]
+    if not (here / "adapter").exists():
+        wanted = adapters.inherit(adapters.inspect(kit.adapter.path), Adapter(), models.linear_shapes(TARGET))
         with Display() as display:
-            phase = display.phase("answers")
-            for start in range(0, len(found), size):
-                teacher.process(Pack(0, found[start : start + size]))
-                phase.update(min(len(found), start + size), len(found))
-        engine.close()
-        file.write_text(json.dumps([[candidate.target, candidate.reason] for candidate in found]))
-    for candidate, (target, reason) in zip(found, json.loads(file.read_text()), strict=True):
-        candidate.target, candidate.reason = target, reason
-    return [candidate for candidate in found if candidate.accepted]
+            pairs, training = task_pairs(kit.task, examples), Training(epochs=quality.EPOCHS)
+            train_adapter(TARGET, pairs, wanted, training, 0, here / "adapter", display.phase(way).step)
+    accuracy = accuracy_of(kit, TARGET, AdapterRef("adapter", str(here / "adapter")), asked, here / "scores.json")
+    least = min(Counter(row.target for row in examples)[label] for label in kit.task.classes)
+    counts = [len(examples), found["candidates"], f"{found['copies'] / found['candidates']:.0%}", least]
+    return [*map(str, counts), results.interval(*accuracy)]
 
 
-def adapter_of(kit: Kit, store: RunStore, name: str, chosen: Sequence[Candidate]) -> Path:
-    """Trained as the run's own was."""
-    out, manifest = WORK / name, store.read_json("manifest.json")
-    if not out.exists():
-        rows = [TaskRow(candidate.input, candidate.target or "") for candidate in chosen]
-        with Display() as display:
-            Arms(kit, manifest, Recipe.model_validate(manifest["recipe"]), store, WORK, display).trained((), {name: rows})
-    return out
+def written(kit: Kit, way: str, rows: int, kind: Any) -> dict[str, Any]:
+    """The examples of one way, as a stream finds them, but for its engines and its order of packs."""
+    synthesis, selection = Synthesis.model_validate(WAYS[way][0]), Selection.model_validate(WAYS[way][1])
+    recipe = Recipe(synthesis=synthesis, selection=selection).decided(kit.task.classes, rows, judged=True)
+    settings, selection = recipe.synthesis.settled(kit.task.classes), recipe.selection.settled(by_label=True, judged=True)
+    engine = open_engine(kind, SOURCE, [kit.adapter, kit.discriminator_adapter])
+    writer = open_engine(kind, TARGET, []) if synthesis.generator == ("target",) else engine
+    quota, chooses = recipe.selection.quota or 0, selection.method in CHOOSING
+    with Display() as display:
+        accepted, counts = accept(kit, engine, Synthesizer(writer, settings, kit.seeds, kit.task.classes), selection, quota * (2 if chooses else 1), display)
+    for each in {id(engine): engine, id(writer): writer}.values():
+        each.close()
+    if chooses:
+        accepted.sort(key=lambda candidate: -(candidate.excess or 0.0))
+    return {"examples": [(candidate.input, candidate.target) for candidate in accepted[:quota]], **counts}
+
+
+def accept(kit: Kit, engine: Engine, writer: Synthesizer, selection: Selection, wanted: int, display: Display) -> tuple[list[Candidate], dict[str, int]]:
+    """(accepted candidates, counts of all candidates and of those that copy a seed)."""
+    copies = SeedFilter(kit.seed_inputs, selection.near_duplicate, selection.seed_overlap)
+    judge = Discriminator(engine, kit.task.name, kit.discriminator_adapter, selection.threshold)
+    teacher = Teacher(engine, kit.task, kit.adapter, selection=selection, by_excess=selection.method == "excess")
+    seen, accepted, counts, phase = Seen(selection.near_duplicate), list[Candidate](), Counter[str](), display.phase("examples")
+    size = writer.settings.pack_size
+    while len(accepted) < wanted and counts["candidates"] < MOST:
+        first = counts["candidates"] // size
+        pack = Pack(0, [candidate for number in range(first, first + AT_ONCE) for candidate in request_pack(0, number, size).candidates])
+        copies.process(writer.process(pack))
+        counts.update(candidates=len(pack.candidates), copies=sum("seed" in (candidate.reason or "") for candidate in pack.candidates))
+        if selection.method == "discriminator":
+            judge.process(pack)
+        for candidate in teacher.process(pack).open():
+            if not seen.repeats(candidate.input):
+                seen.add(candidate.input)
+                accepted.append(candidate)
+        phase.update(min(wanted, len(accepted)), wanted, f"{counts['candidates']} candidates")
+    return accepted, counts
 
 
 if __name__ == "__main__":
