@@ -24,7 +24,7 @@ import yaml
 sys.path.insert(0, str(results.ROOT))
 
 TINY = {
-    "selection": {"quota": 40, "threshold": -100, "as_asked": False, "near_duplicate": 1.0, "max_candidates": 200},
+    "selection": {"quota": 40, "method": "discriminator", "threshold": -100, "as_asked": False, "near_duplicate": 1.0, "max_candidates": 200},
     "synthesis": {"pack_size": 16, "temperature": 1.0, "min_p": 0.0, "max_tokens": 60},
     "training": {"epochs": 4, "batch_size": 4},
 }

@@ -34,7 +34,7 @@ from translora_ray.registry import Registry
 from translora_ray.storage import RunStore
 
 RECIPE = {
-    "selection": {"quota": 24, "threshold": -100, "as_asked": False, "near_duplicate": 1.0, "max_candidates": 200},
+    "selection": {"quota": 24, "method": "discriminator", "threshold": -100, "as_asked": False, "near_duplicate": 1.0, "max_candidates": 200},
     "synthesis": {"pack_size": 8, "temperature": 1.0, "min_p": 0.0, "max_tokens": 60},
     "training": {"epochs": 3, "batch_size": 4},
     "gate": {"held_out": 0.1, "ship": 0, "refuse": 0, "acceptance": 0, "likeness": 0},

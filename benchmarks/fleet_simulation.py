@@ -27,7 +27,7 @@ import yaml
 from fleet import tiny
 
 RECIPE = {
-    "selection": {"quota": 8, "threshold": -100, "as_asked": False, "near_duplicate": 1.0, "max_candidates": 200},
+    "selection": {"quota": 8, "method": "discriminator", "threshold": -100, "as_asked": False, "near_duplicate": 1.0, "max_candidates": 200},
     "synthesis": {"pack_size": 10},
     "training": {"epochs": 1},
     "gate": {"held_out": 0.25, "acceptance": 0, "likeness": 0},

@@ -124,7 +124,9 @@ def run(name: str, seed: int, data: Path, work: Path, threads: int, more: bool) 
     once = {"selection": {"quota": len(rows)}}
     common = {way: {**TASKS[name]["recipe"], **(once if way == "paper" else {})} for way in ways}
     recipes = {way: _recipe(here, way, seed, threads, common[way], sections) for way, sections in ways.items()}
-    decided = {way: recipe.decided([] if way == "paper" else labels, len(rows), judged=way != "alone") for way, recipe in recipes.items()}
+    decided = {
+        way: recipe.decided([] if way == "paper" else labels, len(rows), None if way == "alone" else {"calibration": []}) for way, recipe in recipes.items()
+    }
     if decided["default"].selection.method == "none":
         del ways["alone"], decided["alone"]
     asked = load_task(task).model_dump() | {"train": name}

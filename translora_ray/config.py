@@ -229,7 +229,8 @@ class Selection(Section):
     the real prompts are. `excess`: those on which the adapter says most beyond its base, log p(source + adapter) - log p(source) of the answer per token
     (TiTok, arXiv 2510.04682); it needs no discriminator. `both`: excess among verdicts above the threshold. `none`: all. `auto`: none where each
     answer is checked against the label asked for (`as_asked`), which tells as much as a verdict (`make bench-selection`) and leaves several times as many
-    candidates; else discriminator, or excess where the kit has none."""
+    candidates; else importance, or excess where the kit has no discriminator. The cut, which may leave 3 % of the candidates, is for `overlap`, and for kits
+    that were made before discriminators were calibrated."""
     quota: int | None = Field(None, ge=1)
     """Examples to train on. None: `EXAMPLES_FOR_A_ROW` for each row that the kit was made from; the paper takes one."""
     threshold: float = 0.0
@@ -253,13 +254,6 @@ class Selection(Section):
     """Share of the runs of five words of a seed, or of the candidate, that are in the other, from which the candidate is a copy of it."""
     max_candidates: int = Field(30, ge=1)
     """Candidates per example wanted, after which a run that is not full stops with an error."""
-
-    def settled(self, by_label: bool, judged: bool) -> Selection:
-        """These settings with `as_asked` and `auto` decided: for candidates that are written each for a label, or are not, and a kit with a discriminator, or
-        without."""
-        as_asked = by_label if self.as_asked is None else self.as_asked
-        auto: Method = "none" if as_asked else "discriminator" if judged else "excess"
-        return self.model_copy(update={"as_asked": as_asked, "method": auto if self.method == "auto" else self.method})
 
 
 class Gate(Section):
@@ -309,10 +303,17 @@ class Recipe(Section):
             raise ValueError(f"{self.selection.method} chooses among all examples, before training begins: leave overlap out, or selection.method")
         return self
 
-    def decided(self, classes: Sequence[str], rows: int, judged: bool) -> Recipe:
-        """With what is left to a kit's labels, its number of rows and whether it has a discriminator decided: what a run writes down, so that it stays what it
-        is when a default changes."""
-        method = self.selection.settled(self.synthesis.asks_all(classes), judged).method
+    def selects(self, classes: Sequence[str], discriminator: dict[str, Any] | None) -> Selection:
+        """`selection` with `as_asked` and `auto` decided, for a task with such labels and a kit with such a discriminator."""
+        as_asked = self.synthesis.asks_all(classes) if self.selection.as_asked is None else self.selection.as_asked
+        cuts = self.overlap or "calibration" not in (discriminator or {})
+        auto: Method = "none" if as_asked else "excess" if discriminator is None else "discriminator" if cuts else "importance"
+        return self.selection.model_copy(update={"as_asked": as_asked, "method": auto if self.selection.method == "auto" else self.selection.method})
+
+    def decided(self, classes: Sequence[str], rows: int, discriminator: dict[str, Any] | None) -> Recipe:
+        """With what is left to a kit's labels, its number of rows and its discriminator decided: what a run writes down, so that it stays what it is when a
+        default changes."""
+        method = self.selects(classes, discriminator).method
         selection = self.selection.model_copy(update={"quota": self.selection.quota or EXAMPLES_FOR_A_ROW * rows, "method": method})
         synthesis = self.synthesis.model_copy(update={"by_label": self.synthesis.asks(classes)})
         return self.model_copy(update={"synthesis": synthesis, "selection": selection})

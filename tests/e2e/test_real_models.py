@@ -28,7 +28,7 @@ def test_packaged_models_are_what_they_should_be() -> None:
     assert "has no chat template" in (models.pair_obstacle(source, target, "chat") or "")
 
 
-def moved(folder: Path, engine: str) -> dict[str, Any]:
+def moved(folder: Path, engine: str, *more: str) -> dict[str, Any]:
     """The manifest of a transfer from `folder`/kit to `folder`/run, whose evaluation has the arms that it should have."""
     lines = (EXAMPLE / "train.jsonl").read_text().splitlines()
     (folder / "train.jsonl").write_text("\n".join(lines[:32]))
@@ -37,7 +37,7 @@ def moved(folder: Path, engine: str) -> dict[str, Any]:
     (folder / "task.yaml").write_text(yaml.safe_dump(task))
     kit, run, result = folder / "kit", folder / "run", folder / "result.json"
     assert main(["prepare", str(folder / "task.yaml"), "--base", SOURCE, "--out", str(kit), "--engine", engine]) == 0
-    settings = ["selection.quota=12", "selection.threshold=-100", "training.epochs=1", "synthesis.pack_size=16"]
+    settings = ["selection.quota=12", "training.epochs=1", "synthesis.pack_size=16", *more]
     words = [part for setting in settings for part in ("--set", setting)]
     code = main(["transfer", str(kit), "--target", TARGET, "--out", str(run), *words, "--engine", engine])
     manifest: dict[str, Any] = json.loads((run / "manifest.json").read_text())
@@ -50,7 +50,7 @@ def moved(folder: Path, engine: str) -> dict[str, Any]:
 
 
 def test_from_rows_to_a_comparison(tmp_path: Path) -> None:
-    manifest = moved(tmp_path, "transformers")
+    manifest = moved(tmp_path, "transformers", "selection.method=discriminator", "selection.threshold=-100")
     assert (manifest["counts"]["trained"], manifest["counts"]["held_out"], manifest["training"]["rows"]) == (12, 2, 12)
     judged = [row for row in RunStore(str(tmp_path / "run")).candidates() if row.accepted][:12]
     (found,) = (check["value"] for check in manifest["gate"]["checks"] if "real prompts" in check["name"])

@@ -14,7 +14,8 @@ from translora_ray.records import Candidate
 from translora_ray.storage import RunStore
 
 SETTINGS = [
-    "selection.quota=40", "selection.threshold=-100", "selection.as_asked=false", "selection.near_duplicate=1.0", "selection.max_candidates=200",
+    "selection.quota=40", "selection.method=discriminator", "selection.threshold=-100", "selection.as_asked=false",
+    "selection.near_duplicate=1.0", "selection.max_candidates=200",
     "synthesis.pack_size=16", "synthesis.temperature=1.0", "synthesis.min_p=0.0", "synthesis.max_tokens=60",
     "training.epochs=8", "training.batch_size=4", "adapter.rank=4", "cluster.commit_seconds=0", "gate.held_out=0",
 ]  # fmt: skip

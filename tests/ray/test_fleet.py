@@ -44,7 +44,7 @@ from translora_ray.stream.plan import Plan
 
 pytestmark = pytest.mark.ray
 RECIPE = {
-    "selection": {"quota": 40, "threshold": -100, "as_asked": False, "near_duplicate": 1.0, "max_candidates": 200},
+    "selection": {"quota": 40, "method": "discriminator", "threshold": -100, "as_asked": False, "near_duplicate": 1.0, "max_candidates": 200},
     "synthesis": {"pack_size": 16, "temperature": 1.0, "min_p": 0.0, "max_tokens": 60},
     "training": {"epochs": 4, "batch_size": 4},
     "gate": {"held_out": 0.1, "ship": 0, "refuse": 0, "acceptance": 0, "likeness": 0},
@@ -68,7 +68,7 @@ def write_fleet(folder: Path, kit: Path, target: str) -> Path:
     broken = Path(shutil.copytree(kit, folder / "broken"))
     (broken / "adapter" / "adapter_model.safetensors").write_bytes(b"short")
     kits = [{"kit": str(kit), "name": name, "recipe": {"seed": seed}} for seed, name in enumerate(("one", "two"))]
-    starved = {"kit": str(kit), "name": "starved", "recipe": {"selection": {"threshold": 1000, "max_candidates": 1}}}
+    starved = {"kit": str(kit), "name": "starved", "recipe": {"selection": {"method": "discriminator", "threshold": 1000, "max_candidates": 1}}}
     fleet = {"out": "fleet", "kits": [kits[0], "broken", kits[1], starved], "target": target, "recipe": RECIPE, "registry": "registry"}
     (folder / "fleet.yaml").write_text(yaml.safe_dump({**fleet, "cluster": {"commit_seconds": 0, "checkpoint_seconds": 0}}))
     return folder / "fleet.yaml"

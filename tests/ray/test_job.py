@@ -95,7 +95,7 @@ def test_a_submitted_fleet_is_stopped_and_tells_its_counts_where_it_failed(
     cluster: tuple[str, dict[str, str]], tiny_kit: Path, tiny_gemma: str, tmp_path: Path
 ) -> None:
     address, environment = cluster
-    selection = {"quota": 160, "threshold": -100, "as_asked": False, "near_duplicate": 1.0, "max_candidates": 200}
+    selection = {"quota": 160, "method": "discriminator", "threshold": -100, "as_asked": False, "near_duplicate": 1.0, "max_candidates": 200}
     synthesis = {"pack_size": 16, "temperature": 1.0, "min_p": 0.0, "max_tokens": 60}
     recipe = {"selection": selection, "synthesis": synthesis, "training": {"epochs": 1}, "gate": {"held_out": 0}}
     fleet = {"out": str(tmp_path / "fleet"), "kits": [str(tmp_path / "absent"), str(tiny_kit)], "target": tiny_gemma, "recipe": recipe}

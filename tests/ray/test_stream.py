@@ -102,7 +102,7 @@ def test_packs_of_an_actor_that_does_not_come_back_go_to_another(tiny_kit: Path,
 def test_transfers_that_share_engines_accept_what_each_would_alone(s3: str, tiny_kit: Path, tiny_gemma: str, tmp_path: Path) -> None:
     """One of the kits lies on an object store."""
     there = put(tiny_kit, RunStore(f"{s3}/kit")).uri
-    selection = Selection(threshold=-100, as_asked=False, near_duplicate=1.0, max_candidates=200)
+    selection = Selection(method="discriminator", threshold=-100, as_asked=False, near_duplicate=1.0, max_candidates=200)
     synthesis = Synthesis(pack_size=16, temperature=1.0, min_p=0.0, max_tokens=60)
     cluster = Cluster(commit_seconds=0)
     plans = []

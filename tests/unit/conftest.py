@@ -16,7 +16,9 @@ from translora_ray.stream.plan import Plan
 
 @pytest.fixture
 def plan(tiny_kit: Path, tiny_gemma: str) -> Plan:
-    recipe = Recipe(gate=Gate(held_out=0), selection=Selection(quota=25, near_duplicate=1.0, max_candidates=10), synthesis=Synthesis(pack_size=4))
+    recipe = Recipe(
+        gate=Gate(held_out=0), selection=Selection(method="discriminator", quota=25, near_duplicate=1.0, max_candidates=10), synthesis=Synthesis(pack_size=4)
+    )
     return Plan(kit.load(tiny_kit), tiny_gemma, recipe, Cluster(commit_seconds=0), "transformers", 1.0, 0.0)
 
 

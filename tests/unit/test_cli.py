@@ -156,7 +156,7 @@ def test_a_run_of_another_recipe_is_refused_by_field(tmp_path: Path, tiny_kit: P
     run = tmp_path / "run"
     run.mkdir()
     loaded, config = kit.load(tiny_kit), load_config(None, [])
-    decided = config.model_copy(update={"recipe": config.recipe.decided(loaded.task.classes, loaded.rows, judged=True)})
+    decided = config.model_copy(update={"recipe": config.recipe.decided(loaded.task.classes, loaded.rows, loaded.discriminator)})
     arguments = ("transfer", tiny_kit, "--target", tiny_gemma, "--out", run)
     (run / "run.json").write_text(json.dumps(identity.of(loaded, tiny_gemma, decided.recipe)))
     assert "recipe.selection.votes is 1 there and 3 here" in fails(capsys, *arguments, "--set", "selection.votes=3")

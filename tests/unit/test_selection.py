@@ -124,9 +124,11 @@ def test_a_kit_that_lacks_what_the_recipe_asks_is_refused(loaded: kit.Kit, selec
 
 def test_labels_that_are_checked_select_else_the_discriminator_or_excess(loaded: kit.Kit) -> None:
     labelled = replace(loaded, task=loaded.task.model_copy(update={"labels": list("abcdef")}))
-    assert [planned(labelled, **asked).method for asked in ({}, {"as_asked": False}, {"method": "discriminator"})] == ["none", "discriminator", "discriminator"]
+    assert [planned(labelled, **asked).method for asked in ({}, {"as_asked": False}, {"method": "discriminator"})] == ["none", "importance", "discriminator"]
     assert planned(replace(labelled, discriminator=None)).method == "none"
-    assert planned(loaded).method == "discriminator"
+    assert planned(loaded).method == "importance"
+    assert planned(replace(loaded, discriminator={})).method == "discriminator", "it was made before they were calibrated"
+    assert Recipe(overlap=True).selects([], loaded.discriminator).method == "discriminator"
     alone = planned(replace(loaded, discriminator=None))
     assert (alone.method, alone.by_excess, alone.judges) == ("excess", True, False)
     assert [pool.roles for pool in alone.pools()] == [("generator", "teacher")]
@@ -146,7 +148,7 @@ def test_labels_are_asked_for_where_there_are_more_than_a_list_shows(loaded: kit
 
 def test_no_label_gets_more_than_its_share(loaded: kit.Kit, tmp_path: Path) -> None:
     assert loaded.task.classes == ["a", "b", "c"]
-    plan = planned(loaded, balance=1.2, near_duplicate=1.0)
+    plan = planned(loaded, method="discriminator", balance=1.2, near_duplicate=1.0)
     assert plan.most_of_a_label(plan.wanted) == 9  # 1.2 * 22 / 3
     collector = Collector(plan, RunStore(str(tmp_path / "run")))
     for number in range(20):

@@ -142,7 +142,8 @@ class Driver:
             if self.state.records[wanted.name].state in states.BY_VERDICT.values() and not RunStore(wanted.kit).exists():
                 manifest = store.read_json(MANIFEST)
                 classes, rows = Task.model_validate(manifest["task"]).classes, manifest["kit_rows"]
-                recipes = [wanted.config.recipe.decided(classes, rows, judged) for judged in (True, False)]
+                of_kits: list[dict[str, Any] | None] = [{"calibration": []}, {}, None]
+                recipes = [wanted.config.recipe.decided(classes, rows, discriminator) for discriminator in of_kits]
                 return bool(manifest["recipe_hash"] in [recipe.digest() for recipe in recipes] and (wanted.data is None or store.exists(RESULT)))
         return False
 

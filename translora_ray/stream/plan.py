@@ -62,7 +62,7 @@ class Plan:
     @property
     def selection(self) -> Selection:
         """Which candidates become examples, and which of the teacher's answers are trusted, everything decided."""
-        return self.recipe.selection.settled(self.by_label, self.kit.discriminator is not None)
+        return self.recipe.selects(self.kit.task.classes, self.kit.discriminator)
 
     @property
     def method(self) -> Method:
