@@ -101,7 +101,8 @@ def test_another_training_is_of_the_same_rows_with_other_random_numbers(loaded: 
     candidates = [Candidate(i, i, row.input, 1.0, row.target) for i, row in enumerate(rows(60, 90))]
     store = RunStore(str(tmp_path / "run"))
     store.write_shard(0, 0, candidates, {"attempt": "a", "loads": [], "tokens": {}, "seconds": {}})
-    manifest = {"target_base": tiny_gemma, "counts": {"quota": 8}, "training": {"learning_rate": 1e-3, "adapter": lora().model_dump()}}
+    training = {"learning_rate": 1e-3, "adapter": lora().model_dump()}
+    manifest = {"target_base": tiny_gemma, "counts": {"quota": 8}, "training": training, "selection": "discriminator"}  # by the default of an older version
 
     def trained(place: Path, again: int) -> str:
         with Display() as display:
