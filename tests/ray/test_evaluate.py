@@ -77,7 +77,7 @@ def test_without_a_discriminator_the_best_by_excess_are_trained_on_and_the_gate_
     made = ["prepare", str(write_task(tmp_path)), "--base", tiny_llama, "--out", str(tmp_path / "kit"), "--no-discriminator", "--engine", "transformers"]
     assert main(made) == 0
     run = tmp_path / "run"
-    command = arguments(tmp_path / "kit", tiny_gemma, run, "selection.quota=20", "gate.held_out=0.1", "training.epochs=1")
+    command = arguments(tmp_path / "kit", tiny_gemma, run, "selection.method=auto", "selection.quota=20", "gate.held_out=0.1", "training.epochs=1")
     code = main(command)
     manifest = json.loads((run / "manifest.json").read_text())
     verdict = manifest["gate"]
