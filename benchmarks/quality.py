@@ -37,9 +37,9 @@ from translora_ray.records import read_rows
 from translora_ray.storage import RunStore
 from translora_ray.stream.dedup import normal
 
+EPOCHS = 4
 # As many seeds as the paper's hardest task had (15), or one for each label where there are more. Of one seed for each label, as snips_intents would have with
 # 7, a base writes little else than copies: 3 % of its candidates became examples, of two for each label 12 % (counted without a look at accuracy).
-EPOCHS = 4
 INTENT = {"prompt": "Message: {input}\nIntent:", "max_new_tokens": 10, "source_training": {"epochs": 5}}
 TASKS: dict[str, dict[str, Any]] = {
     "intents/clinc_utility": {"task": {**INTENT, "seeds": 15}, "recipe": {"training": {"epochs": EPOCHS}}},
@@ -119,18 +119,15 @@ def run(name: str, seed: int, data: Path, work: Path, threads: int, more: bool) 
     """One chain, on `threads` cores."""
     here, ways = work / f"{name.split('/')[1]}-{seed}", WAYS | (OTHERS if more else {})
     task = write_task(name, here, data, seed=seed, generator_adapter=more, **TASKS[name]["task"])
-    rows = read_rows(data / name / "train.jsonl")
-    labels = find_labels(load_task(task), rows).classes
+    rows, asked = read_rows(data / name / "train.jsonl"), load_task(task)
+    labels = find_labels(asked, rows).classes
     once = {"selection": {"quota": len(rows)}}
     common = {way: {**TASKS[name]["recipe"], **(once if way == "paper" else {})} for way in ways}
     recipes = {way: _recipe(here, way, seed, threads, common[way], sections) for way, sections in ways.items()}
-    decided = {
-        way: recipe.decided([] if way == "paper" else labels, len(rows), None if way == "alone" else {"calibration": []}) for way, recipe in recipes.items()
-    }
+    decided = {way: recipe.decided([] if way == "paper" else labels, len(rows), {"calibration": []}) for way, recipe in recipes.items()}
     if decided["default"].selection.method == "none":
         del ways["alone"], decided["alone"]
-    asked = load_task(task).model_dump() | {"train": name}
-    settings = {"task": asked, "recipes": {way: recipe.model_dump() for way, recipe in decided.items()}, "more": more}
+    settings = {"task": asked.model_dump() | {"train": name}, "recipes": {way: recipe.model_dump() for way, recipe in decided.items()}, "more": more}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
     if (kept := finished().get(name, {}).get(str(seed))) and kept["settings"] == digest:
         return dict(kept)

@@ -12,28 +12,27 @@ from __future__ import annotations
 import argparse
 import json
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import quality
 import results
 import transfer
-from rounds import SOURCE, TARGET, accuracy_of
+from rounds import TARGET, accuracy_of
 
 from translora_ray import adapters, models
 from translora_ray.cluster import Cluster
-from translora_ray.config import EXAMPLES_FOR_A_ROW, Adapter, Gate, Recipe, Selection, Synthesis, Training
-from translora_ray.engines.base import AdapterRef, Engine
+from translora_ray.config import EXAMPLES_FOR_A_ROW, Adapter, EngineKind, Gate, Recipe, Selection, Synthesis, Training
+from translora_ray.engines.base import AdapterRef
 from translora_ray.engines.select import choose_engine, open_engine
 from translora_ray.kit import Kit, load
 from translora_ray.progress import Display, Phase
 from translora_ray.records import Candidate, Pack, TaskRow, read_rows, request_pack
+from translora_ray.stream.actor import STAGES, Stage
 from translora_ray.stream.choose import choose
-from translora_ray.stream.dedup import SeedFilter, Seen
-from translora_ray.stream.discriminate import Discriminator
+from translora_ray.stream.dedup import COPIES, Seen
 from translora_ray.stream.plan import Plan
-from translora_ray.stream.synthesize import Synthesizer
-from translora_ray.stream.teach import Teacher
 from translora_ray.training.task import task_pairs, train_adapter
 
 WORK = results.ROOT / "runs" / "selection"
@@ -75,7 +74,7 @@ def main() -> None:
     print("\n".join([head, *lines]))
 
 
-def compared(kit: Kit, here: Path, way: tuple[dict[str, Any], dict[str, Any]], asked: list[TaskRow], engine: Any) -> list[str]:
+def compared(kit: Kit, here: Path, way: tuple[dict[str, Any], dict[str, Any]], asked: list[TaskRow], engine: EngineKind) -> list[str]:
     """Cells of the table for one way, whose files lie in `here`."""
     here.mkdir(exist_ok=True)
     if not (here / "written.json").exists():
@@ -94,36 +93,30 @@ def compared(kit: Kit, here: Path, way: tuple[dict[str, Any], dict[str, Any]], a
     return [*map(str, counts), results.interval(*accuracy)]
 
 
-def written(kit: Kit, synthesis: dict[str, Any], selection: dict[str, Any], kind: Any) -> dict[str, Any]:
-    """The examples of one way, as a stream finds them, but for its order of packs, and counts of all candidates and of those that copy a seed."""
+def written(kit: Kit, synthesis: dict[str, Any], selection: dict[str, Any], kind: EngineKind) -> dict[str, Any]:
+    """The examples of one way, by the stream's own stages, and counts of all candidates and of those that copy a seed."""
     recipe = Recipe(gate=Gate(held_out=0), synthesis=Synthesis.model_validate(synthesis), selection=Selection.model_validate(selection))
     plan = Plan(kit, TARGET, recipe.decided(kit.task.classes, kit.rows, kit.discriminator), Cluster(), kind, 1.0, 0.0)
-    engine = open_engine(kind, SOURCE, [kit.adapter, kit.discriminator_adapter])
-    (generator,) = recipe.synthesis.generator
-    engines = {SOURCE: engine} | ({TARGET: open_engine(kind, TARGET, [])} if generator == "target" else {})
-    writer = Synthesizer(engines[TARGET if generator == "target" else SOURCE], plan.synthesis(generator), kit.seeds, kit.task.classes)
+    pools = [(pool, open_engine(pool.engine, pool.base, plan.adapters(pool))) for pool in plan.pools()]
+    stages = [stage for pool, engine in pools for role in pool.roles for stage in STAGES[role](plan, pool, engine)]
     with Display() as display:
-        accepted, counts = accept(plan, writer, engine, display.phase("examples"))
-    for each in engines.values():
-        each.close()
+        accepted, counts = accept(plan, stages, display.phase("examples"))
+    for _, engine in pools:
+        engine.close()
     return {"examples": [(candidate.input, candidate.target) for candidate in choose(plan, accepted)[0]], **counts}
 
 
-def accept(plan: Plan, writer: Synthesizer, engine: Engine, phase: Phase) -> tuple[list[Candidate], dict[str, int]]:
+def accept(plan: Plan, stages: Sequence[Stage], phase: Phase) -> tuple[list[Candidate], dict[str, int]]:
     """(accepted candidates, counts)."""
-    kit, selection, size = plan.kit, plan.selection, plan.recipe.synthesis.pack_size
-    copies = SeedFilter(kit.seed_inputs, selection.near_duplicate, selection.seed_overlap)
-    judge = Discriminator(engine, kit.task.name, kit.discriminator_adapter, plan.threshold)
-    teacher = Teacher(engine, kit.task, kit.adapter, selection=selection, by_excess=plan.by_excess)
-    seen, accepted, counts = Seen(selection.near_duplicate), list[Candidate](), Counter[str]()
+    size = plan.recipe.synthesis.pack_size
+    seen, accepted, counts = Seen(plan.selection.near_duplicate), list[Candidate](), Counter[str]()
     while len(accepted) < plan.wanted and counts["candidates"] < MOST:
         first = counts["candidates"] // size
         pack = Pack(0, [candidate for number in range(first, first + AT_ONCE) for candidate in request_pack(0, number, size).candidates])
-        copies.process(writer.process(pack))
-        counts.update(candidates=len(pack.candidates), copies=sum("seed" in (candidate.reason or "") for candidate in pack.candidates))
-        if plan.judges:
-            judge.process(pack)
-        for candidate in teacher.process(pack).open():
+        for stage in stages:
+            pack = stage.process(pack)
+        counts.update(candidates=len(pack.candidates), copies=sum(candidate.reason in COPIES for candidate in pack.candidates))
+        for candidate in pack.open():
             if not seen.repeats(candidate.input):
                 seen.add(candidate.input)
                 accepted.append(candidate)

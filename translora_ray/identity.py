@@ -36,14 +36,15 @@ def as_begun(recipe: Recipe, store: RunStore, loaded: Kit) -> Recipe:
     """The recipe; where it and an older run both leave something of the selection open, with what that was then."""
     if not store.exists(IDENTITY):
         return recipe
-    stored = store.read_json(IDENTITY)["recipe"]["selection"]
-    then = {key: value for key, value in _then(loaded).items() if stored[key] == getattr(recipe.selection, key) == Selection.model_fields[key].default}
-    return recipe.model_copy(update={"selection": recipe.selection.model_copy(update=then)})
+    then = _left_open(store.read_json(IDENTITY)["recipe"]["selection"], loaded)
+    both = {key: then[key] for key in then.keys() & _left_open(recipe.selection.model_dump(), loaded).keys()}
+    return recipe.model_copy(update={"selection": recipe.selection.model_copy(update=both)})
 
 
-def _then(loaded: Kit) -> dict[str, Any]:
-    """What older runs did where they left the selection's quota and method open."""
-    return {"quota": loaded.rows, "method": "excess" if loaded.discriminator is None else "discriminator"}
+def _left_open(selection: dict[str, Any], loaded: Kit) -> dict[str, Any]:
+    """What older runs did where the selection's quota or method is left open."""
+    then = {"quota": loaded.rows, "method": "excess" if loaded.discriminator is None else "discriminator"}
+    return {key: value for key, value in then.items() if selection[key] == Selection.model_fields[key].default}
 
 
 def _as_today(stored: dict[str, Any], loaded: Kit) -> dict[str, Any]:
@@ -52,9 +53,8 @@ def _as_today(stored: dict[str, Any], loaded: Kit) -> dict[str, Any]:
     recipe = {**stored["recipe"], "gate": {**Gate().model_dump(), **stored["recipe"]["gate"]}}
     if recipe["synthesis"].get("by_label", False) is None:
         recipe["synthesis"] = {**recipe["synthesis"], "by_label": bool(loaded.task.classes)}
-    found = recipe["selection"]
-    left_open = {key: value for key, value in _then(loaded).items() if found[key] == Selection.model_fields[key].default}
-    return {**stored, "recipe": {**recipe, "selection": {**found, **left_open}}}
+    recipe["selection"] = {**recipe["selection"], **_left_open(recipe["selection"], loaded)}
+    return {**stored, "recipe": recipe}
 
 
 def _fixed(identity: dict[str, Any], trained: bool) -> dict[str, Any]:

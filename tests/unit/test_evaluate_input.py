@@ -69,7 +69,8 @@ def test_an_arm_without_rows_is_refused_before_it_is_trained(loaded: kit.Kit, en
     store.write_shard(0, 0, candidates, {"attempt": "a", "loads": [], "tokens": {}, "seconds": {}})
     recipe = Recipe(selection=Selection(quota=4), gate=Gate(held_out=0))
     with Display() as display:
-        arms = Arms(loaded, {"target_base": tiny_gemma, "source_base": loaded.base, "counts": {"quota": 4}}, recipe, store, tmp_path, display)
+        manifest = {"target_base": tiny_gemma, "source_base": loaded.base, "counts": {"quota": 4}, "selection": "discriminator"}
+        arms = Arms(loaded, manifest, recipe, store, tmp_path, display)
         arms.check([arm])
         with pytest.raises(UsageError, match=f"--arms {arm}: no candidate of the run is left to train on; leave this arm out"):
             arms.sets([arm], engine)
@@ -133,7 +134,7 @@ def test_an_ia3_teacher_takes_turns_with_the_discriminators_lora(
     store.write_shard(0, 0, written, {"attempt": "a", "loads": [], "tokens": {}, "seconds": {}})
     recipe = Recipe(selection=Selection(quota=20), gate=Gate(held_out=0)).model_dump()
     facts = {"target_base": tiny_gemma, "source_base": tiny_llama, "recipe": recipe, "adapter_digest": adapters.digest(tmp_path / "run" / "adapter")}
-    store.write_json("manifest.json", {**facts, "training": {"learning_rate": 1e-3, "adapter": lora().model_dump()}})
+    store.write_json("manifest.json", {**facts, "selection": "importance", "training": {"learning_rate": 1e-3, "adapter": lora().model_dump()}})
     (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in task_rows(90)[60:]))
     monkeypatch.setattr(kit, "behind", lambda manifest, run: replace(loaded, adapter=AdapterRef("teacher", str(tmp_path / "ia3"))))
     monkeypatch.setattr(page, "write", lambda *_: None)

@@ -58,7 +58,7 @@ class Arms:
 
     def check(self, names: Sequence[str]) -> None:
         """Raise `UsageError` for an arm that can not be made."""
-        own = self._plan(self._method)
+        own = self._plan(self.manifest["selection"])
         for name in names:
             if name not in EXTRA:
                 raise UsageError(f"--arms {name}: there is no such arm; there are {', '.join(EXTRA)}.")
@@ -100,12 +100,6 @@ class Arms:
             found[name] = AdapterRef(out.name, str(out))
         return found
 
-    @property
-    def _method(self) -> Method:
-        """How the run's own examples were selected; the recipe of an older one may leave it to a default of then."""
-        found: Method = self.manifest.get("selection", self.recipe.selection.method)
-        return found
-
     @cached_property
     def candidates(self) -> list[Candidate]:
         """All of the run."""
@@ -113,8 +107,8 @@ class Arms:
 
     @cached_property
     def trained_on(self) -> list[TaskRow]:
-        """What the run's own adapter learnt from."""
-        return _rows(choose(self._plan(self._method), self.candidates)[0])
+        """What the run's own adapter learnt from: by the manifest, as the recipe of an older run may leave the method to a default of then."""
+        return _rows(choose(self._plan(self.manifest["selection"]), self.candidates)[0])
 
     @cached_property
     def _most(self) -> int:

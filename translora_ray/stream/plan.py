@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 from translora_ray.cluster import Cluster
 from translora_ray.config import BY_EXCESS, CHOOSING, CUTTING, JUDGING, EngineKind, GeneratorKind, Method, Recipe, Selection, Synthesis
@@ -59,9 +60,9 @@ class Plan:
         """Whether the teacher must answer with the label that a candidate was written for."""
         return bool(self.selection.as_asked)
 
-    @property
+    @cached_property
     def selection(self) -> Selection:
-        """Which candidates become examples, and which of the teacher's answers are trusted, everything decided."""
+        """Which candidates become examples, and which of the teacher's answers are trusted, everything decided: once, as it is asked for each candidate."""
         return self.recipe.selects(self.kit.task.classes, self.kit.discriminator)
 
     @property
