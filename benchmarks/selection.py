@@ -46,7 +46,11 @@ BY_LABEL: Ways = {
     "two seeds shown, not five": ({"shots": 2}, {}),
     "the target base writes": ({"generator": "target"}, {}),
 }
-OPEN: Ways = {"default: importance, of twice as many": ({}, {}), "as they come": ({}, {"method": "none"})}
+OPEN: Ways = {
+    "default: importance, of twice as many": ({}, {}),
+    "as they come": ({}, {"method": "none"}),
+    "excess, of twice as many": ({}, {"method": "excess"}),
+}
 TASKS = {"intents/clinc_utility": BY_LABEL, "intents/snips_intents": BY_LABEL, "slots/snips_GetWeather": OPEN}
 AT_ONCE = 4
 """Packs that an engine gets together."""
