@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -57,14 +58,22 @@ def drive(path: Path, adapter: str) -> None:
     from translora_ray.fleet import driver, state
     from translora_ray.fleet.manifest import load_fleet
     from translora_ray.progress import Display
+    from translora_ray.storage import RunStore
+    from translora_ray.training.checkpoints import METRICS, Checkpoints
     from translora_ray.training.trainer import FACTS, Result
 
     ray.init(address=os.environ["RAY_ADDRESS"], runtime_env={"worker_process_setup_hook": "scripted.install"}, log_to_driver=False, logging_level="error")
     facts = {**dict.fromkeys(FACTS, 0), "rows": 8, "loss": 0.1, "epoch_losses": [0.1], "held_out_losses": [], "loss_curve": [], "started_at_steps": [0]}
 
+    trained = Checkpoints(RunStore(tempfile.mkdtemp()), "scripted")
+    with tempfile.TemporaryDirectory() as scratch:
+        made = Path(shutil.copytree(adapter, Path(scratch) / "checkpoint"))
+        (made / METRICS).write_text(json.dumps(facts))
+        trained.add(made)
+
     def fit(_job: Any, _name: str, _store: Any, run: Any) -> Result:
         run(scripted.train)
-        return Result(None, facts, lambda folder: adapter)
+        return Result(None, trained)
 
     workflow.fit_alone = fit  # type: ignore[attr-defined,assignment]
     began = time.monotonic()

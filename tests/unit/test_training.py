@@ -20,6 +20,7 @@ from translora_ray.prompts import Prompt
 from translora_ray.records import Candidate, Step, TaskRow
 from translora_ray.storage import RunStore
 from translora_ray.training import loop, trainer
+from translora_ray.training.checkpoints import Checkpoints
 from translora_ray.training.task import encode, start, train_adapter
 
 PAIRS = [(Prompt(f"Q: {word}\nA:"), answer) for word, answer in (("red", "a"), ("blue", "b"), ("green", "c"), ("grey one", "a"), ("pink", "b"))] * 3
@@ -249,7 +250,7 @@ def test_a_run_that_is_stopped_in_its_second_rate_does_not_commit_the_first(tmp_
     job = trainer.Job(Task(name="t", prompt="{input}", train="-"), "target", lora(), settings, 0, Cluster(), stopped, frozenset())
 
     def fit(_trial: trainer.Job, name: str) -> trainer.Result:
-        return trainer.Result("ended" if name == "target1" else None, {"held_out_losses": [1.0]}, lambda folder: tmp_path)
+        return trainer.Result("ended" if name == "target1" else None, Checkpoints(store, name))
 
     with pytest.raises(StreamEnded, match="somebody asked for it"):
         trainer.train_target(job, store, fit)

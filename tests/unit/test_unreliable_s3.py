@@ -18,8 +18,7 @@ from translora_ray.registry import Registry
 from translora_ray.storage import ADAPTER, IDENTITY, MANIFEST, TRAIN, RunStore
 from translora_ray.stream.collect import Collector
 from translora_ray.stream.plan import Plan
-from translora_ray.training.alone import AlonePost
-from translora_ray.training.trainer import METRICS
+from translora_ray.training.checkpoints import METRICS, Checkpoints
 
 OWN = ("created", "time", "run")
 """What differs from place to place: times, and where a release was published from."""
@@ -34,14 +33,14 @@ def move(plan: Plan, place: str, folder: Path) -> None:
     assert Collector(plan, store).full
     source = Path(save_run(folder / "run"))
     for number in range(3):
-        post = AlonePost(store, "target0")
-        with post.checkpoint() as last:
+        checkpoints = Checkpoints(store, "target0")
+        with checkpoints.last() as last:
             assert (last is not None) == (number > 0)
         made = Path(shutil.copytree(source / ADAPTER, folder / f"checkpoint{number}"))
         (made / METRICS).write_text(json.dumps({"epoch": number}))
-        post.report({"epoch": number}, made)
-    fetched = AlonePost(store, "target0").fetch(folder / "fetched")
-    assert json.loads((fetched / METRICS).read_text()) == {"epoch": 2}
+        checkpoints.add(made)
+    assert checkpoints.metrics() == {"epoch": 2}
+    fetched = Checkpoints(store, "target0").fetch(folder / "fetched")
     (fetched / METRICS).unlink()
     store.write_folder(ADAPTER, fetched, marker=adapters.CONFIG)
     store.write_json(MANIFEST, json.loads((source / MANIFEST).read_text()))

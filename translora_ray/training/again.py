@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 
 from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError
 from ray.train.v2.api.exceptions import TrainingFailedError
 
-from translora_ray.errors import RunFailed, UsageError
+from translora_ray.errors import RunFailed, first_line
 from translora_ray.placement import DEATHS
-from translora_ray.storage import TRAIN, RunStore
-from translora_ray.training import alone
+from translora_ray.storage import RunStore
+from translora_ray.training.checkpoints import Checkpoints
 from translora_ray.training.loop import fewer
-from translora_ray.training.trainer import METRICS, Fit, Job, Result
+from translora_ray.training.trainer import Fit, Job, Result
+
+NO_WORKER = (*DEATHS, WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError)
 
 
 def as_long_as_it_moves(fit: Fit, job: Job, name: str, store: RunStore, is_to_end: Callable[[], object]) -> Result:
@@ -31,27 +32,26 @@ def as_long_as_it_moves(fit: Fit, job: Job, name: str, store: RunStore, is_to_en
             if (reached := _trained(store, name)) <= before:
                 raise RunFailed(
                     f"Training workers died one after the other, and training came no further. Where memory ran out, {_less_memory(job)}; where machines were "
-                    "lost, give the same command again, with a lower cluster.checkpoint_seconds."
+                    f"lost, give the same command again, with a lower cluster.checkpoint_seconds. What was seen last: {first_line(_cause(failure))}"
                 ) from failure
             before = reached
 
 
 def _trained(store: RunStore, name: str) -> int:
-    """Most tokens that a checkpoint stands for, of Ray Train or of a single worker in a place that stays."""
-    found = [0]
-    for folder in (f"{TRAIN}/{name}", alone.folder(name)):
-        for checkpoint in store.names(folder):
-            if store.exists(place := f"{folder}/{checkpoint}/{METRICS}"):
-                with contextlib.suppress(UsageError):  # cut off in the middle
-                    found.append(store.read_json(place)["tokens"])
-    return max(found)
+    """Tokens that the last checkpoint stands for."""
+    return int(Checkpoints(store, name).metrics().get("tokens", 0))
 
 
 def _died(failure: Exception) -> bool:
-    """Whether a worker's process ended, or none came; another worker's error may only say that it heard no more of it."""
+    """Whether a worker's process ended, or none came."""
+    return isinstance(_cause(failure), NO_WORKER)
+
+
+def _cause(failure: Exception) -> Exception:
+    """The death among what Ray Train gathered, where there is one: another worker's error may only say that it heard no more of it."""
     found = [failure, getattr(failure, "controller_failure", None), *getattr(failure, "worker_failures", {}).values()]
-    deaths = (*DEATHS, WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError)
-    return any(isinstance(getattr(each, "health_check_failure", each), deaths) for each in found)
+    causes = [getattr(each, "health_check_failure", each) for each in found]
+    return next((cause for cause in causes if isinstance(cause, NO_WORKER)), failure)
 
 
 def _less_memory(job: Job) -> str:

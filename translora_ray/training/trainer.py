@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
@@ -17,7 +16,7 @@ import ray
 import ray.train
 import ray.train.torch
 import torch
-from ray.train import Checkpoint, CheckpointConfig, DataConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from translora_ray import adapters, adapting
@@ -27,10 +26,10 @@ from translora_ray.errors import Diverged, RunFailed, StreamEnded
 from translora_ray.records import TaskRow
 from translora_ray.storage import ADAPTER, SHARDS, TRAIN, RunStore
 from translora_ray.training import task as task_training
+from translora_ray.training.checkpoints import METRICS, Checkpoints
 from translora_ray.training.loop import OTHER_ORDER, Loop, add_point
 
 STATE = "state.pt"
-METRICS = "metrics.json"
 MAX_FAILURES = 3
 POLL_SECONDS = 1.0
 FACTS = (
@@ -71,11 +70,15 @@ class Job:
 
 @dataclass(frozen=True)
 class Result:
-    """What a run of training came to. `failure` says why it was in vain, if it was; `checkpoint` gives the last one as a directory, in the one it is given."""
+    """What a run of training came to. `failure` says why it was in vain, if it was."""
 
     failure: str | None
-    metrics: dict[str, Any]
-    checkpoint: Callable[[str], str | Path]
+    checkpoints: Checkpoints
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """Those of the last checkpoint."""
+        return self.checkpoints.metrics()
 
 
 Fit = Callable[[Job, str], Result]
@@ -91,9 +94,7 @@ class Post(Protocol):
 
     def rows(self) -> Iterator[dict[str, Any]]: ...
 
-    def checkpoint(self) -> contextlib.AbstractContextManager[str | Path | None]: ...
-
-    def report(self, metrics: dict[str, Any], folder: Path | None) -> None: ...
+    def report(self, metrics: dict[str, Any]) -> None: ...
 
 
 def train_target(job: Job, store: RunStore, fit: Fit) -> dict[str, Any]:
@@ -114,7 +115,7 @@ def train_target(job: Job, store: RunStore, fit: Fit) -> dict[str, Any]:
     best = min(sound, key=lambda result: min(result.metrics["held_out_losses"], default=0.0))
     with tempfile.TemporaryDirectory() as scratch:
         adapter = Path(scratch) / ADAPTER
-        shutil.copytree(best.checkpoint(f"{scratch}/checkpoint"), adapter, ignore=shutil.ignore_patterns(STATE, METRICS))
+        shutil.copytree(best.checkpoints.fetch(Path(scratch) / "checkpoint"), adapter, ignore=shutil.ignore_patterns(STATE, METRICS))
         store.write_folder(ADAPTER, adapter, marker=adapters.CONFIG)
     facts = {key: best.metrics[key] for key in FACTS}
     if len(results) > 1:
@@ -137,7 +138,7 @@ def fit_on_ray_train(job: Job, name: str, store: RunStore, cpus: float, gpus: fl
     least, most = cluster.workers
     trainer = TorchTrainer(
         _on_ray_train,
-        train_loop_config={"job": job},
+        train_loop_config={"job": job, "checkpoints": (checkpoints := Checkpoints(store, name))},
         scaling_config=ScalingConfig(
             num_workers=least if least == most else (least, most),
             use_gpu=gpus > 0,
@@ -150,18 +151,10 @@ def fit_on_ray_train(job: Job, name: str, store: RunStore, cpus: float, gpus: fl
             name=name,
             storage_path=store.path(TRAIN),
             storage_filesystem=store.fs,
-            checkpoint_config=CheckpointConfig(num_to_keep=1),
             failure_config=FailureConfig(max_failures=MAX_FAILURES, controller_failure_limit=MAX_FAILURES),
         ),
     )
-    result = trainer.fit()
-    if not result.return_value and (result.checkpoint is None or result.metrics is None):
-        raise RunFailed("Training ended without a checkpoint: look at Ray's logs, then run the same command again.")
-
-    def last(folder: str) -> Any:
-        return result.checkpoint.to_directory(folder)
-
-    return Result(result.return_value, result.metrics or {}, last)
+    return Result(trainer.fit().return_value, checkpoints)
 
 
 class TrainPost:
@@ -176,16 +169,8 @@ class TrainPost:
         for batch in ray.train.get_dataset_shard("train").iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
             yield from batch.to_pylist()
 
-    @contextlib.contextmanager
-    def checkpoint(self) -> Iterator[str | Path | None]:
-        if (last := ray.train.get_checkpoint()) is None:
-            yield None
-        else:
-            with last.as_directory() as folder:
-                yield folder
-
-    def report(self, metrics: dict[str, Any], folder: Path | None) -> None:
-        ray.train.report(metrics, checkpoint=Checkpoint.from_directory(folder) if folder else None)
+    def report(self, metrics: dict[str, Any]) -> None:
+        ray.train.report(metrics)
 
 
 def _rows(post: Post, wanted: frozenset[int]) -> list[TaskRow]:
@@ -232,35 +217,35 @@ class Arriving(Sequence[task_training.Pair]):
 
 
 def _on_ray_train(config: dict[str, Any]) -> str | None:
-    return work(config["job"], TrainPost())
+    return work(config["job"], TrainPost(), config["checkpoints"])
 
 
-def work(job: Job, post: Post) -> str | None:
+def work(job: Job, post: Post, checkpoints: Checkpoints) -> str | None:
     """One worker's life: load, catch up with the last checkpoint, train what is left. Returns why that would be in vain, if it would."""
     pairs = Arriving(job) if isinstance(job.rows, tuple) else task_training.task_pairs(job.task, _rows(post, job.rows))
     memory = (job.cluster.rows_at_once, job.cluster.recompute, job.cluster.spread_base)
     place = (post.rank, post.world, post.device)
     loop = task_training.start(job.target, pairs, job.adapter, job.training, job.seed, *place, *memory, coming=bool(job.arriving))
     history: dict[str, Any] = {"losses": [], "epoch_losses": [], "seconds": 0.0, "started_at_steps": [], "loss_curve": []}
-    with post.checkpoint() as folder:
+    with checkpoints.last() as folder:
         if folder:
             adapting.load_weights(loop.model, folder)
-            state = torch.load(Path(folder) / STATE, map_location="cpu", weights_only=True)
+            state = torch.load(folder / STATE, map_location="cpu", weights_only=True)
             if failure := loop.load_state_dict(state["loop"]):
                 return failure
             history |= state["history"]
     history["started_at_steps"].append(loop.step)
     try:
         while not loop.done:
-            _epoch(loop, job, history, post)
+            _epoch(loop, job, history, post, checkpoints)
     except (Diverged, StreamEnded) as failure:  # on all workers at once, and after every restart: not raised, so that Ray does not try again
         return str(failure)
     loop.use_best()
-    _report(loop, job, history, post)
+    _report(loop, job, history, post, checkpoints)
     return None
 
 
-def _epoch(loop: Loop, job: Job, history: dict[str, Any], post: Post) -> None:
+def _epoch(loop: Loop, job: Job, history: dict[str, Any], post: Post, checkpoints: Checkpoints) -> None:
     """What is left of an epoch, with a checkpoint whenever one is due, or the training is to end."""
     reported = began = time.monotonic()
     asked = job.steps.why_ended.remote()
@@ -274,7 +259,7 @@ def _epoch(loop: Loop, job: Job, history: dict[str, Any], post: Post) -> None:
                 reason, asked = ray.get(asked), job.steps.why_ended.remote()
         if loop.any_worker(bool(reason) or (post.rank == 0 and time.monotonic() - reported >= job.cluster.checkpoint_seconds)):
             history["seconds"], began = history["seconds"] + time.monotonic() - began, time.monotonic()
-            _report(loop, job, history, post)
+            _report(loop, job, history, post, checkpoints)
             reported = time.monotonic()
             if loop.any_worker(bool(reason)):
                 raise StreamEnded(reason or "")
@@ -282,19 +267,18 @@ def _epoch(loop: Loop, job: Job, history: dict[str, Any], post: Post) -> None:
     history["epoch_losses"].append(sum(history["losses"]) / len(history["losses"]))
     history["losses"] = []
     if not loop.done:
-        _report(loop, job, history, post)
+        _report(loop, job, history, post, checkpoints)
 
 
-def _report(loop: Loop, job: Job, history: dict[str, Any], post: Post) -> None:
+def _report(loop: Loop, job: Job, history: dict[str, Any], post: Post, checkpoints: Checkpoints) -> None:
     """Commit a checkpoint; all workers must come here."""
     metrics = {"loss": history["epoch_losses"][-1] if history["epoch_losses"] else None, "rows": len(loop.rows), "tokens": loop.tokens}
     chosen = {"learning_rate": job.training.learning_rate, "best_epoch": loop.best_epoch, "held_out_losses": loop.held_out_losses}
     metrics |= {"rows_at_once": loop.at_once, **chosen, **history}
-    if post.rank > 0:
-        post.report(metrics, None)
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        adapting.save(loop.model, folder, job.target)
-        torch.save({"loop": loop.state_dict(), "history": history}, Path(folder) / STATE)
-        (Path(folder) / METRICS).write_text(json.dumps(metrics))
-        post.report(metrics, Path(folder))
+    if post.rank == 0:
+        with tempfile.TemporaryDirectory() as folder:
+            adapting.save(loop.model, folder, job.target)
+            torch.save({"loop": loop.state_dict(), "history": history}, Path(folder) / STATE)
+            (Path(folder) / METRICS).write_text(json.dumps(metrics))
+            checkpoints.add(Path(folder))
+    post.report(metrics)
