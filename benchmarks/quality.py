@@ -55,7 +55,7 @@ TASKS: dict[str, dict[str, Any]] = {
     },
 }
 QUICK = list(TASKS)[:3]
-WAYS: dict[str, dict[str, dict[str, Any]]] = {"paper": {"selection": {"method": "discriminator"}}, "default": {}, "alone": {"selection": {"method": "excess"}}}
+WAYS: dict[str, dict[str, dict[str, Any]]] = {"paper": {"selection": {"method": "discriminator"}}, "default": {}, "alone": {"selection": {"method": "none"}}}
 """A recipe's sections that turn the default into each transfer's way. The paper's has as many examples as rows, and a kit of its own, whose task is `open`: a
 list of seeds goes on, the discriminator has learnt from such lists, and any answer of the teacher counts. `alone` is a kit without a discriminator; where the
 default asks none, it is the default."""

@@ -227,10 +227,10 @@ class Selection(Section):
     method: Method = "auto"
     """`discriminator`: verdicts above `threshold` (paper). `importance`: examples are drawn by the discriminator's calibrated odds, so that they are spread as
     the real prompts are. `excess`: those on which the adapter says most beyond its base, log p(source + adapter) - log p(source) of the answer per token
-    (TiTok, arXiv 2510.04682); it needs no discriminator. `both`: excess among verdicts above the threshold. `none`: all. `auto`: none where each
-    answer is checked against the label asked for (`as_asked`), which tells as much as a verdict (`make bench-selection`) and leaves several times as many
-    candidates; else importance, or excess where the kit has no discriminator. The cut, which may leave 3 % of the candidates, is for `overlap`, and for kits
-    that were made before discriminators were calibrated."""
+    (TiTok, arXiv 2510.04682); it needs no discriminator. `both`: excess among verdicts above the threshold. `none`: all. `auto`: importance, but none where
+    each answer is checked against the label asked for (`as_asked`), which tells as much as a verdict and leaves several times as many candidates, and where the
+    kit has no discriminator: excess takes examples of few labels, or with short answers, and makes worse adapters than none on three tasks of three (`make
+    bench-selection`). The cut, which may leave 3 % of the candidates, is for `overlap`, and for kits that were made before discriminators were calibrated."""
     quota: int | None = Field(None, ge=1)
     """Examples to train on. None: `EXAMPLES_FOR_A_ROW` for each row that the kit was made from; the paper takes one."""
     threshold: float = 0.0
@@ -307,7 +307,7 @@ class Recipe(Section):
         """`selection` with `as_asked` and `auto` decided, for a task with such labels and a kit with such a discriminator."""
         as_asked = self.synthesis.asks_all(classes) if self.selection.as_asked is None else self.selection.as_asked
         cuts = self.overlap or "calibration" not in (discriminator or {})
-        auto: Method = "none" if as_asked else "excess" if discriminator is None else "discriminator" if cuts else "importance"
+        auto: Method = "none" if as_asked or discriminator is None else "discriminator" if cuts else "importance"
         return self.selection.model_copy(update={"as_asked": as_asked, "method": auto if self.selection.method == "auto" else self.selection.method})
 
     def decided(self, classes: Sequence[str], rows: int, discriminator: dict[str, Any] | None) -> Recipe:

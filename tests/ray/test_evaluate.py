@@ -71,7 +71,7 @@ def test_arms_that_are_asked_for_are_trained_and_a_bad_result_exits_with_1(calm:
     assert "--arms copy:" in capsys.readouterr().err
 
 
-def test_without_a_discriminator_the_best_by_excess_are_trained_on_and_the_gate_decides(
+def test_without_a_discriminator_all_are_trained_on_and_the_gate_decides(
     tiny_llama: str, tiny_gemma: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     made = ["prepare", str(write_task(tmp_path)), "--base", tiny_llama, "--out", str(tmp_path / "kit"), "--no-discriminator", "--engine", "transformers"]
@@ -81,15 +81,14 @@ def test_without_a_discriminator_the_best_by_excess_are_trained_on_and_the_gate_
     code = main(command)
     manifest = json.loads((run / "manifest.json").read_text())
     verdict = manifest["gate"]
-    assert (manifest["selection"], manifest["training"]["rows"]) == ("excess", 20)
-    assert [manifest["counts"][name] for name in ("quota", "trained", "held_out", "left", "accepted")] == [20, 20, 2, 22, 44]
+    assert (manifest["selection"], manifest["training"]["rows"]) == ("none", 20)
+    assert [manifest["counts"][name] for name in ("quota", "trained", "held_out", "left", "accepted")] == [20, 20, 2, 0, 22]
     assert code == int(verdict["verdict"] == "refuse")
     assert f"verdict without real rows: {verdict['verdict']}" in capsys.readouterr().out
     assert f"<h2>Verdict: {verdict['verdict']}</h2><p>Without real rows" in (run / "report.html").read_text()
     (run / "report.html").unlink()
     by_name = {check["name"]: check["value"] for check in verdict["checks"]}
-    chosen = sorted((row for row in rows(run) if row.accepted), key=lambda row: row.excess or 0.0)[-22:]
-    held_out = sorted(chosen, key=lambda row: row.index)[-2:]
+    held_out = [row for row in rows(run) if row.accepted][-2:]
     given = answers(tiny_gemma, run / "adapter", [row.input for row in held_out])
     assert by_name["agreement with the teacher"] == pytest.approx(sum(a == row.target for a, row in zip(given, held_out, strict=True)) / 2, abs=0.5)
     assert main(command) == code  # a finished run says it again

@@ -88,6 +88,7 @@ def test_killed_in_the_stream_and_in_training_the_rows_and_the_adapter_are_the_s
     assert 0 < sum(row.accepted for row in committed) < 40
     kill_when(command, lambda: has_checkpoint(run), tmp_path / "training.log")
     assert not (run / "adapter").exists()
+    assert not list((run / "train").rglob("*snapshot*")), "Ray Train keeps no list of checkpoints, which a kill could cut off"
     assert main(command) == 0
     assert rows(run)[: len(committed)] == committed
     assert rows(run) == rows(calm)

@@ -122,7 +122,7 @@ def test_a_kit_that_lacks_what_the_recipe_asks_is_refused(loaded: kit.Kit, selec
         planned(replace(loaded, **without), **selection).check()
 
 
-def test_labels_that_are_checked_select_else_the_discriminator_or_excess(loaded: kit.Kit) -> None:
+def test_labels_that_are_checked_select_else_the_discriminator(loaded: kit.Kit) -> None:
     labelled = replace(loaded, task=loaded.task.model_copy(update={"labels": list("abcdef")}))
     assert [planned(labelled, **asked).method for asked in ({}, {"as_asked": False}, {"method": "discriminator"})] == ["none", "importance", "discriminator"]
     assert planned(replace(labelled, discriminator=None)).method == "none"
@@ -130,7 +130,7 @@ def test_labels_that_are_checked_select_else_the_discriminator_or_excess(loaded:
     assert planned(replace(loaded, discriminator={})).method == "discriminator", "it was made before they were calibrated"
     assert Recipe(overlap=True).selects([], loaded.discriminator).method == "discriminator"
     alone = planned(replace(loaded, discriminator=None))
-    assert (alone.method, alone.by_excess, alone.judges) == ("excess", True, False)
+    assert (alone.method, alone.chooses, alone.judges) == ("none", False, False)
     assert [pool.roles for pool in alone.pools()] == [("generator", "teacher")]
     unjudged = planned(loaded, method="none")
     assert [pool.roles for pool in unjudged.pools()] == [("generator", "teacher")]

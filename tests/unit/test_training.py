@@ -20,7 +20,7 @@ from translora_ray.prompts import Prompt
 from translora_ray.records import Candidate, Step, TaskRow
 from translora_ray.storage import RunStore
 from translora_ray.training import loop, trainer
-from translora_ray.training.checkpoints import Checkpoints
+from translora_ray.training.checkpoints import METRICS, Checkpoints
 from translora_ray.training.task import encode, start, train_adapter
 
 PAIRS = [(Prompt(f"Q: {word}\nA:"), answer) for word, answer in (("red", "a"), ("blue", "b"), ("green", "c"), ("grey one", "a"), ("pink", "b"))] * 3
@@ -241,6 +241,22 @@ def test_a_rate_that_diverges_leaves_the_others_and_all_that_do_are_an_error(tin
     with pytest.raises(Diverged):
         train_adapter(tiny_llama, PAIRS, lora(), rates.model_copy(update={"learning_rates": [1e30, 1e31]}), 0, tmp_path / "none", lambda step: None)
     assert not (tmp_path / "none").exists()
+
+
+def test_a_checkpoint_that_one_worker_sees_and_another_does_not(tmp_path: Path) -> None:
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made" / METRICS).write_text("{}")
+    ours, theirs = (Checkpoints(RunStore(str(tmp_path / place)), "target0") for place in ("ours", "theirs"))
+    ours.add(tmp_path / "made")
+    ours.add(tmp_path / "made")
+    assert (ours.last(), theirs.last()) == ("000001", None)
+    with ours.open("000001") as folder, theirs.open(None) as none:
+        assert folder and none is None
+    with (
+        pytest.raises(RunFailed, match=r"does not see .*theirs/train/target0/checkpoints/000001, .*: give --out a place that all nodes share"),
+        theirs.open("000001"),
+    ):
+        pass
 
 
 def test_a_run_that_is_stopped_in_its_second_rate_does_not_commit_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

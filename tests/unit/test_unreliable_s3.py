@@ -34,13 +34,15 @@ def move(plan: Plan, place: str, folder: Path) -> None:
     source = Path(save_run(folder / "run"))
     for number in range(3):
         checkpoints = Checkpoints(store, "target0")
-        with checkpoints.last() as last:
+        with checkpoints.open(checkpoints.last()) as last:
             assert (last is not None) == (number > 0)
         made = Path(shutil.copytree(source / ADAPTER, folder / f"checkpoint{number}"))
         (made / METRICS).write_text(json.dumps({"epoch": number}))
         checkpoints.add(made)
     assert checkpoints.metrics() == {"epoch": 2}
-    fetched = Checkpoints(store, "target0").fetch(folder / "fetched")
+    with checkpoints.open(checkpoints.last()) as last:
+        assert last
+        fetched = Path(shutil.copytree(last, folder / "fetched"))
     (fetched / METRICS).unlink()
     store.write_folder(ADAPTER, fetched, marker=adapters.CONFIG)
     store.write_json(MANIFEST, json.loads((source / MANIFEST).read_text()))

@@ -42,5 +42,5 @@ class AlonePost:
         for _, candidates, _ in self.store.shards():
             yield from map(asdict, candidates)
 
-    def report(self, metrics: dict[str, Any]) -> None:
-        pass
+    def agreed(self, value: str | None) -> str | None:
+        return value

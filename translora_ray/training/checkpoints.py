@@ -9,10 +9,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from translora_ray.errors import RunFailed
 from translora_ray.storage import TRAIN, RunStore
 
 METRICS = "metrics.json"
 """Of a checkpoint: what training has come to; its marker, which arrives last."""
+SHARED = "give --out a place that all nodes share."
+"""What to do where nodes see different things."""
 
 
 class Checkpoints:
@@ -29,20 +32,26 @@ class Checkpoints:
         for old in before:
             self.store.remove(f"{self.place}/{old}")
 
-    def fetch(self, scratch: Path) -> Path:
-        """The last one as a directory: itself on local disk, else a copy in `scratch`."""
-        return self.store.fetch_folder(f"{self.place}/{self._numbers()[-1]}", scratch)
+    def last(self) -> str | None:
+        """Number of the last one, None before there is one."""
+        numbers = self._numbers()
+        return numbers[-1] if numbers else None
 
     @contextlib.contextmanager
-    def last(self) -> Iterator[Path | None]:
-        """The last one as a directory, None before there is one."""
+    def open(self, number: str | None) -> Iterator[Path | None]:
+        """That one as a directory: itself on local disk, else a copy. Raises `RunFailed` where it is not there."""
+        if number is None:
+            yield None
+            return
+        if not self.store.exists(f"{self.place}/{number}/{METRICS}"):
+            raise RunFailed(f"A training worker does not see {self.store.path(self.place)}/{number}, which another one does: {SHARED}")
         with tempfile.TemporaryDirectory() as scratch:
-            yield self.fetch(Path(scratch) / "checkpoint") if self._numbers() else None
+            yield self.store.fetch_folder(f"{self.place}/{number}", Path(scratch) / "checkpoint")
 
     def metrics(self) -> dict[str, Any]:
         """Those of the last one, none before there is one."""
-        numbers = self._numbers()
-        return self.store.read_json(f"{self.place}/{numbers[-1]}/{METRICS}") if numbers else {}
+        last = self.last()
+        return self.store.read_json(f"{self.place}/{last}/{METRICS}") if last else {}
 
     def _numbers(self) -> list[str]:
         return [number for number in self.store.names(self.place) if self.store.exists(f"{self.place}/{number}/{METRICS}")]

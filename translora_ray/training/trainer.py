@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,6 +18,7 @@ import ray.train
 import ray.train.torch
 import torch
 from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from translora_ray import adapters, adapting
@@ -24,9 +26,9 @@ from translora_ray.cluster import Cluster
 from translora_ray.config import Adapter, Task, Training
 from translora_ray.errors import Diverged, RunFailed, StreamEnded
 from translora_ray.records import TaskRow
-from translora_ray.storage import ADAPTER, SHARDS, TRAIN, RunStore
+from translora_ray.storage import ADAPTER, IDENTITY, SHARDS, TRAIN, RunStore
 from translora_ray.training import task as task_training
-from translora_ray.training.checkpoints import METRICS, Checkpoints
+from translora_ray.training.checkpoints import METRICS, SHARED, Checkpoints
 from translora_ray.training.loop import OTHER_ORDER, Loop, add_point
 
 STATE = "state.pt"
@@ -75,7 +77,7 @@ class Result:
     failure: str | None
     checkpoints: Checkpoints
 
-    @property
+    @cached_property
     def metrics(self) -> dict[str, Any]:
         """Those of the last checkpoint."""
         return self.checkpoints.metrics()
@@ -86,7 +88,7 @@ Fit = Callable[[Job, str], Result]
 
 
 class Post(Protocol):
-    """Where a worker works."""
+    """Where a worker works. `agreed` is what the worker of rank 0 says, which all wait for."""
 
     rank: int
     world: int
@@ -94,7 +96,7 @@ class Post(Protocol):
 
     def rows(self) -> Iterator[dict[str, Any]]: ...
 
-    def report(self, metrics: dict[str, Any]) -> None: ...
+    def agreed(self, value: str | None) -> str | None: ...
 
 
 def train_target(job: Job, store: RunStore, fit: Fit) -> dict[str, Any]:
@@ -115,7 +117,9 @@ def train_target(job: Job, store: RunStore, fit: Fit) -> dict[str, Any]:
     best = min(sound, key=lambda result: min(result.metrics["held_out_losses"], default=0.0))
     with tempfile.TemporaryDirectory() as scratch:
         adapter = Path(scratch) / ADAPTER
-        shutil.copytree(best.checkpoints.fetch(Path(scratch) / "checkpoint"), adapter, ignore=shutil.ignore_patterns(STATE, METRICS))
+        with best.checkpoints.open(best.checkpoints.last()) as checkpoint:
+            assert checkpoint
+            shutil.copytree(checkpoint, adapter, ignore=shutil.ignore_patterns(STATE, METRICS))
         store.write_folder(ADAPTER, adapter, marker=adapters.CONFIG)
     facts = {key: best.metrics[key] for key in FACTS}
     if len(results) > 1:
@@ -149,12 +153,15 @@ def fit_on_ray_train(job: Job, name: str, store: RunStore, cpus: float, gpus: fl
         dataset_config=DataConfig(datasets_to_split=[]),  # an equal split would drop the remainder; workers slice by rank instead
         run_config=RunConfig(
             name=name,
-            storage_path=store.path(TRAIN),
+            storage_path=store.path(f"{TRAIN}/ray"),
             storage_filesystem=store.fs,
             failure_config=FailureConfig(max_failures=MAX_FAILURES, controller_failure_limit=MAX_FAILURES),
         ),
     )
-    return Result(trainer.fit().return_value, checkpoints)
+    result = Result(trainer.fit().return_value, checkpoints)
+    if not (result.failure or result.metrics):
+        raise RunFailed(f"Training ended, and {store.uri} has no checkpoint of it: {SHARED}")
+    return result
 
 
 class TrainPost:
@@ -169,8 +176,9 @@ class TrainPost:
         for batch in ray.train.get_dataset_shard("train").iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
             yield from batch.to_pylist()
 
-    def report(self, metrics: dict[str, Any]) -> None:
-        ray.train.report(metrics)
+    def agreed(self, value: str | None) -> str | None:
+        said: str | None = broadcast_from_rank_zero(value)
+        return said
 
 
 def _rows(post: Post, wanted: frozenset[int]) -> list[TaskRow]:
@@ -217,7 +225,10 @@ class Arriving(Sequence[task_training.Pair]):
 
 
 def _on_ray_train(config: dict[str, Any]) -> str | None:
-    return work(config["job"], TrainPost(), config["checkpoints"])
+    checkpoints: Checkpoints = config["checkpoints"]
+    if not checkpoints.store.exists(IDENTITY):
+        raise RunFailed(f"A training worker does not see {checkpoints.store.uri}: {SHARED}")
+    return work(config["job"], TrainPost(), checkpoints)
 
 
 def work(job: Job, post: Post, checkpoints: Checkpoints) -> str | None:
@@ -227,13 +238,14 @@ def work(job: Job, post: Post, checkpoints: Checkpoints) -> str | None:
     place = (post.rank, post.world, post.device)
     loop = task_training.start(job.target, pairs, job.adapter, job.training, job.seed, *place, *memory, coming=bool(job.arriving))
     history: dict[str, Any] = {"losses": [], "epoch_losses": [], "seconds": 0.0, "started_at_steps": [], "loss_curve": []}
-    with checkpoints.last() as folder:
+    with checkpoints.open(post.agreed(checkpoints.last())) as folder:
         if folder:
             adapting.load_weights(loop.model, folder)
             state = torch.load(folder / STATE, map_location="cpu", weights_only=True)
             if failure := loop.load_state_dict(state["loop"]):
                 return failure
             history |= state["history"]
+    loop.any_worker(False)  # all have read it before one goes on, and replaces it
     history["started_at_steps"].append(loop.step)
     try:
         while not loop.done:
@@ -241,13 +253,13 @@ def work(job: Job, post: Post, checkpoints: Checkpoints) -> str | None:
     except (Diverged, StreamEnded) as failure:  # on all workers at once, and after every restart: not raised, so that Ray does not try again
         return str(failure)
     loop.use_best()
-    _report(loop, job, history, post, checkpoints)
+    _commit(loop, job, history, post, checkpoints)
     return None
 
 
 def _epoch(loop: Loop, job: Job, history: dict[str, Any], post: Post, checkpoints: Checkpoints) -> None:
     """What is left of an epoch, with a checkpoint whenever one is due, or the training is to end."""
-    reported = began = time.monotonic()
+    committed = began = time.monotonic()
     asked = job.steps.why_ended.remote()
     for step in loop.run_epoch():
         history["losses"].append(step.loss)
@@ -257,28 +269,28 @@ def _epoch(loop: Loop, job: Job, history: dict[str, Any], post: Post, checkpoint
             job.steps.step.remote(step)
             if ray.wait([asked], timeout=0)[0]:
                 reason, asked = ray.get(asked), job.steps.why_ended.remote()
-        if loop.any_worker(bool(reason) or (post.rank == 0 and time.monotonic() - reported >= job.cluster.checkpoint_seconds)):
+        if loop.any_worker(bool(reason) or (post.rank == 0 and time.monotonic() - committed >= job.cluster.checkpoint_seconds)):
             history["seconds"], began = history["seconds"] + time.monotonic() - began, time.monotonic()
-            _report(loop, job, history, post, checkpoints)
-            reported = time.monotonic()
+            _commit(loop, job, history, post, checkpoints)
+            committed = time.monotonic()
             if loop.any_worker(bool(reason)):
                 raise StreamEnded(reason or "")
     history["seconds"] += time.monotonic() - began
     history["epoch_losses"].append(sum(history["losses"]) / len(history["losses"]))
     history["losses"] = []
     if not loop.done:
-        _report(loop, job, history, post, checkpoints)
+        _commit(loop, job, history, post, checkpoints)
 
 
-def _report(loop: Loop, job: Job, history: dict[str, Any], post: Post, checkpoints: Checkpoints) -> None:
-    """Commit a checkpoint; all workers must come here."""
+def _commit(loop: Loop, job: Job, history: dict[str, Any], post: Post, checkpoints: Checkpoints) -> None:
+    """Commit a checkpoint, which the first worker does."""
+    if post.rank > 0:
+        return
     metrics = {"loss": history["epoch_losses"][-1] if history["epoch_losses"] else None, "rows": len(loop.rows), "tokens": loop.tokens}
     chosen = {"learning_rate": job.training.learning_rate, "best_epoch": loop.best_epoch, "held_out_losses": loop.held_out_losses}
     metrics |= {"rows_at_once": loop.at_once, **chosen, **history}
-    if post.rank == 0:
-        with tempfile.TemporaryDirectory() as folder:
-            adapting.save(loop.model, folder, job.target)
-            torch.save({"loop": loop.state_dict(), "history": history}, Path(folder) / STATE)
-            (Path(folder) / METRICS).write_text(json.dumps(metrics))
-            checkpoints.add(Path(folder))
-    post.report(metrics)
+    with tempfile.TemporaryDirectory() as folder:
+        adapting.save(loop.model, folder, job.target)
+        torch.save({"loop": loop.state_dict(), "history": history}, Path(folder) / STATE)
+        (Path(folder) / METRICS).write_text(json.dumps(metrics))
+        checkpoints.add(Path(folder))
