@@ -1,10 +1,12 @@
 """Packs in any order, with interruptions anywhere: the same rows come out."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tests.unit.conftest import rows, scripted_pack, stream
+from translora_ray.config import Method
 from translora_ray.errors import RunFailed
 from translora_ray.storage import RunStore
 from translora_ray.stream.collect import Collector
@@ -36,9 +38,11 @@ def test_totals_are_those_of_all_attempts(plan: Plan, tmp_path: Path) -> None:
     assert len(totals.loads) == 2
 
 
-def test_a_stream_that_accepts_too_little_ends_with_the_reasons(plan: Plan, tmp_path: Path) -> None:
-    collector = Collector(plan, RunStore(str(tmp_path / "run")))
+@pytest.mark.parametrize(("method", "less"), [("discriminator", r"selection\.quota or selection\.threshold"), ("none", r"selection\.quota")])
+def test_a_stream_that_accepts_too_little_ends_with_the_reasons(plan: Plan, tmp_path: Path, method: Method, less: str) -> None:
+    selection = plan.recipe.selection.model_copy(update={"method": method})
+    collector = Collector(replace(plan, recipe=plan.recipe.model_copy(update={"selection": selection})), RunStore(str(tmp_path / "run")))
     for number in range(62):
         collector.take(scripted_pack(number, off_task=1.0), [])
-    with pytest.raises(RunFailed, match=r"Only 0 of 25 examples after 252 candidates \(252 off task\)"):
+    with pytest.raises(RunFailed, match=r"Only 0 of 25 examples after 252 candidates \(252 off task\): lower " + less + ", or"):
         collector.take(scripted_pack(62, off_task=1.0), [])
