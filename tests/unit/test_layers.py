@@ -28,7 +28,7 @@ LAYERS = [
     {"releasing"},
     {"stream.requests", "stream.collect", "placement"},
     {"measures", "stream.actor"},
-    {"evaluation.arms", "evaluation.audit", "evaluation.distance"},
+    {"evaluation.arms", "evaluation.audit", "evaluation.distance", "training.checkpoints"},
     {"evaluation.report"},
     {"evaluation.page"},
     {"evaluation.compare"},
