@@ -12,7 +12,6 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-from translora_ray.config import CUTTING
 from translora_ray.errors import RunFailed
 from translora_ray.records import Candidate, Pack
 from translora_ray.storage import RunStore
@@ -92,7 +91,7 @@ class Collector:
         limit = self.plan.wanted * self.plan.recipe.selection.max_candidates
         if not self.full and self.next * self.plan.recipe.synthesis.pack_size >= limit:
             self.commit(loads)
-            less = "selection.quota or selection.threshold" if self.plan.method in CUTTING else "selection.quota"
+            less = "selection.quota or selection.threshold" if self.plan.cuts else "selection.quota"
             raise RunFailed(
                 f"Only {self.accepted} of {self.plan.wanted} examples after {self.totals.candidates} candidates "
                 f"({_reasons(self.totals)}): lower {less}, or prepare the kit with more seeds."

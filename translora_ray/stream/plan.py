@@ -76,9 +76,14 @@ class Plan:
         return self.method in JUDGING
 
     @property
+    def cuts(self) -> bool:
+        """Whether verdicts must be above a threshold."""
+        return self.method in CUTTING
+
+    @property
     def threshold(self) -> float:
         """The verdict that a candidate must be above."""
-        return self.recipe.selection.threshold if self.method in CUTTING else -math.inf
+        return self.recipe.selection.threshold if self.cuts else -math.inf
 
     @property
     def by_excess(self) -> bool:

@@ -27,12 +27,12 @@ def as_long_as_it_moves(fit: Fit, job: Job, name: str, store: RunStore, is_to_en
         try:
             return fit(job, name)
         except (*DEATHS, TrainingFailedError) as failure:
-            if not _died(failure) or is_to_end():
+            if (death := _death(failure)) is None or is_to_end():
                 raise
             if (reached := _trained(store, name)) <= before:
                 raise RunFailed(
                     f"Training workers died one after the other, and training came no further. Where memory ran out, {_less_memory(job)}; where machines were "
-                    f"lost, give the same command again, with a lower cluster.checkpoint_seconds. What was seen last: {first_line(_cause(failure))}"
+                    f"lost, give the same command again, with a lower cluster.checkpoint_seconds. What was seen last: {first_line(death)}"
                 ) from failure
             before = reached
 
@@ -42,16 +42,11 @@ def _trained(store: RunStore, name: str) -> int:
     return int(Checkpoints(store, name).metrics().get("tokens", 0))
 
 
-def _died(failure: Exception) -> bool:
-    """Whether a worker's process ended, or none came."""
-    return isinstance(_cause(failure), NO_WORKER)
-
-
-def _cause(failure: Exception) -> Exception:
-    """The death among what Ray Train gathered, where there is one: another worker's error may only say that it heard no more of it."""
+def _death(failure: Exception) -> Exception | None:
+    """A worker's that ended, or that none came, among what Ray Train gathered: another worker's error may only say that it heard no more of it."""
     found = [failure, getattr(failure, "controller_failure", None), *getattr(failure, "worker_failures", {}).values()]
     causes = [getattr(each, "health_check_failure", each) for each in found]
-    return next((cause for cause in causes if isinstance(cause, NO_WORKER)), failure)
+    return next((cause for cause in causes if isinstance(cause, NO_WORKER)), None)
 
 
 def _less_memory(job: Job) -> str:

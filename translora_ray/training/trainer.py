@@ -238,7 +238,7 @@ def work(job: Job, post: Post, checkpoints: Checkpoints) -> str | None:
     place = (post.rank, post.world, post.device)
     loop = task_training.start(job.target, pairs, job.adapter, job.training, job.seed, *place, *memory, coming=bool(job.arriving))
     history: dict[str, Any] = {"losses": [], "epoch_losses": [], "seconds": 0.0, "started_at_steps": [], "loss_curve": []}
-    with checkpoints.open(post.agreed(checkpoints.last())) as folder:
+    with checkpoints.open(post.agreed(checkpoints.last() if post.rank == 0 else None)) as folder:
         if folder:
             adapting.load_weights(loop.model, folder)
             state = torch.load(folder / STATE, map_location="cpu", weights_only=True)
@@ -249,15 +249,15 @@ def work(job: Job, post: Post, checkpoints: Checkpoints) -> str | None:
     history["started_at_steps"].append(loop.step)
     try:
         while not loop.done:
-            _epoch(loop, job, history, post, checkpoints)
+            _epoch(loop, job, history, checkpoints)
     except (Diverged, StreamEnded) as failure:  # on all workers at once, and after every restart: not raised, so that Ray does not try again
         return str(failure)
     loop.use_best()
-    _commit(loop, job, history, post, checkpoints)
+    _commit(loop, job, history, checkpoints)
     return None
 
 
-def _epoch(loop: Loop, job: Job, history: dict[str, Any], post: Post, checkpoints: Checkpoints) -> None:
+def _epoch(loop: Loop, job: Job, history: dict[str, Any], checkpoints: Checkpoints) -> None:
     """What is left of an epoch, with a checkpoint whenever one is due, or the training is to end."""
     committed = began = time.monotonic()
     asked = job.steps.why_ended.remote()
@@ -265,13 +265,13 @@ def _epoch(loop: Loop, job: Job, history: dict[str, Any], post: Post, checkpoint
         history["losses"].append(step.loss)
         add_point(history["loss_curve"], history["losses"], step)
         reason = None
-        if post.rank == 0:
+        if loop.rank == 0:
             job.steps.step.remote(step)
             if ray.wait([asked], timeout=0)[0]:
                 reason, asked = ray.get(asked), job.steps.why_ended.remote()
-        if loop.any_worker(bool(reason) or (post.rank == 0 and time.monotonic() - committed >= job.cluster.checkpoint_seconds)):
+        if loop.any_worker(bool(reason) or (loop.rank == 0 and time.monotonic() - committed >= job.cluster.checkpoint_seconds)):
             history["seconds"], began = history["seconds"] + time.monotonic() - began, time.monotonic()
-            _commit(loop, job, history, post, checkpoints)
+            _commit(loop, job, history, checkpoints)
             committed = time.monotonic()
             if loop.any_worker(bool(reason)):
                 raise StreamEnded(reason or "")
@@ -279,12 +279,12 @@ def _epoch(loop: Loop, job: Job, history: dict[str, Any], post: Post, checkpoint
     history["epoch_losses"].append(sum(history["losses"]) / len(history["losses"]))
     history["losses"] = []
     if not loop.done:
-        _commit(loop, job, history, post, checkpoints)
+        _commit(loop, job, history, checkpoints)
 
 
-def _commit(loop: Loop, job: Job, history: dict[str, Any], post: Post, checkpoints: Checkpoints) -> None:
+def _commit(loop: Loop, job: Job, history: dict[str, Any], checkpoints: Checkpoints) -> None:
     """Commit a checkpoint, which the first worker does."""
-    if post.rank > 0:
+    if loop.rank > 0:
         return
     metrics = {"loss": history["epoch_losses"][-1] if history["epoch_losses"] else None, "rows": len(loop.rows), "tokens": loop.tokens}
     chosen = {"learning_rate": job.training.learning_rate, "best_epoch": loop.best_epoch, "held_out_losses": loop.held_out_losses}
