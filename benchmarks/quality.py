@@ -27,7 +27,7 @@ import transfer
 import yaml
 from rounds import answered, translora
 
-from translora_ray.config import Recipe
+from translora_ray.config import Recipe, Synthesis
 from translora_ray.engines.base import AdapterRef
 from translora_ray.evaluation import gate
 from translora_ray.evaluation.compare import summary
@@ -55,7 +55,11 @@ TASKS: dict[str, dict[str, Any]] = {
     },
 }
 QUICK = list(TASKS)[:3]
-WAYS: dict[str, dict[str, dict[str, Any]]] = {"paper": {"selection": {"method": "discriminator"}}, "default": {}, "alone": {"selection": {"method": "none"}}}
+WAYS: dict[str, dict[str, dict[str, Any]]] = {
+    "paper": {"selection": {"method": "discriminator"}, "synthesis": {"fewest_shots": Synthesis().shots}},
+    "default": {},
+    "alone": {"selection": {"method": "none"}},
+}
 """A recipe's sections that turn the default into each transfer's way. The paper's has as many examples as rows, and a kit of its own, whose task is `open`: a
 list of seeds goes on, the discriminator has learnt from such lists, and any answer of the teacher counts. `alone` is a kit without a discriminator; where the
 default asks none, it is the default."""
@@ -121,8 +125,7 @@ def run(name: str, seed: int, data: Path, work: Path, threads: int, more: bool) 
     task = write_task(name, here, data, seed=seed, generator_adapter=more, **TASKS[name]["task"])
     rows, asked = read_rows(data / name / "train.jsonl"), load_task(task)
     labels = find_labels(asked, rows).classes
-    once = {"selection": {"quota": len(rows)}}
-    common = {way: {**TASKS[name]["recipe"], **(once if way == "paper" else {})} for way in ways}
+    common = {way: {**TASKS[name]["recipe"], **(_as_paper(len(rows), labels) if way == "paper" else {})} for way in ways}
     recipes = {way: _recipe(here, way, seed, threads, common[way], sections) for way, sections in ways.items()}
     decided = {way: recipe.decided([] if way == "paper" else labels, len(rows), {"calibration": []}) for way, recipe in recipes.items()}
     if decided["default"].selection.method == "none":
@@ -158,6 +161,11 @@ def run(name: str, seed: int, data: Path, work: Path, threads: int, more: bool) 
     if "alone" not in ways:
         chain["accuracy"]["alone"] = chain["accuracy"]["default"]
     return chain
+
+
+def _as_paper(rows: int, labels: object) -> dict[str, Any]:
+    """As many examples as rows. Of snips_GetWeather's candidates the cut leaves one in thirty, so there may be more."""
+    return {"selection": {"quota": rows, **({} if labels else {"max_candidates": 100})}}
 
 
 def _recipe(here: Path, way: str, seed: int, threads: int, common: dict[str, Any], sections: dict[str, dict[str, Any]]) -> Recipe:

@@ -165,7 +165,10 @@ class Synthesis(Section):
     """Who writes candidates. `source`: the source base continues the seeds, on the engine of discriminator and teacher. `target`: the target base does, as in
     the paper. `adapter`: the kit's generator adapter, which is shown no seeds. Of several, as a list, each writes a pack in turn."""
     shots: int = Field(5, ge=1)
-    """Seeds shown in one request (paper: 5), drawn anew for each; by label for each pack, and in it for each label, so that an engine reads them once."""
+    """Most seeds shown in one request (paper: 5), drawn anew for each; by label for each pack, and in it for each label, so that an engine reads them once."""
+    fewest_shots: int | None = Field(None, ge=1)
+    """Fewest seeds shown in one request of a list, for which a number between this and `shots` is drawn. None: 1 where answers are open, else `shots`. After
+    many seeds a base writes what is commonest, after one what is like that one, rare kinds too (`make bench-selection`)."""
     by_label: bool | None = None
     """Whether each request asks for an input of one of the task's labels, all of them in turn: seeds stand after the name of their label, and the name alone
     is to be continued. Few seeds can not cover many classes; their names can. None: where the task has more than FEW_LABELS, as the generator adapter does
@@ -201,6 +204,12 @@ class Synthesis(Section):
         """Whose turn it is to write pack number `pack`."""
         return self.generator[pack % len(self.generator)]
 
+    @model_validator(mode="after")
+    def _ordered(self) -> Synthesis:
+        if self.fewest_shots and self.fewest_shots > self.shots:
+            raise ValueError("fewest_shots must not be higher than shots")
+        return self
+
     def asks(self, classes: Sequence[str]) -> bool:
         """`by_label`, decided for a task with such labels."""
         return len(classes) > FEW_LABELS if self.by_label is None else self.by_label
@@ -210,10 +219,15 @@ class Synthesis(Section):
         return all(self.settled(classes, generator).by_label for generator in self.generator)
 
     def settled(self, classes: Sequence[str], generator: GeneratorKind = "source") -> Synthesis:
-        """These settings with `by_label` and `temperature` decided, for such a generator and a task with such labels."""
+        """These settings with `by_label`, `temperature` and `fewest_shots` decided, for such a generator and a task with such labels."""
         learnt = generator == "adapter"
         by_label = bool(classes) if learnt else self.asks(classes)
-        return self.model_copy(update={"by_label": by_label, "temperature": self.temperature or (1.0 if by_label or learnt else 0.7)})
+        temperature = self.temperature or (1.0 if by_label or learnt else 0.7)
+        return self.model_copy(update={"by_label": by_label, "temperature": temperature, "fewest_shots": self.fewest(classes)})
+
+    def fewest(self, classes: Sequence[str]) -> int:
+        """`fewest_shots`, decided for a task with such labels."""
+        return self.fewest_shots or (self.shots if classes else 1)
 
 
 EXAMPLES_FOR_A_ROW = 2
@@ -262,10 +276,11 @@ class Gate(Section):
     held_out: float = Field(0.1, ge=0, le=0.5)
     """Examples made beside the quota, as a share of it, which are not trained on: the adapter answers them, and agrees with the teacher or not. 0: no gate."""
     ship: float = Field(0.9, ge=0, le=1)
-    """Least agreement, and least accuracy on the seeds, with which an adapter ships; between this and `refuse` a person reviews."""
+    """Least agreement, and least accuracy on the seeds, with which an adapter ships. Agreement below it with its whole 95 % interval is refused: what differs
+    from the teacher that often loses more than `loss` on real rows, where the teacher is mostly right. Between them a person reviews."""
     refuse: float = Field(0.5, ge=0, le=1)
-    """Agreement, or accuracy on the seeds, below which an adapter is refused, where it lies there with its whole 95 % interval; nothing ships whose interval
-    reaches below it. Three answers are too few to ship by, whatever they are."""
+    """Accuracy on the seeds below which an adapter is refused, where it lies there with its whole 95 % interval. Nothing ships whose interval, or that of its
+    agreement, reaches below it: three answers are too few to ship by, whatever they are."""
     acceptance: float = Field(0.02, ge=0, le=1)
     """Least share of candidates that became examples; below it a person reviews."""
     likeness: float = Field(0.25, ge=0, le=0.5)
@@ -315,7 +330,7 @@ class Recipe(Section):
         default changes."""
         method = self.selects(classes, discriminator).method
         selection = self.selection.model_copy(update={"quota": self.selection.quota or EXAMPLES_FOR_A_ROW * rows, "method": method})
-        synthesis = self.synthesis.model_copy(update={"by_label": self.synthesis.asks(classes)})
+        synthesis = self.synthesis.model_copy(update={"by_label": self.synthesis.asks(classes), "fewest_shots": self.synthesis.fewest(classes)})
         return self.model_copy(update={"synthesis": synthesis, "selection": selection})
 
     def digest(self) -> str:

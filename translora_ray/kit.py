@@ -39,7 +39,7 @@ ROWS_PER_LABEL = 4
 LOOKED_AT = 1000
 """Most rows of a target among which seeds are chosen: the work grows with the square."""
 COMPARED = 500
-"""Characters of an input by which it is compared with others, for the same reason."""
+"""Characters of a text by which it is compared with others, for the same reason."""
 
 
 @dataclass(frozen=True)
@@ -213,23 +213,32 @@ def choose_seeds(rows: Sequence[TaskRow], count: int, seed: int) -> list[TaskRow
     for row in draw.sample(list(rows), len(rows)):
         by_target[row.target].append(row)
     if len(by_target) > count:
-        return _by_coverage([row for turn in zip_longest(*by_target.values()) for row in turn if row][:LOOKED_AT], count, apart=True)
-    queues = [_by_coverage(group[:LOOKED_AT], count) for group in by_target.values()]
+        return by_coverage([row for turn in zip_longest(*by_target.values()) for row in turn if row][:LOOKED_AT], count, apart=True)
+    queues = [by_coverage(group[:LOOKED_AT], count) for group in by_target.values()]
     return [row for turn in zip_longest(*queues) for row in turn if row][:count]
 
 
-def _by_coverage(rows: Sequence[TaskRow], count: int, apart: bool = False) -> list[TaskRow]:
+def by_coverage(rows: Sequence[TaskRow], count: int, apart: bool = False) -> list[TaskRow]:
     """At most `count` of the rows, each the one that brings all of them nearest to one of those before it or to itself (greedy facility location,
-    Nemhauser, Wolsey and Fisher, 1978), by the normalised Indel similarity of their inputs; with different targets where they are to be `apart`."""
-    texts, targets = [row.input[:COMPARED] for row in rows], numpy.asarray([row.target for row in rows])
-    alike = process.cdist(texts, texts, scorer=Indel.normalized_similarity, workers=-1)
+    Nemhauser, Wolsey and Fisher, 1978), by the normalised Indel similarity of their inputs; where targets are to differ (`apart`), of inputs and targets
+    in even parts, as short inputs resemble most others and leave kinds of answers without a seed (`benchmarks/seeds.py`)."""
+    targets = [row.target for row in rows]
+    alike = _alike([row.input for row in rows])
+    if apart:
+        alike = (alike + _alike(targets)) / 2
     covered, free, chosen = numpy.zeros(len(rows)), numpy.ones(len(rows), dtype=bool), list[int]()
     while len(chosen) < count and free.any():
         best = int(numpy.where(free, numpy.maximum(alike, covered).sum(axis=1), -1.0).argmax())
         covered = numpy.maximum(covered, alike[best])
-        free &= targets != targets[best] if apart else numpy.arange(len(rows)) != best
+        free &= numpy.asarray(targets) != targets[best] if apart else numpy.arange(len(rows)) != best
         chosen.append(best)
     return [rows[i] for i in chosen]
+
+
+def _alike(texts: Sequence[str]) -> Any:
+    """(texts, texts) similarities, by their first `COMPARED` characters."""
+    begun = [text[:COMPARED] for text in texts]
+    return process.cdist(begun, begun, scorer=Indel.normalized_similarity, workers=-1)
 
 
 def find_labels(task: Task, rows: Sequence[TaskRow]) -> Task:

@@ -174,11 +174,11 @@ def _train(
 
 
 def _negatives(task: Task, engine: Engine, seeds: list[TaskRow], wanted: int, phase: Phase) -> list[str]:
-    """`wanted` distinct prompts that the source base wrote from the seeds, as a transfer's generator does by default (Trans-LoRA, section 3.2).
+    """`wanted` distinct prompts that the source base wrote from the seeds, as a transfer's generator does, but of `shots` each (Trans-LoRA, section 3.2).
 
     By label where the task has many labels: of prompts of another kind the discriminator would learn which labels they favour, and reject those labels.
     """
-    settings = Synthesis().settled(task.classes)
+    settings = Synthesis(fewest_shots=Synthesis().shots).settled(task.classes)
     copies, seen = SeedFilter([seed.input for seed in seeds], near=1.0), Seen(near=1.0)
     writer = Synthesizer(engine, settings, seeds, task.classes)
     found: list[str] = []

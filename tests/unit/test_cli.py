@@ -160,11 +160,14 @@ def test_a_run_of_another_recipe_is_refused_by_field(tmp_path: Path, tiny_kit: P
     arguments = ("transfer", tiny_kit, "--target", tiny_gemma, "--out", run)
     (run / "run.json").write_text(json.dumps(identity.of(loaded, tiny_gemma, decided.recipe)))
     assert "recipe.selection.votes is 1 there and 3 here" in fails(capsys, *arguments, "--set", "selection.votes=3")
-    (run / "run.json").write_text(json.dumps(identity.of(loaded, tiny_gemma, config.recipe)))  # as it was written before
+    older = identity.of(loaded, tiny_gemma, config.recipe)
+    del older["recipe"]["synthesis"]["fewest_shots"]
+    (run / "run.json").write_text(json.dumps(older))  # as it was written before
     assert "recipe.synthesis.by_label is True there and False here" in fails(capsys, *arguments)
     with Display() as display:
-        older = check(str(tiny_kit), tiny_gemma, str(run), load_config(None, ["synthesis.by_label=true"]), "transformers", display)
-    assert (older.config.recipe.selection.quota, older.config.recipe.selection.method) == (60, "discriminator"), "as many examples as rows, and all were judged"
+        begun = check(str(tiny_kit), tiny_gemma, str(run), load_config(None, ["synthesis.by_label=true"]), "transformers", display)
+    assert (begun.config.recipe.selection.quota, begun.config.recipe.selection.method) == (60, "discriminator"), "as many examples as rows, and all were judged"
+    assert begun.config.recipe.synthesis.fewest_shots == begun.config.recipe.synthesis.shots
     assert decided.recipe.selection.quota == 120
     with Display() as display:
         new = check(str(tiny_kit), tiny_gemma, str(tmp_path / "new"), load_config(None, ["synthesis.by_label=true"]), "transformers", display)

@@ -293,8 +293,8 @@ def answered(accepted: float = 0.5, given: str = "aabbcc", of: int = 30, **measu
     [
         ({}, "ship", None),
         ({"agreement": 0.8}, "review", r"answers new prompts otherwise than its teacher \(0.800, 0.627 to 0.905\)"),
-        ({"agreement": 0.4}, "review", "otherwise than its teacher"),  # of thirty, which may be half
-        ({"agreement": 0.4, "of": 300}, "refuse", "otherwise than its teacher"),
+        ({"agreement": 0.8, "of": 300}, "refuse", "otherwise than its teacher"),  # of thirty it may be enough
+        ({"agreement": 0.95, "of": 20}, "ship", None),
         ({"agreement": 0.0, "of": 4}, "refuse", "otherwise than its teacher"),
         ({"of": 3}, "review", r"too few answers for the accuracy on the seeds \(1.000, 0.439 to 1.000\)"),
         ({"of": 5}, "ship", None),

@@ -13,7 +13,7 @@ from translora_ray.config import Selection, Synthesis
 from translora_ray.engines.base import Generate, Sampling
 from translora_ray.engines.transformers import TransformersEngine
 from translora_ray.prompts import discriminator_prompt, task_prompt
-from translora_ray.records import TOO_LONG, Candidate, Pack, request_pack
+from translora_ray.records import TOO_LONG, Candidate, Pack, TaskRow, request_pack
 from translora_ray.stream.discriminate import OFF_TASK, Discriminator, verdicts
 from translora_ray.stream.synthesize import Synthesizer
 from translora_ray.stream.teach import OTHER_LABEL, Teacher
@@ -44,6 +44,19 @@ def test_the_synthesizer_fills_every_candidate_or_says_why_not(engine: Transform
     again = Synthesizer(engine, settings, loaded.seeds).process(request_pack(1, 0, 16))
     assert again.candidates == found.candidates
     assert 16 <= found.tokens["generator"] <= 16 * 40
+
+
+def test_requests_of_open_tasks_show_one_to_five_seeds(engine: TransformersEngine) -> None:
+    def shown(settings: Synthesis) -> list[int]:
+        writer = Synthesizer(engine, settings, [TaskRow(f"seed {i}", "a") for i in range(9)])
+        return [prompt.text.count("seed") for prompt in writer._prompts(request_pack(1, 0, 64))]
+
+    assert set(shown(Synthesis().settled(()))) == {1, 2, 3, 4, 5}
+    assert shown(Synthesis().settled(())) == shown(Synthesis().settled(()))
+    assert set(shown(Synthesis().settled(["yes", "no"]))) == {5}
+    assert set(shown(Synthesis(fewest_shots=2, shots=3).settled(["yes", "no"]))) == {2, 3}
+    with pytest.raises(ValueError, match="fewest_shots must not be higher"):
+        Synthesis(fewest_shots=6)
 
 
 def test_labels_are_asked_for_in_turn_and_must_come_back(engine: TransformersEngine, loaded: kit.Kit) -> None:

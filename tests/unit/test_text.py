@@ -133,6 +133,12 @@ def test_seeds_stand_for_each_kind_of_row_and_not_for_what_is_like_no_other() ->
     assert len(choose_seeds(rows, 1, seed=3)) == 1
 
 
+def test_seeds_of_open_answers_stand_for_kinds_of_answers() -> None:
+    places = [TaskRow(f"weather in {city}", f"city={city}") for city in ("Oslo", "Rome", "Lima", "Bern", "Kyiv", "Riga")]
+    parks = [TaskRow(f"weather in {park}", f"geographic_poi={park}") for park in ("Oslo Park", "Rome Park", "Lima Park")]
+    assert any(row in parks for row in choose_seeds(places + parks, 2, seed=0))
+
+
 def test_of_more_targets_than_seeds_each_has_one_at_most() -> None:
     rows = [TaskRow(f"{word} {i}", word) for word, count in (("often", 90), ("rare", 2), ("seldom", 3), ("never", 1)) for i in range(count)]
     assert len({row.target for row in choose_seeds(rows, 3, seed=0)}) == 3

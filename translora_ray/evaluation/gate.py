@@ -21,18 +21,20 @@ LONG = 3.0
 """Times that the examples' answers may be longer than the seeds', in the mean, before a person looks at them."""
 
 
-def check(name: str, value: float, ship: float, refuse: float | None, reason: str, ends: tuple[float, float] | None = None) -> dict[str, Any]:
+def check(
+    name: str, value: float, ship: float, refuse: float | None, reason: str, ends: tuple[float, float] | None = None, least: float | None = None
+) -> dict[str, Any]:
     """A figure that should be at least `ship`, and at least `refuse`, where there is one, by all means.
 
-    `ends` are those of its 95 % interval, where it has one. It is refused where all of the interval lies below `refuse`, and ships where none of it does: few
-    answers tell little.
+    `ends` are those of its 95 % interval, where it has one. It is refused where all of the interval lies below `refuse`, and ships where none of it lies below
+    `least`, which is `refuse` where it is left out: few answers tell little.
     """
-    low, high = ends or (value, value)
-    found = {"name": name, "value": value, "wanted": f"at least {ship:g}" + ("" if refuse is None else f", by all means {refuse:g}"), "verdict": REVIEW}
+    (low, high), least = ends or (value, value), refuse if least is None else least
+    found = {"name": name, "value": value, "wanted": f"at least {ship:g}" + ("" if refuse in (None, ship) else f", by all means {refuse:g}"), "verdict": REVIEW}
     told = f"{value:.3f}" + (f", {low:.3f} to {high:.3f}" if ends else "")
     if refuse is not None and (high < refuse or value != value):  # NaN is as bad as can be
         found["verdict"] = REFUSE
-    elif value >= ship and refuse is not None and low < refuse:
+    elif value >= ship and least is not None and low < least:
         reason = f"too few answers for the {name}"
     elif value >= ship:
         found["verdict"] = SHIP
@@ -44,10 +46,10 @@ def without_rows(gate: Gate, measured: dict[str, Any], accepted: float, labels: 
     """The verdict after a transfer. `measured`: `agreement` with the teacher on prompts not trained on, `seeds`: accuracy on them, each with the ends of its
     95 % interval as `agreement_ends` and `seeds_ends`, and, where the kit tells how real prompts are judged, what `gating.likeness` found; `accepted`: share
     of candidates that became examples; `labels`: what `answers` found. That the adapter's modules are applied is proved when it is loaded, and an error
-    otherwise."""
+    otherwise. Agreement is refused as a loss on real rows is: where it is too little with its whole interval."""
     otherwise = "the adapter answers new prompts otherwise than its teacher"
     checks = [
-        check("agreement with the teacher", measured["agreement"], gate.ship, gate.refuse, otherwise, measured["agreement_ends"]),
+        check("agreement with the teacher", measured["agreement"], gate.ship, gate.ship, otherwise, measured["agreement_ends"], gate.refuse),
         check("accuracy on the seeds", measured["seeds"], gate.ship, gate.refuse, "the adapter gets seeds wrong", measured["seeds_ends"]),
         check("share of candidates accepted", accepted, gate.acceptance, None, "few candidates were accepted"),
     ]

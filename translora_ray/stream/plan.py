@@ -119,6 +119,8 @@ class Plan:
         asked = {"selection.balance": selection.balance, "synthesis.by_label": self.recipe.synthesis.by_label, "selection.as_asked": selection.as_asked}
         if by := next((key for key, value in asked.items() if value and not kit.task.classes), None):
             raise UsageError(f"{by} needs a task with labels, and this one's answers are open: leave it out, or prepare the kit with labels.")
+        if self.by_label and self.recipe.synthesis.fewest(kit.task.classes) < self.recipe.synthesis.shots:
+            raise UsageError("synthesis.fewest_shots is for lists, and prompts of this task are written by label: leave it out, or set by_label to false.")
         if selection.as_asked and not self.by_label:
             raise UsageError("selection.as_asked compares with the label that was asked for, and a list asks for none: leave it out, or set by_label.")
         if self.recipe.overlap and self.chooses:

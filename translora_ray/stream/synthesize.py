@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Sequence
 
 from translora_ray.config import Synthesis, Task
 from translora_ray.engines.base import AdapterRef, Engine, Generate, Sampling
 from translora_ray.prompts import Prompt, clean_answer, generator_prompt, labelled_prompt, parse_synthesis, synthesis_prompt, synthesis_stops
-from translora_ray.records import TOO_LONG, Pack, TaskRow
+from translora_ray.records import TOO_LONG, Candidate, Pack, TaskRow, derive_seed
 
 ROLE = "generator"
 
@@ -16,8 +17,8 @@ ROLE = "generator"
 class Synthesizer:
     """Lets a base continue a numbered list of seed inputs, one item per request (Trans-LoRA, section 3.2), or a list of inputs after their labels.
 
-    Seeds are drawn and shuffled anew for each request of a list. By label they are for each pack, and in it for each label: an engine that keeps what it
-    has read reads those once, and as many candidates differ from each other (`benchmarks/generation.py choices`).
+    Seeds, and how many, are drawn and shuffled anew for each request of a list. By label they are for each pack, and in it for each label: an engine that keeps
+    what it has read reads those once, and as many candidates differ from each other (`benchmarks/generation.py choices`).
     """
 
     adapter: AdapterRef | None = None
@@ -32,8 +33,12 @@ class Synthesizer:
     def _prompts(self, pack: Pack) -> list[Prompt]:
         shots, seed = self.settings.shots, pack.candidates[0].seed
         if not self.settings.by_label:
-            return [synthesis_prompt(self.inputs, shots, candidate.seed) for candidate in pack.candidates]
+            return [synthesis_prompt(self.inputs, self._shots(candidate), candidate.seed) for candidate in pack.candidates]
         return [labelled_prompt(self.seeds, shots, seed, candidate.label_of(self.classes)) for candidate in pack.candidates]
+
+    def _shots(self, candidate: Candidate) -> int:
+        most = self.settings.shots
+        return random.Random(derive_seed(candidate.seed, "shots")).randint(self.settings.fewest_shots or most, most)
 
     def _read(self, text: str) -> str:
         return parse_synthesis(text)
