@@ -48,6 +48,7 @@ BY_LABEL: Ways = {
 }
 OPEN: Ways = {
     "default: importance, of twice as many": ({}, {}),
+    "five seeds in each request": ({"fewest_shots": 5}, {}),
     "as they come": ({}, {"method": "none"}),
     "excess, of twice as many": ({}, {"method": "excess"}),
 }
@@ -64,18 +65,18 @@ def main() -> None:
     parser.add_argument("--task", action="append", choices=TASKS, help="default: all")
     options = transfer.with_data(parser)
     data = options.data.resolve()
-    lines = ["| task | way | examples | of candidates | copies of seeds | least of a label | accuracy (95 % interval) |", "|---|---|---|---|---|---|---|"]
     for name in options.task or TASKS:
+        lines = ["| way | examples | of candidates | copies of seeds | least of a label | accuracy (95 % interval) |", "|---|---|---|---|---|---|"]
         here = WORK / name.split("/")[1]
         kit = load(quality.prepared(name, here, data, options.engine, quality.TASKS[name]["task"]))
         learnt = read_rows(data / name / "train.jsonl")
         asked = [row for row in learnt if row.input not in kit.seed_inputs]
         for way in TASKS[name]:
             place = here / "".join(letter for letter in way if letter.isalnum())
-            lines.append(f"| {kit.task.name} | {way} | {' | '.join(compared(kit, place, TASKS[name][way], asked, choose_engine(options.engine)))} |")
-    head = f"Commit {results.commit()}; {EXAMPLES_FOR_A_ROW} examples for each row, {quality.EPOCHS} epochs, one training each."
-    results.replace("selection", "\n".join([head, "", *lines]))
-    print("\n".join([head, *lines]))
+            lines.append(f"| {way} | {' | '.join(compared(kit, place, TASKS[name][way], asked, choose_engine(options.engine)))} |")
+        head = f"{kit.task.name}, commit {results.commit()}; {EXAMPLES_FOR_A_ROW} examples for each row, {quality.EPOCHS} epochs, one training each."
+        results.replace(f"selection {kit.task.name}", "\n".join([head, "", *lines]))
+        print("\n".join([head, *lines]))
 
 
 def compared(kit: Kit, here: Path, way: tuple[dict[str, Any], dict[str, Any]], asked: list[TaskRow], engine: EngineKind) -> list[str]:

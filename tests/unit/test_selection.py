@@ -143,7 +143,7 @@ def test_labels_are_asked_for_where_there_are_more_than_a_list_shows(loaded: kit
     found = [planned(one).synthesis("source") for one in kits]
     assert [(settings.by_label, settings.temperature) for settings in found] == [(True, 1.0), (False, 0.7), (False, 0.7)]
     assert Synthesis().settled(["a"], "adapter").by_label and Synthesis(by_label=True).settled(["a"]).by_label
-    assert Synthesis(by_label=False, temperature=0.9).settled(["a"]) == Synthesis(by_label=False, temperature=0.9)
+    assert Synthesis(by_label=False, temperature=0.9).settled(["a"]) == Synthesis(by_label=False, temperature=0.9, fewest_shots=5)
 
 
 def test_no_label_gets_more_than_its_share(loaded: kit.Kit, tmp_path: Path) -> None:
