@@ -196,6 +196,12 @@ class Synthesis(Section):
             raise ValueError("name each generator once")
         return generators
 
+    @model_validator(mode="after")
+    def _ordered(self) -> Synthesis:
+        if self.fewest_shots and self.fewest_shots > self.shots:
+            raise ValueError("fewest_shots must not be higher than shots")
+        return self
+
     @field_serializer("generator")
     def _one_as_a_name(self, generators: tuple[GeneratorKind, ...]) -> str | list[str]:
         return generators[0] if len(generators) == 1 else list(generators)
@@ -203,12 +209,6 @@ class Synthesis(Section):
     def writer(self, pack: int) -> GeneratorKind:
         """Whose turn it is to write pack number `pack`."""
         return self.generator[pack % len(self.generator)]
-
-    @model_validator(mode="after")
-    def _ordered(self) -> Synthesis:
-        if self.fewest_shots and self.fewest_shots > self.shots:
-            raise ValueError("fewest_shots must not be higher than shots")
-        return self
 
     def asks(self, classes: Sequence[str]) -> bool:
         """`by_label`, decided for a task with such labels."""

@@ -33,20 +33,20 @@ def check(store: RunStore, loaded: Kit, identity: dict[str, Any]) -> dict[str, A
 
 
 def as_begun(recipe: Recipe, store: RunStore, loaded: Kit) -> Recipe:
-    """The recipe; where it and an older run both leave something of the selection open, with what that was then."""
+    """The recipe; where it and an older run both leave something of the selection open, or how few seeds a request shows, with what that was then."""
     if not store.exists(IDENTITY):
         return recipe
     begun = store.read_json(IDENTITY)["recipe"]
     then = _left_open(begun["selection"], loaded)
     both = {key: then[key] for key in then.keys() & _left_open(recipe.selection.model_dump(), loaded).keys()}
-    shots = {} if recipe.synthesis.fewest_shots else {"fewest_shots": _shots(begun["synthesis"])["fewest_shots"]}
-    sections = {"selection": recipe.selection.model_copy(update=both), "synthesis": recipe.synthesis.model_copy(update=shots)}
-    return recipe.model_copy(update=sections)
+    fewest = recipe.synthesis.fewest_shots or _fewest_shots(begun["synthesis"])
+    synthesis = recipe.synthesis.model_copy(update={"fewest_shots": fewest})
+    return recipe.model_copy(update={"selection": recipe.selection.model_copy(update=both), "synthesis": synthesis})
 
 
-def _shots(synthesis: dict[str, Any]) -> dict[str, Any]:
-    """How many seeds each request of a run shows: an older one all that it might."""
-    return {**synthesis, "fewest_shots": synthesis.get("fewest_shots") or synthesis["shots"]}
+def _fewest_shots(synthesis: dict[str, Any]) -> int:
+    """Fewest seeds that a request of a run shows: in an older one all that it might."""
+    return int(synthesis.get("fewest_shots") or synthesis["shots"])
 
 
 def _left_open(selection: dict[str, Any], loaded: Kit) -> dict[str, Any]:
@@ -58,9 +58,10 @@ def _left_open(selection: dict[str, Any], loaded: Kit) -> dict[str, Any]:
 def _as_today(stored: dict[str, Any], loaded: Kit) -> dict[str, Any]:
     """What an older run is, as it is written down today: it lacks keys of the gate, shows as many seeds in each request, and left open that prompts of a task
     with labels were by label, how many examples there were, and how they were selected."""
-    recipe = {**stored["recipe"], "gate": {**Gate().model_dump(), **stored["recipe"]["gate"]}, "synthesis": _shots(stored["recipe"]["synthesis"])}
+    recipe = {**stored["recipe"], "gate": {**Gate().model_dump(), **stored["recipe"]["gate"]}}
+    recipe["synthesis"] = {**recipe["synthesis"], "fewest_shots": _fewest_shots(recipe["synthesis"])}
     if recipe["synthesis"].get("by_label", False) is None:
-        recipe["synthesis"] = {**recipe["synthesis"], "by_label": bool(loaded.task.classes)}
+        recipe["synthesis"]["by_label"] = bool(loaded.task.classes)
     recipe["selection"] = {**recipe["selection"], **_left_open(recipe["selection"], loaded)}
     return {**stored, "recipe": recipe}
 

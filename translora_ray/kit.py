@@ -222,15 +222,15 @@ def by_coverage(rows: Sequence[TaskRow], count: int, apart: bool = False) -> lis
     """At most `count` of the rows, each the one that brings all of them nearest to one of those before it or to itself (greedy facility location,
     Nemhauser, Wolsey and Fisher, 1978), by the normalised Indel similarity of their inputs; where targets are to differ (`apart`), of inputs and targets
     in even parts, as short inputs resemble most others and leave kinds of answers without a seed (`benchmarks/seeds.py`)."""
-    targets = [row.target for row in rows]
+    targets = numpy.asarray([row.target for row in rows])
     alike = _alike([row.input for row in rows])
     if apart:
-        alike = (alike + _alike(targets)) / 2
+        alike = (alike + _alike([row.target for row in rows])) / 2
     covered, free, chosen = numpy.zeros(len(rows)), numpy.ones(len(rows), dtype=bool), list[int]()
     while len(chosen) < count and free.any():
         best = int(numpy.where(free, numpy.maximum(alike, covered).sum(axis=1), -1.0).argmax())
         covered = numpy.maximum(covered, alike[best])
-        free &= numpy.asarray(targets) != targets[best] if apart else numpy.arange(len(rows)) != best
+        free &= targets != targets[best] if apart else numpy.arange(len(rows)) != best
         chosen.append(best)
     return [rows[i] for i in chosen]
 
