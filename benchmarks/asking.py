@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 from rounds import CPUS, SETTINGS, example_kit, kept
 
 from translora_ray import models
+from translora_ray.answers import find_answers
 from translora_ray.cluster import Cluster
 from translora_ray.config import Recipe, Selection, Synthesis
-from translora_ray.kit import Kit, find_labels
+from translora_ray.kit import Kit
 from translora_ray.prompts import labelled_prompt, prompt_ids, synthesis_prompt, synthesis_stops
 from translora_ray.records import Pack, read_rows
 from translora_ray.stream.dedup import SeedFilter
@@ -51,7 +52,7 @@ Requests = Callable[[Pack, Variant], list[tuple[list[int], dict[str, Any]]]]
 
 def labelled_kit() -> Kit:
     kit = example_kit()
-    return replace(kit, task=find_labels(kit.task, read_rows(kit.task.train)))
+    return replace(kit, task=find_answers(kit.task, read_rows(kit.task.train)))
 
 
 def asked(base: str) -> Requests:

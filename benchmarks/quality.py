@@ -27,11 +27,12 @@ import transfer
 import yaml
 from rounds import answered, translora
 
+from translora_ray.answers import find_answers
 from translora_ray.config import Recipe, Synthesis
 from translora_ray.engines.base import AdapterRef
 from translora_ray.evaluation import gate
 from translora_ray.evaluation.compare import summary
-from translora_ray.kit import find_labels, load
+from translora_ray.kit import load
 from translora_ray.reading import load_task
 from translora_ray.records import read_rows
 from translora_ray.storage import RunStore
@@ -125,7 +126,8 @@ def run(name: str, seed: int, data: Path, work: Path, threads: int, more: bool) 
     here, ways = work / f"{name.split('/')[1]}-{seed}", WAYS | (OTHERS if more else {})
     task = write_task(name, here, data, seed=seed, generator_adapter=more, **TASKS[name]["task"])
     rows, asked = read_rows(data / name / "train.jsonl"), load_task(task)
-    labels = find_labels(asked, rows).classes
+    found = find_answers(asked, rows)
+    labels, checked = found.classes, bool(found.classes) or found.answer_words != "any"
     common = {way: {**TASKS[name]["recipe"], **(_as_paper(len(rows), labels) if way == "paper" else {})} for way in ways}
     recipes = {way: _recipe(here, way, seed, threads, common[way], sections) for way, sections in ways.items()}
     decided = {way: recipe.decided([] if way == "paper" else labels, len(rows), {"calibration": []}) for way, recipe in recipes.items()}
@@ -139,7 +141,7 @@ def run(name: str, seed: int, data: Path, work: Path, threads: int, more: bool) 
     kit = here / "kit"
     if not kit.exists():
         transfer.translora(here, threads, "prepare", str(task), "--base", transfer.SOURCE, "--out", str(kit))
-    kits = dict.fromkeys(ways, kit) | ({"paper": _paper_kit(name, here, data, threads, seed)} if labels else {})
+    kits = dict.fromkeys(ways, kit) | ({"paper": _paper_kit(name, here, data, threads, seed)} if checked else {})
     arms, oracle = [*ARMS, *(MORE_ARMS if more else [])], data / name / "train.jsonl"
     chain: Chain = {"commit": results.commit(), "settings": digest, "accuracy": {}, "verdicts": {}, "agreement": {}, "candidates": {}}
     answers: dict[str, list[float]] = {}
@@ -180,7 +182,7 @@ def _recipe(here: Path, way: str, seed: int, threads: int, common: dict[str, Any
 
 
 def _paper_kit(name: str, here: Path, data: Path, threads: int, seed: int) -> Path:
-    """The same source adapter, and a discriminator that has learnt from lists that go on."""
+    """The same source adapter, any answer of the teacher, and a discriminator that has learnt from lists that go on."""
     kit = here / "paper-kit"
     task = write_task(name, here / "open", data, seed=seed, labels="open", **TASKS[name]["task"])
     if not kit.exists():

@@ -117,6 +117,10 @@ class Task(Section):
     labels: list[str] | Literal["from_rows", "open"] = "from_rows"
     """The classes that answers come from; the teacher's other answers are rejects. `from_rows`: the different targets of the rows where these come at least
     four times each in the mean, else as `open`: any text. Names of classes go into the kit, so give `open` where they are secret."""
+    answer_words: list[str] | Literal["from_rows", "any"] = "from_rows"
+    """What answers may say beside words of their input, such as names of slots; the teacher's other answers are rejects. `from_rows`: where `labels`
+    are not given and the rows' answers are no classes, but say nothing else than words that do so in four rows or more, these words (`answers.py`); else
+    `any`: whatever they like. The words go into the kit, so give `any` where they are secret."""
     format: Literal["text", "chat"] = "text"
     """`chat` sends the prompt as one user message through each base's own template."""
     seed: int = 0

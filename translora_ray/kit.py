@@ -35,7 +35,6 @@ ADAPTER = "adapter"
 DISCRIMINATOR = "discriminator"
 GENERATOR = "generator"
 HELD_OUT = 0.1
-ROWS_PER_LABEL = 4
 LOOKED_AT = 1000
 """Most rows of a target among which seeds are chosen: the work grows with the square."""
 COMPARED = 500
@@ -239,23 +238,6 @@ def _alike(texts: Sequence[str]) -> Any:
     """(texts, texts) similarities, by their first `COMPARED` characters."""
     begun = [text[:COMPARED] for text in texts]
     return process.cdist(begun, begun, scorer=Indel.normalized_similarity, workers=-1)
-
-
-def find_labels(task: Task, rows: Sequence[TaskRow]) -> Task:
-    """`task` with the labels that its rows have, or `open`. Raises `UsageError` where rows have others than the task names."""
-    found = sorted({row.target.strip() for row in rows})
-    if task.classes:
-        check_labels(task, rows, task.train)
-        return task
-    classes = task.labels == "from_rows" and task.metric in ("exact_match", "choice") and len(rows) >= ROWS_PER_LABEL * len(found) > ROWS_PER_LABEL
-    return task.model_copy(update={"labels": found if classes else "open"})
-
-
-def check_labels(task: Task, rows: Sequence[TaskRow], where: str) -> None:
-    """Raise `UsageError` where targets are none of the task's labels."""
-    strange = [row.target.strip() for row in rows if task.classes and row.target.strip() not in task.classes]
-    if strange:
-        raise UsageError(f"{where}: {len(strange)} rows have a target that is none of the task's labels, {strange[0]!r} first: correct them, or the labels.")
 
 
 def order_for_discriminator(task: Task, rows: Sequence[TaskRow]) -> tuple[list[str], list[str]]:

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from translora_ray import __version__, adapters, adapting, models
+from translora_ray.answers import find_answers
 from translora_ray.config import Adapter, Synthesis, Task, Training
 from translora_ray.engines.base import AdapterRef, Engine, OpenEngine, Score
 from translora_ray.errors import RunFailed, UsageError
-from translora_ray.kit import ADAPTER, DISCRIMINATOR, FACTS, GENERATOR, SEEDS, choose_seeds, digest_of, find_labels, order_for_discriminator, rows_digest
+from translora_ray.kit import ADAPTER, DISCRIMINATOR, FACTS, GENERATOR, SEEDS, choose_seeds, digest_of, order_for_discriminator, rows_digest
 from translora_ray.progress import Display, Phase
 from translora_ray.prompts import NO, YES, Prompt, discriminator_prompt, learnt_prompt
 from translora_ray.records import TaskRow, derive_seed, read_rows, request_pack
@@ -43,7 +44,7 @@ def prepare(task: Task, base: str, out: str | Path, adapter: str | None, discrim
         raise UsageError(f"{out} exists already: choose another --out, or remove it.")
     RunStore(str(out)).check_writable()
     rows = read_rows(task.train)
-    task = find_labels(task, rows)
+    task = find_answers(task, rows)
     if len(rows) < task.seeds:
         raise UsageError(f"{task.train} has {len(rows)} rows, fewer than the {task.seeds} seeds asked for: lower seeds, or add rows.")
     if discriminate and len(rows) < 10:

@@ -15,6 +15,7 @@ import pytest
 
 from tests.conftest import task_rows
 from translora_ray import kit
+from translora_ray.answers import copied, find_answers
 from translora_ray.cluster import Cluster
 from translora_ray.config import Gate, Recipe, Selection, Synthesis, Task
 from translora_ray.engines.base import Complete, Generate, Generation, Sampling
@@ -33,7 +34,7 @@ from translora_ray.stream.choose import choose
 from translora_ray.stream.collect import LABEL_FULL, Collector, Totals
 from translora_ray.stream.discriminate import calibrate, outline
 from translora_ray.stream.plan import Plan
-from translora_ray.stream.teach import ILL_FORMED, OTHER_LABEL, UNSURE, Teacher
+from translora_ray.stream.teach import ILL_FORMED, NOT_COPIED, OTHER_LABEL, UNSURE, Teacher
 
 
 @pytest.fixture
@@ -183,12 +184,30 @@ def test_answers_that_can_not_be_right_are_known(keys: dict[str, Any], good: str
 def test_labels_are_found_where_targets_are_classes() -> None:
     task = Task(name="t", prompt="{input}", train="rows.jsonl")
     classes = [TaskRow(str(i), "ab"[i % 2]) for i in range(20)]
-    assert kit.find_labels(task, classes).classes == ["a", "b"]
-    assert kit.find_labels(task, [TaskRow(str(i), str(i)) for i in range(20)]).labels == "open"
-    assert kit.find_labels(task, [TaskRow(str(i), "a") for i in range(20)]).labels == "open"  # nothing to tell apart
-    assert kit.find_labels(task.model_copy(update={"labels": "open"}), classes).labels == "open"
+    assert find_answers(task, classes).classes == ["a", "b"]
+    assert find_answers(task, [TaskRow(str(i), str(i)) for i in range(20)]).labels == "open"
+    assert find_answers(task, [TaskRow(str(i), "a") for i in range(20)]).labels == "open"  # nothing to tell apart
+    assert find_answers(task.model_copy(update={"labels": "open"}), classes).labels == "open"
     with pytest.raises(UsageError, match=r"rows.jsonl: 10 rows have a target that is none of the task's labels, 'b' first"):
-        kit.find_labels(task.model_copy(update={"labels": ["a", "c"]}), classes)
+        find_answers(task.model_copy(update={"labels": ["a", "c"]}), classes)
+
+
+SLOTS = [TaskRow(f"weather in {place} on {day}", f"city={place}; day={day}") for place, day in zip("ABCDEFGHIJ", "KLMNOPQRST", strict=True)]
+
+
+def test_words_beside_the_inputs_are_found_where_answers_are_copies() -> None:
+    task = Task(name="t", prompt="{input}", train="rows.jsonl")
+    found = find_answers(task, SLOTS)
+    assert (found.labels, found.answer_words) == ("open", ["city", "day"])
+    assert copied(found, "day=R; city=Rome", "how is Rome on R")
+    assert not copied(found, "city=rome", "how is Rome") and not copied(found, "town=Rome", "how is Rome")
+    others = [TaskRow(f"question {i}", f"one says {i} of {i * 7}") for i in range(10)]
+    assert find_answers(task, others).answer_words == "any"
+    assert find_answers(task.model_copy(update={"labels": "open"}), SLOTS).answer_words == "any"  # no words are told of answers that are to stay open
+    assert find_answers(task.model_copy(update={"answer_words": "any"}), SLOTS).answer_words == "any"
+    assert copied(task, "whatever", "it says") and copied(find_answers(task, others), "whatever", "it says")
+    with pytest.raises(UsageError, match=r"rows.jsonl: 10 rows have a target with words that are neither their input's nor in answer_words, 'day' first: add"):
+        find_answers(task.model_copy(update={"answer_words": ["city"]}), SLOTS)
 
 
 class Voter:
@@ -226,6 +245,14 @@ def test_the_teachers_votes_are_counted(loaded: kit.Kit, answers: list[str], tar
     Teacher(voter, task, loaded.adapter, selection=Selection(votes=5, margin=0.4)).process(pack)  # type: ignore[arg-type]
     assert (pack.candidates[0].target, pack.candidates[0].reason) == (target, reason)
     assert len(set(voter.seeds)) == 5
+
+
+def test_an_answer_that_is_not_from_its_prompt_is_a_reject(loaded: kit.Kit) -> None:
+    pack = Pack(0, [Candidate(0, 7, "how is Rome"), Candidate(1, 8, "how is Rome")])
+    task = loaded.task.model_copy(update={"labels": "open", "answer_words": ["city"]})
+    for candidate, answer in zip(pack.candidates, ("city=Rome", "city=Paris"), strict=True):
+        Teacher(Voter([answer]), task, loaded.adapter).process(Pack(0, [candidate]))  # type: ignore[arg-type]
+    assert [candidate.reason for candidate in pack.candidates] == [None, NOT_COPIED]
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from translora_ray import adapting, models
+from translora_ray.answers import copied
 from translora_ray.cluster import Cluster
 from translora_ray.config import BY_EXCESS, CUTTING, Adapter, Method, Recipe, Training
 from translora_ray.engines.base import AdapterRef, Engine
@@ -25,7 +26,7 @@ from translora_ray.stream.collect import LABEL_FULL, NOT_NEEDED
 from translora_ray.stream.dedup import Seen
 from translora_ray.stream.discriminate import OFF_TASK
 from translora_ray.stream.plan import Plan
-from translora_ray.stream.teach import ILL_FORMED, OTHER_LABEL, UNSURE, Teacher
+from translora_ray.stream.teach import ILL_FORMED, NOT_COPIED, OTHER_LABEL, UNSURE, Teacher
 from translora_ray.token_weights import answer_spans
 from translora_ray.training.task import task_pairs, train_adapter
 
@@ -38,7 +39,7 @@ EXTRA: dict[str, str] = {
     "none": "target, trained on candidates with a trusted answer, as they come",
 }
 """Arms that are made when they are asked for, and their titles."""
-WRITTEN = {None, OFF_TASK, UNSURE, ILL_FORMED, OTHER_LABEL, LABEL_FULL, NOT_NEEDED}
+WRITTEN = {None, OFF_TASK, UNSURE, ILL_FORMED, NOT_COPIED, OTHER_LABEL, LABEL_FULL, NOT_NEEDED}
 """Reasons of candidates that are well written and no copies: what an arm may choose from."""
 
 
@@ -158,7 +159,7 @@ class Arms:
         """Whether the teacher's answer to the candidate is one to learn from."""
         task, answer = self.kit.task, candidate.target or ""
         as_asked = not self._as_asked or says(task, answer, candidate.label_of(task.classes))
-        return candidate.accepted and as_asked and well_formed(task, answer)
+        return candidate.accepted and as_asked and well_formed(task, answer) and copied(task, answer, candidate.input)
 
     def _selected(self, pool: Sequence[Candidate], method: Method) -> list[TaskRow]:
         plan = self._plan(method)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from translora_ray import adapters, kit
+from translora_ray.answers import check_labels
 from translora_ray.config import Recipe, Task
 from translora_ray.engines.base import AdapterRef, Engine, Generate, OpenEngine, Sampling
 from translora_ray.errors import Diverged, UsageError
@@ -107,7 +108,7 @@ def evaluate(
 
 def check_rows(loaded: kit.Kit, rows: Sequence[TaskRow], data: str, learnt: Mapping[str, Sequence[TaskRow]]) -> None:
     """Raise `UsageError` for test rows that were seen in training, as seeds or by `learnt`, or that have no label of the task."""
-    kit.check_labels(loaded.task, rows, data)
+    check_labels(loaded.task, rows, data)
     tested = _inputs(rows)
     for name, known in {"the kit's seeds": loaded.seeds, **learnt}.items():
         if common := tested & _inputs(known):

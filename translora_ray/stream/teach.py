@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 from translora_ray.adapters import inspect
+from translora_ray.answers import copied
 from translora_ray.config import Selection, Task
 from translora_ray.engines.base import AdapterRef, Complete, Engine, Generate, Generation, Sampling
 from translora_ray.evaluation.metrics import reading, says, well_formed
@@ -17,6 +18,7 @@ from translora_ray.token_weights import FindSpans, spread
 ROLE = "teacher"
 UNSURE = "teacher unsure"
 ILL_FORMED = "answer ill-formed"
+NOT_COPIED = "answer not from its prompt"
 OTHER_LABEL = "other label than asked"
 GREEDY = Selection()
 
@@ -83,6 +85,8 @@ class Teacher:
             candidate.reason = "empty answer"
         elif not well_formed(self.task, candidate.target):
             candidate.reason = ILL_FORMED
+        elif not copied(self.task, candidate.target, candidate.input):
+            candidate.reason = NOT_COPIED
         elif self.selection.as_asked and not says(self.task, candidate.target, candidate.label_of(self.task.classes)):
             candidate.reason = OTHER_LABEL
         elif not self.learnable(self._prompt(candidate), candidate.target):
