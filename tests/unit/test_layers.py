@@ -9,7 +9,7 @@ LAYERS = [
     {"records"},
     {"config"},
     {"cluster"},
-    {"reading", "evaluation.metrics"},
+    {"answers", "reading", "evaluation.metrics"},
     {"prompts", "storage", "progress", "references"},
     {"models", "adapters", "token_weights"},
     {"adapting"},
