@@ -28,7 +28,7 @@ import yaml
 from rounds import answered, translora
 
 from translora_ray.answers import find_answers
-from translora_ray.config import Recipe, Synthesis
+from translora_ray.config import EPOCHS, Recipe, Synthesis
 from translora_ray.engines.base import AdapterRef
 from translora_ray.evaluation import gate
 from translora_ray.evaluation.compare import summary
@@ -38,17 +38,17 @@ from translora_ray.records import read_rows
 from translora_ray.storage import RunStore
 from translora_ray.stream.dedup import normal
 
-EPOCHS = 4
+SHORT = 4
 # As many seeds as the paper's hardest task had (15), or one for each label where there are more. Of one seed for each label, as snips_intents would have with
 # 7, a base writes little else than copies: 3 % of its candidates became examples, of two for each label 12 % (counted without a look at accuracy).
 INTENT = {"prompt": "Message: {input}\nIntent:", "max_new_tokens": 10, "source_training": {"epochs": 5}}
 TASKS: dict[str, dict[str, Any]] = {
-    "intents/clinc_utility": {"task": {**INTENT, "seeds": 15}, "recipe": {"training": {"epochs": EPOCHS}}},
-    "intents/banking_cards": {"task": {**INTENT, "seeds": 16}, "recipe": {"training": {"epochs": EPOCHS}}},
-    "intents/snips_intents": {"task": {**INTENT, "seeds": 15}, "recipe": {"training": {"epochs": EPOCHS}}},
+    "intents/clinc_utility": {"task": {**INTENT, "seeds": 15}, "recipe": {"training": {"epochs": SHORT}}},
+    "intents/banking_cards": {"task": {**INTENT, "seeds": 16}, "recipe": {"training": {"epochs": SHORT}}},
+    "intents/snips_intents": {"task": {**INTENT, "seeds": 15}, "recipe": {"training": {"epochs": SHORT}}},
     "slots/snips_GetWeather": {
         "task": {"prompt": "Message: {input}\nSlots:", "max_new_tokens": 48, "seeds": 15, "source_training": {"epochs": 4}},
-        "recipe": {"training": {"epochs": EPOCHS}},
+        "recipe": {"training": {"epochs": SHORT}},
     },
     "bbh/boolean_expressions": {
         "task": transfer.TASKS["bbh/boolean_expressions"]["task"],
@@ -129,8 +129,9 @@ def run(name: str, seed: int, data: Path, work: Path, threads: int, more: bool) 
     found = find_answers(asked, rows)
     labels, checked = found.classes, bool(found.classes) or found.answer_words != "any"
     common = {way: {**TASKS[name]["recipe"], **(_as_paper(len(rows), labels) if way == "paper" else {})} for way in ways}
-    recipes = {way: _recipe(here, way, seed, threads, common[way], sections) for way, sections in ways.items()}
-    decided = {way: recipe.decided([] if way == "paper" else labels, len(rows), {"calibration": []}) for way, recipe in recipes.items()}
+    decide = {way: partial(Recipe.decided, classes=[] if way == "paper" else labels, rows=len(rows), discriminator={"calibration": []}) for way in ways}
+    recipes = {way: _recipe(here, way, seed, threads, common[way], sections, decide[way]) for way, sections in ways.items()}
+    decided = {way: decide[way](recipe) for way, recipe in recipes.items()}
     if decided["default"].selection.method == "none":
         del ways["alone"], decided["alone"]
     settings = {"task": asked.model_dump() | {"train": name}, "recipes": {way: recipe.model_dump() for way, recipe in decided.items()}, "more": more}
@@ -172,11 +173,16 @@ def _as_paper(rows: int, labels: object) -> dict[str, Any]:
     return {"selection": {"quota": rows, **({} if labels else {"max_candidates": 100})}}
 
 
-def _recipe(here: Path, way: str, seed: int, threads: int, common: dict[str, Any], sections: dict[str, dict[str, Any]]) -> Recipe:
-    """The recipe of a way, which also lies in a file."""
+def _recipe(
+    here: Path, way: str, seed: int, threads: int, common: dict[str, Any], sections: dict[str, dict[str, Any]], decide: Callable[[Recipe], Recipe]
+) -> Recipe:
+    """The recipe of a way, which also lies in a file. The task's epochs are for `CHOSEN_FOR_A_ROW` examples a row; more examples take no more steps."""
     recipe = {"seed": seed, **common}
     for section, keys in sections.items():
         recipe[section] = {**recipe.get(section, {}), **keys}
+    if way != "paper":
+        epochs, asked = recipe["training"]["epochs"], decide(Recipe.model_validate({**recipe, "training": {}}))
+        recipe["training"] = {"epochs": round(epochs * asked.training.passes / EPOCHS)}
     (here / f"{way}.yaml").write_text(yaml.safe_dump({"cluster": {"engine_cpus": threads, "worker_cpus": threads}, **recipe}))
     return Recipe.model_validate(recipe)
 

@@ -23,7 +23,7 @@ from rounds import TARGET, accuracy_of
 
 from translora_ray import adapters, models
 from translora_ray.cluster import Cluster
-from translora_ray.config import EXAMPLES_FOR_A_ROW, Adapter, EngineKind, Gate, Recipe, Selection, Synthesis, Training
+from translora_ray.config import CHOSEN_FOR_A_ROW, Adapter, EngineKind, Gate, Recipe, Selection, Synthesis, Training
 from translora_ray.engines.base import AdapterRef
 from translora_ray.engines.select import choose_engine, open_engine
 from translora_ray.kit import Kit, load
@@ -74,7 +74,8 @@ def main() -> None:
         for way in TASKS[name]:
             place = here / "".join(letter for letter in way if letter.isalnum())
             lines.append(f"| {way} | {' | '.join(compared(kit, place, TASKS[name][way], asked, choose_engine(options.engine)))} |")
-        head = f"{kit.task.name}, commit {results.commit()}; {EXAMPLES_FOR_A_ROW} examples for each row, {quality.EPOCHS} epochs, one training each."
+        steps = f"as many steps as {quality.SHORT} epochs of {CHOSEN_FOR_A_ROW} examples for each row"
+        head = f"{kit.task.name}, commit {results.commit()}; {steps}, one training each."
         results.replace(f"selection {kit.task.name}", "\n".join([head, "", *lines]))
         print("\n".join([head, *lines]))
 
@@ -89,7 +90,8 @@ def compared(kit: Kit, here: Path, way: tuple[dict[str, Any], dict[str, Any]], a
     if not (here / "adapter").exists():
         wanted = adapters.inherit(adapters.inspect(kit.adapter.path), Adapter(), models.linear_shapes(TARGET))
         with Display() as display:
-            pairs, training = task_pairs(kit.task, examples), Training(epochs=quality.EPOCHS)
+            epochs = round(quality.SHORT * CHOSEN_FOR_A_ROW * kit.rows / len(examples))
+            pairs, training = task_pairs(kit.task, examples), Training(epochs=max(1, epochs))
             train_adapter(TARGET, pairs, wanted, training, 0, here / "adapter", display.phase("training").step)
     accuracy = accuracy_of(kit, TARGET, AdapterRef("adapter", str(here / "adapter")), asked, here / "scores.json")
     labels = Counter(row.target for row in examples)

@@ -36,11 +36,15 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
+EPOCHS = 6
+"""Passes over rows, and over so many examples that there are `CHOSEN_FOR_A_ROW` for each row."""
+
+
 class Training(Section):
     """How an adapter is trained. The paper (arXiv 2405.17258, section 4.1): AdamW, linear decay, batch 8, no weight decay."""
 
-    epochs: int = Field(6, ge=1)
-    """Passes over the rows."""
+    epochs: int | None = Field(None, ge=1)
+    """Passes over the rows. None: `EPOCHS`; in a transfer so many fewer that more examples than `CHOSEN_FOR_A_ROW` take no more steps."""
     batch_size: int = Field(8, ge=1)
     """Rows per optimiser step over all workers together."""
     learning_rate: float = Field(5e-4, gt=0)
@@ -59,6 +63,11 @@ class Training(Section):
     """Bits per weight of the frozen base while it trains (bitsandbytes, the extra `quantized`; 4 is QLoRA's NF4, arXiv 2305.14314). None: as it is."""
     learning_rates: list[Annotated[float, Field(gt=0)]] | None = Field(None, min_length=2)
     """Rates to try in turn in place of `learning_rate`, each from a fresh adapter; the rows held out choose."""
+
+    @property
+    def passes(self) -> int:
+        """`epochs`, decided."""
+        return self.epochs or EPOCHS
 
     @model_validator(mode="after")
     def _chooses_by_something(self) -> Training:
@@ -234,9 +243,9 @@ class Synthesis(Section):
         return self.fewest_shots or (self.shots if classes else 1)
 
 
-EXAMPLES_FOR_A_ROW = 2
-"""Written prompts are less varied than real ones, and the teacher's answers take no data. Twice as many did more for a new adapter than twice as many epochs
-(`make bench-amount`)."""
+TAKEN_FOR_A_ROW, CHOSEN_FOR_A_ROW = 4, 2
+"""Written prompts are less varied than real ones, and the teacher's answers take no data: so four are answered for each row. Twice as many examples do more
+for a new adapter than twice as many epochs (`make bench-amount`)."""
 
 
 class Selection(Section):
@@ -250,7 +259,8 @@ class Selection(Section):
     kit has no discriminator: excess takes examples of few labels, or with short answers, and makes worse adapters than none on three tasks of three (`make
     bench-selection`). The cut, which may leave 3 % of the candidates, is for `overlap`, and for kits that were made before discriminators were calibrated."""
     quota: int | None = Field(None, ge=1)
-    """Examples to train on. None: `EXAMPLES_FOR_A_ROW` for each row that the kit was made from; the paper takes one."""
+    """Examples to train on. None: for each row that the kit was made from `TAKEN_FOR_A_ROW` where all that are answered are taken (`none`), else
+    `CHOSEN_FOR_A_ROW`; the paper takes one."""
     threshold: float = 0.0
     """Least log p(yes) - log p(no) of the discriminator; 0 is the paper's p(yes) > p(no)."""
     surplus: float = Field(2.0, ge=1)
@@ -333,9 +343,12 @@ class Recipe(Section):
         """With what is left to a kit's labels, its number of rows and its discriminator decided: what a run writes down, so that it stays what it is when a
         default changes."""
         method = self.selects(classes, discriminator).method
-        selection = self.selection.model_copy(update={"quota": self.selection.quota or EXAMPLES_FOR_A_ROW * rows, "method": method})
+        quota = self.selection.quota or (TAKEN_FOR_A_ROW if method == "none" else CHOSEN_FOR_A_ROW) * rows
+        selection = self.selection.model_copy(update={"quota": quota, "method": method})
+        epochs = self.training.epochs or max(1, min(EPOCHS, round(EPOCHS * CHOSEN_FOR_A_ROW * rows / quota)))
+        training = self.training.model_copy(update={"epochs": epochs})
         synthesis = self.synthesis.model_copy(update={"by_label": self.synthesis.asks(classes), "fewest_shots": self.synthesis.fewest(classes)})
-        return self.model_copy(update={"synthesis": synthesis, "selection": selection})
+        return self.model_copy(update={"synthesis": synthesis, "selection": selection, "training": training})
 
     def digest(self) -> str:
         return hashlib.sha256(json.dumps(self.model_dump(), sort_keys=True).encode()).hexdigest()[:16]

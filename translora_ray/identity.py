@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from translora_ray import adapters, models
-from translora_ray.config import Gate, Recipe, Selection
+from translora_ray.config import CHOSEN_FOR_A_ROW, Gate, Recipe, Selection
 from translora_ray.errors import UsageError
 from translora_ray.kit import Kit
 from translora_ray.reading import differing_field
@@ -39,6 +39,8 @@ def as_begun(recipe: Recipe, store: RunStore, loaded: Kit) -> Recipe:
     begun = store.read_json(IDENTITY)["recipe"]
     then = _left_open(begun["selection"], loaded)
     both = {key: then[key] for key in then.keys() & _left_open(recipe.selection.model_dump(), loaded).keys()}
+    if recipe.selection.quota is None and begun["selection"]["quota"] == CHOSEN_FOR_A_ROW * loaded.rows:  # once what an open one meant with any method
+        both["quota"] = CHOSEN_FOR_A_ROW * loaded.rows
     fewest = recipe.synthesis.fewest_shots or _fewest_shots(begun["synthesis"])
     synthesis = recipe.synthesis.model_copy(update={"fewest_shots": fewest})
     return recipe.model_copy(update={"selection": recipe.selection.model_copy(update=both), "synthesis": synthesis})

@@ -13,7 +13,7 @@ from typing import Any
 from translora_ray import adapting, models
 from translora_ray.answers import copied
 from translora_ray.cluster import Cluster
-from translora_ray.config import BY_EXCESS, CUTTING, Adapter, Method, Recipe, Training
+from translora_ray.config import BY_EXCESS, CUTTING, EPOCHS, Adapter, Method, Recipe, Training
 from translora_ray.engines.base import AdapterRef, Engine
 from translora_ray.errors import UsageError
 from translora_ray.evaluation.metrics import says, well_formed
@@ -92,14 +92,19 @@ class Arms:
         found = {"copy": self.kit.adapter} if "copy" in names else {}
         seed, after = (derive_seed(self.recipe.seed, f"training {again}"), f", once more ({again})") if again else (self.recipe.seed, "")
         chosen = {"learning_rate": self.manifest["training"]["learning_rate"], "learning_rates": None}
-        settings = Training.model_validate(self.recipe.training.model_dump() | chosen)
         adapter = Adapter.model_validate(self.manifest["training"]["adapter"])
         for name, rows in sets.items():
             out = self.scratch / (f"{name}-{again}" if again else name)
             shown = self.display.phase(f"{name.replace('_', ' ')} training{after}").step
+            settings = Training.model_validate(self.recipe.training.model_dump() | chosen | self._epochs(name, len(rows)))
             train_adapter(self.manifest["target_base"], task_pairs(self.kit.task, rows), adapter, settings, seed, out, shown)
             found[name] = AdapterRef(out.name, str(out))
         return found
+
+    def _epochs(self, name: str, rows: int) -> dict[str, int]:
+        """As many as the run's adapter had; an oracle, where the real rows are fewer than the examples, so many that it is as many steps, up to `EPOCHS`."""
+        epochs, quota = self.recipe.training.passes, self.manifest["counts"]["quota"]
+        return {"epochs": max(epochs, min(EPOCHS, round(epochs * quota / rows))) if name == "oracle" else epochs}
 
     @cached_property
     def candidates(self) -> list[Candidate]:

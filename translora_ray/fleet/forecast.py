@@ -83,7 +83,7 @@ def _tokens(transfer: Transfer) -> tuple[int, int]:
         answered += len(answer_ids(source, prompt, seed.target)) * plan.recipe.selection.votes
         trained += len(prompt_ids(target, prompt)) + len(answer_ids(target, prompt, seed.target))
     generated = plan.wanted * (written + answered) // len(kit.seeds)
-    return generated, plan.quota * plan.recipe.training.epochs * trained // len(kit.seeds)
+    return generated, plan.quota * plan.recipe.training.passes * trained // len(kit.seeds)
 
 
 def _engines(fleet: Fleet, group: Sequence[Transfer]) -> list[str]:

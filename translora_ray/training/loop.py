@@ -141,7 +141,7 @@ class Loop:
         self.at_once = min(at_once or settings.batch_size, settings.batch_size)
         self.device = next(model.parameters()).device
         self.steps_per_epoch = -(-len(self.rows) // settings.batch_size)
-        total = self.steps_per_epoch * settings.epochs
+        total = self.steps_per_epoch * settings.passes
         self._weights = [weight for weight in model.parameters() if weight.requires_grad]
         self.held_out_losses: list[float] = []
         """Mean loss per label of the rows held out, after each epoch."""
@@ -180,8 +180,8 @@ class Loop:
     @property
     def done(self) -> bool:
         """Whether all epochs are trained, or the held-out loss has not fallen for `patience` epochs."""
-        patience = self.settings.patience or self.settings.epochs
-        return self.epoch >= self.settings.epochs or (bool(self.held_out_losses) and self.epoch - self.best_epoch >= patience)
+        patience = self.settings.patience or self.settings.passes
+        return self.epoch >= self.settings.passes or (bool(self.held_out_losses) and self.epoch - self.best_epoch >= patience)
 
     def use_best(self) -> None:
         """Take the weights of the best epoch."""
@@ -200,7 +200,7 @@ class Loop:
             loss = self._step(indices)
             self.tokens += sum(len(self.rows[i].ids) for i in indices)
             self.position += 1
-            yield Step(self.step, self.steps_per_epoch * self.settings.epochs, loss, self.tokens - before, time.perf_counter() - began)
+            yield Step(self.step, self.steps_per_epoch * self.settings.passes, loss, self.tokens - before, time.perf_counter() - began)
         self.epoch, self.position = self.epoch + 1, 0
         if self.held_out:
             self.held_out_losses.append(self.loss_on(self.held_out))
@@ -216,7 +216,7 @@ class Loop:
 
     def _order(self, epoch: int) -> str:
         """A digest of an epoch's steps, if there is such an epoch."""
-        return hashlib.sha256(repr(self._batches(epoch)).encode()).hexdigest() if epoch < self.settings.epochs else ""
+        return hashlib.sha256(repr(self._batches(epoch)).encode()).hexdigest() if epoch < self.settings.passes else ""
 
     def loss_on(self, held_out: Sequence[Encoded]) -> float:
         """Mean loss per label of rows that are not trained on."""
