@@ -189,6 +189,9 @@ class Synthesis(Section):
     temperature: float | None = Field(None, gt=0)
     """Of the generator. None: 1 by label, where half of the candidates at 0.7 repeat others, and for the generator adapter, whose inputs are spread as it has
     learnt them; else 0.7, above which small bases drift off the task."""
+    high_temperature: float | None = Field(None, gt=0)
+    """That of half of a base's requests, by chance. None: `temperature`, but where that is left open, too, 1.5 by label: at 1 a base begins nearly all inputs
+    of a label in one way, and what is off the label at 1.5 the teacher tells (`make bench-selection`)."""
     min_p: float = Field(0.05, ge=0, lt=1)
     """Drops tokens less likely than this share of the likeliest. Needs no sorting of the vocabulary, unlike top-p, which halves the speed on 262,144 tokens;
     by label up to 1.7 times as many candidates are trusted as with temperature alone (`benchmarks/generation.py choices`)."""
@@ -213,6 +216,8 @@ class Synthesis(Section):
     def _ordered(self) -> Synthesis:
         if self.fewest_shots and self.fewest_shots > self.shots:
             raise ValueError("fewest_shots must not be higher than shots")
+        if self.temperature and self.high_temperature and self.temperature > self.high_temperature:
+            raise ValueError("high_temperature must not be lower than temperature")
         return self
 
     @field_serializer("generator")
@@ -232,11 +237,16 @@ class Synthesis(Section):
         return all(self.settled(classes, generator).by_label for generator in self.generator)
 
     def settled(self, classes: Sequence[str], generator: GeneratorKind = "source") -> Synthesis:
-        """These settings with `by_label`, `temperature` and `fewest_shots` decided, for such a generator and a task with such labels."""
+        """These settings with `by_label`, the temperatures and `fewest_shots` decided, for such a generator and a task with such labels."""
         learnt = generator == "adapter"
         by_label = bool(classes) if learnt else self.asks(classes)
         temperature = self.temperature or (1.0 if by_label or learnt else 0.7)
-        return self.model_copy(update={"by_label": by_label, "temperature": temperature, "fewest_shots": self.fewest(classes)})
+        high = temperature if learnt else self.high(classes)
+        return self.model_copy(update={"by_label": by_label, "temperature": temperature, "high_temperature": high, "fewest_shots": self.fewest(classes)})
+
+    def high(self, classes: Sequence[str]) -> float:
+        """`high_temperature`, decided for a base and a task with such labels."""
+        return self.high_temperature or self.temperature or (1.5 if self.asks(classes) else 0.7)
 
     def fewest(self, classes: Sequence[str]) -> int:
         """`fewest_shots`, decided for a task with such labels."""
@@ -347,7 +357,8 @@ class Recipe(Section):
         selection = self.selection.model_copy(update={"quota": quota, "method": method})
         epochs = self.training.epochs or max(1, min(EPOCHS, round(EPOCHS * CHOSEN_FOR_A_ROW * rows / quota)))
         training = self.training.model_copy(update={"epochs": epochs})
-        synthesis = self.synthesis.model_copy(update={"by_label": self.synthesis.asks(classes), "fewest_shots": self.synthesis.fewest(classes)})
+        asked = {"by_label": self.synthesis.asks(classes), "high_temperature": self.synthesis.high(classes), "fewest_shots": self.synthesis.fewest(classes)}
+        synthesis = self.synthesis.model_copy(update=asked)
         return self.model_copy(update={"synthesis": synthesis, "selection": selection, "training": training})
 
     def digest(self) -> str:

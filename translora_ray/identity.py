@@ -41,14 +41,20 @@ def as_begun(recipe: Recipe, store: RunStore, loaded: Kit) -> Recipe:
     both = {key: then[key] for key in then.keys() & _left_open(recipe.selection.model_dump(), loaded).keys()}
     if recipe.selection.quota is None and begun["selection"]["quota"] == CHOSEN_FOR_A_ROW * loaded.rows:  # once what an open one meant with any method
         both["quota"] = CHOSEN_FOR_A_ROW * loaded.rows
-    fewest = recipe.synthesis.fewest_shots or _fewest_shots(begun["synthesis"])
-    synthesis = recipe.synthesis.model_copy(update={"fewest_shots": fewest})
-    return recipe.model_copy(update={"selection": recipe.selection.model_copy(update=both), "synthesis": synthesis})
+    written = {key: getattr(recipe.synthesis, key) or value for key, value in _written(begun["synthesis"], loaded).items()}
+    changed = {
+        "selection": recipe.selection.model_copy(update=both),
+        "synthesis": recipe.synthesis.model_copy(update=written),
+        "training": recipe.training.model_copy(update={"epochs": recipe.training.epochs or begun["training"]["epochs"]}),
+    }
+    return recipe.model_copy(update=changed)
 
 
-def _fewest_shots(synthesis: dict[str, Any]) -> int:
-    """Fewest seeds that a request of a run shows: in an older one all that it might."""
-    return int(synthesis.get("fewest_shots") or synthesis["shots"])
+def _written(synthesis: dict[str, Any], loaded: Kit) -> dict[str, Any]:
+    """How few seeds a request of a run shows, and the temperature of its warmer ones: in an older run as many as it might, and that of the others."""
+    by_label = bool(loaded.task.classes) if (asks := synthesis.get("by_label", False)) is None else asks
+    alike = synthesis["temperature"] or (1.0 if by_label else 0.7)
+    return {"fewest_shots": synthesis.get("fewest_shots") or synthesis["shots"], "high_temperature": synthesis.get("high_temperature") or alike}
 
 
 def _left_open(selection: dict[str, Any], loaded: Kit) -> dict[str, Any]:
@@ -58,10 +64,10 @@ def _left_open(selection: dict[str, Any], loaded: Kit) -> dict[str, Any]:
 
 
 def _as_today(stored: dict[str, Any], loaded: Kit) -> dict[str, Any]:
-    """What an older run is, as it is written down today: it lacks keys of the gate, shows as many seeds in each request, and left open that prompts of a task
-    with labels were by label, how many examples there were, and how they were selected."""
+    """What an older run is, as it is written down today: it lacks keys of the gate, shows as many seeds in each request, asks all at one temperature, and
+    left open that prompts of a task with labels were by label, how many examples there were, and how they were selected."""
     recipe = {**stored["recipe"], "gate": {**Gate().model_dump(), **stored["recipe"]["gate"]}}
-    recipe["synthesis"] = {**recipe["synthesis"], "fewest_shots": _fewest_shots(recipe["synthesis"])}
+    recipe["synthesis"] = {**recipe["synthesis"], **_written(recipe["synthesis"], loaded)}
     if recipe["synthesis"].get("by_label", False) is None:
         recipe["synthesis"]["by_label"] = bool(loaded.task.classes)
     recipe["selection"] = {**recipe["selection"], **_left_open(recipe["selection"], loaded)}

@@ -17,7 +17,7 @@ from tests.conftest import task_rows
 from translora_ray import kit
 from translora_ray.answers import copied, find_answers
 from translora_ray.cluster import Cluster
-from translora_ray.config import Gate, Recipe, Selection, Synthesis, Task
+from translora_ray.config import Gate, GeneratorKind, Recipe, Selection, Synthesis, Task
 from translora_ray.engines.base import Complete, Generate, Generation, Sampling
 from translora_ray.engines.transformers import TransformersEngine
 from translora_ray.errors import UsageError
@@ -144,7 +144,35 @@ def test_labels_are_asked_for_where_there_are_more_than_a_list_shows(loaded: kit
     found = [planned(one).synthesis("source") for one in kits]
     assert [(settings.by_label, settings.temperature) for settings in found] == [(True, 1.0), (False, 0.7), (False, 0.7)]
     assert Synthesis().settled(["a"], "adapter").by_label and Synthesis(by_label=True).settled(["a"]).by_label
-    assert Synthesis(by_label=False, temperature=0.9).settled(["a"]) == Synthesis(by_label=False, temperature=0.9, fewest_shots=5)
+    assert Synthesis(by_label=False, temperature=0.9).settled(["a"]) == Synthesis(by_label=False, temperature=0.9, high_temperature=0.9, fewest_shots=5)
+
+
+def test_by_label_half_of_the_requests_are_warmer() -> None:
+    def high(classes: str, generator: GeneratorKind = "source", **keys: Any) -> float | None:
+        return Synthesis(**keys).settled(list(classes), generator).high_temperature
+
+    assert (high("abcdef"), high("abc"), high("")) == (1.5, 0.7, 0.7)
+    assert high("abcdef", "adapter") == 1.0, "an adapter has learnt how inputs are spread"
+    assert high("abcdef", temperature=1.2) == 1.2 and high("abcdef", temperature=1.2, high_temperature=1.4) == 1.4
+    assert Recipe().decided(list("abcdef"), 10, None).synthesis.high_temperature == 1.5
+    with pytest.raises(ValueError, match="high_temperature must not be lower than temperature"):
+        Synthesis(temperature=1.2, high_temperature=1.0)
+
+
+@pytest.mark.parametrize(
+    ("labels", "keys", "quota", "epochs"),
+    [
+        ("abcdef", {}, 40, 3),
+        ("", {}, 20, 6),
+        ("", {"selection": {"method": "none"}}, 40, 3),
+        ("abcdef", {"selection": {"quota": 10}}, 10, 6),
+        ("abcdef", {"selection": {"quota": 500}}, 500, 1),
+        ("abcdef", {"training": {"epochs": 5}}, 40, 5),
+    ],
+)
+def test_more_examples_take_no_more_steps(labels: str, keys: dict[str, Any], quota: int, epochs: int) -> None:
+    found = Recipe.model_validate(keys).decided(list(labels), 10, {"calibration": (1, 0)})
+    assert (found.selection.quota, found.training.epochs) == (quota, epochs)
 
 
 def test_no_label_gets_more_than_its_share(loaded: kit.Kit, tmp_path: Path) -> None:

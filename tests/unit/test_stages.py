@@ -10,7 +10,7 @@ import pytest
 from tests.conftest import task_rows
 from translora_ray import kit
 from translora_ray.config import Selection, Synthesis
-from translora_ray.engines.base import Generate, Sampling
+from translora_ray.engines.base import Generate, Generation, Sampling
 from translora_ray.engines.transformers import TransformersEngine
 from translora_ray.prompts import discriminator_prompt, task_prompt
 from translora_ray.records import TOO_LONG, Candidate, Pack, TaskRow, request_pack
@@ -59,8 +59,17 @@ def test_requests_of_open_tasks_show_one_to_five_seeds(engine: TransformersEngin
         Synthesis(fewest_shots=6)
 
 
+def test_half_of_the_requests_may_be_warmer(engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Generate] = []
+    monkeypatch.setattr(engine, "generate", lambda requests: asked.extend(requests) or [Generation("x", 1, 1, True) for _ in requests])
+    Synthesizer(engine, Synthesis(temperature=1.0, high_temperature=1.5).settled(()), [TaskRow("seed", "a")]).process(request_pack(1, 0, 64))
+    warm = sum(request.sampling.temperature == 1.5 for request in asked)
+    assert 16 < warm < 48 and warm + sum(request.sampling.temperature == 1.0 for request in asked) == 64
+
+
 def test_labels_are_asked_for_in_turn_and_must_come_back(engine: TransformersEngine, loaded: kit.Kit) -> None:
-    settings, classes = Synthesis(by_label=True, temperature=1.0, min_p=0.0, max_tokens=40), loaded.task.classes
+    classes = loaded.task.classes
+    settings = Synthesis(by_label=True, temperature=1.0, min_p=0.0, max_tokens=40).settled(classes)
     writer = Synthesizer(engine, settings, loaded.seeds, classes)
     pack = request_pack(1, 0, 16)
     assert [prompt.text.rpartition("\n")[2] for prompt in writer._prompts(pack)] == [f"{classes[number % len(classes)]}:" for number in range(16)]
