@@ -94,5 +94,5 @@ class Writing(Plan):
 def writing(base: str, packs: int, size: int) -> Writing:
     """The transfer's own stream as far as candidates: one engine on all cores, `packs` packs of `size` requests at once, by label."""
     cluster = Cluster(vllm=SETTINGS.model_copy(update={"packs": packs}))
-    settings = Synthesis(generator=("target",), pack_size=size)
+    settings = Synthesis(generator=("target",), pack_size=size, temperature=LABEL.temperature)
     return Writing(labelled_kit(), base, Recipe(synthesis=settings), cluster, "vllm", CPUS, 0)

@@ -84,7 +84,7 @@ SHOWN: dict[str, str] = {
     "both": "list, both",
     "default": "default",
     "alone": "default, for a kit without a discriminator",
-    "cut": "default, and the discriminator's cut",
+    "cut": "default, by the discriminator's cut",
     "target": "default, the target base writes",
     "turns": "default, source and target base write in turn",
     "adapter": "default, a generator adapter writes",
@@ -182,7 +182,7 @@ def _recipe(
         recipe[section] = {**recipe.get(section, {}), **keys}
     if way != "paper":
         epochs, asked = recipe["training"]["epochs"], decide(Recipe.model_validate({**recipe, "training": {}}))
-        recipe["training"] = {"epochs": round(epochs * asked.training.passes / EPOCHS)}
+        recipe["training"] = {**recipe["training"], "epochs": max(1, round(epochs * asked.training.passes / EPOCHS))}
     (here / f"{way}.yaml").write_text(yaml.safe_dump({"cluster": {"engine_cpus": threads, "worker_cpus": threads}, **recipe}))
     return Recipe.model_validate(recipe)
 

@@ -23,7 +23,7 @@ from rounds import TARGET, accuracy_of
 
 from translora_ray import adapters, models
 from translora_ray.cluster import Cluster
-from translora_ray.config import CHOSEN_FOR_A_ROW, Adapter, EngineKind, Gate, Recipe, Selection, Synthesis, Training
+from translora_ray.config import CHOSEN_FOR_A_ROW, TAKEN_FOR_A_ROW, Adapter, EngineKind, Gate, Recipe, Selection, Synthesis, Training
 from translora_ray.engines.base import AdapterRef
 from translora_ray.engines.select import choose_engine, open_engine
 from translora_ray.kit import Kit, load
@@ -39,7 +39,8 @@ WORK = results.ROOT / "runs" / "selection"
 Ways = dict[str, tuple[dict[str, Any], dict[str, Any]]]
 """Title: what differs from the default in synthesis and in selection."""
 BY_LABEL: Ways = {
-    "default: as they come": ({}, {}),
+    "default: as they come, half of them at 1.5": ({}, {}),
+    "temperature 1": ({"temperature": 1.0}, {}),
     "the discriminator's cut": ({}, {"method": "discriminator"}),
     "excess, of twice as many": ({}, {"method": "excess"}),
     "temperature 1.5": ({"temperature": 1.5}, {}),
@@ -52,10 +53,15 @@ OPEN: Ways = {
     "as they come": ({}, {"method": "none"}),
     "excess, of twice as many": ({}, {"method": "excess"}),
 }
-TASKS = {"intents/clinc_utility": BY_LABEL, "intents/snips_intents": BY_LABEL, "slots/snips_GetWeather": OPEN}
+TASKS = {
+    "intents/clinc_utility": (BY_LABEL, TAKEN_FOR_A_ROW),
+    "intents/snips_intents": (BY_LABEL, TAKEN_FOR_A_ROW),
+    "slots/snips_GetWeather": (OPEN, CHOSEN_FOR_A_ROW),
+}
+"""Ways, and how many examples for each row every way makes."""
 AT_ONCE = 4
 """Packs that an engine gets together."""
-MOST = 6144
+MOST = 16_384
 """Candidates after which a way is left with what it has."""
 
 
@@ -71,27 +77,31 @@ def main() -> None:
         kit = load(quality.prepared(name, here, data, options.engine, quality.TASKS[name]["task"]))
         learnt = read_rows(data / name / "train.jsonl")
         asked = [row for row in learnt if row.input not in kit.seed_inputs]
-        for way in TASKS[name]:
+        ways, amount = TASKS[name]
+        for way, settings in ways.items():
             place = here / "".join(letter for letter in way if letter.isalnum())
-            lines.append(f"| {way} | {' | '.join(compared(kit, place, TASKS[name][way], asked, choose_engine(options.engine)))} |")
-        steps = f"as many steps as {quality.SHORT} epochs of {CHOSEN_FOR_A_ROW} examples for each row"
-        head = f"{kit.task.name}, commit {results.commit()}; {steps}, one training each."
+            lines.append(f"| {way} | {' | '.join(compared(kit, place, settings, amount, asked, choose_engine(options.engine)))} |")
+        head = f"{kit.task.name}, commit {results.commit()}; {amount} examples for each row, {_epochs(amount)} epochs, one training each."
         results.replace(f"selection {kit.task.name}", "\n".join([head, "", *lines]))
         print("\n".join([head, *lines]))
 
 
-def compared(kit: Kit, here: Path, way: tuple[dict[str, Any], dict[str, Any]], asked: list[TaskRow], engine: EngineKind) -> list[str]:
+def _epochs(amount: int) -> int:
+    """As many steps for any amount of examples."""
+    return quality.SHORT * CHOSEN_FOR_A_ROW // amount
+
+
+def compared(kit: Kit, here: Path, way: tuple[dict[str, Any], dict[str, Any]], amount: int, asked: list[TaskRow], engine: EngineKind) -> list[str]:
     """Cells of the table for one way, whose files lie in `here`."""
     here.mkdir(exist_ok=True)
     if not (here / "written.json").exists():
-        (here / "written.json").write_text(json.dumps(written(kit, *way, engine)))
+        (here / "written.json").write_text(json.dumps(written(kit, *way, amount, engine)))
     found = json.loads((here / "written.json").read_text())
     examples = [TaskRow(*pair) for pair in found["examples"]]
     if not (here / "adapter").exists():
         wanted = adapters.inherit(adapters.inspect(kit.adapter.path), Adapter(), models.linear_shapes(TARGET))
         with Display() as display:
-            epochs = round(quality.SHORT * CHOSEN_FOR_A_ROW * kit.rows / len(examples))
-            pairs, training = task_pairs(kit.task, examples), Training(epochs=max(1, epochs))
+            pairs, training = task_pairs(kit.task, examples), Training(epochs=_epochs(amount))
             train_adapter(TARGET, pairs, wanted, training, 0, here / "adapter", display.phase("training").step)
     accuracy = accuracy_of(kit, TARGET, AdapterRef("adapter", str(here / "adapter")), asked, here / "scores.json")
     labels = Counter(row.target for row in examples)
@@ -100,9 +110,10 @@ def compared(kit: Kit, here: Path, way: tuple[dict[str, Any], dict[str, Any]], a
     return [*map(str, counts), results.interval(*accuracy)]
 
 
-def written(kit: Kit, synthesis: dict[str, Any], selection: dict[str, Any], kind: EngineKind) -> dict[str, Any]:
+def written(kit: Kit, synthesis: dict[str, Any], selection: dict[str, Any], amount: int, kind: EngineKind) -> dict[str, Any]:
     """The examples of one way, by the stream's own stages, and counts of all candidates and of those that copy a seed."""
-    recipe = Recipe(gate=Gate(held_out=0), synthesis=Synthesis.model_validate(synthesis), selection=Selection.model_validate(selection))
+    selects = Selection.model_validate({"quota": amount * kit.rows, **selection})
+    recipe = Recipe(gate=Gate(held_out=0), synthesis=Synthesis.model_validate(synthesis), selection=selects)
     plan = Plan(kit, TARGET, recipe.decided(kit.task.classes, kit.rows, kit.discriminator), Cluster(), kind, 1.0, 0.0)
     pools = [(pool, open_engine(pool.engine, pool.base, plan.adapters(pool))) for pool in plan.pools()]
     stages = [stage for pool, engine in pools for role in pool.roles for stage in STAGES[role](plan, pool, engine)]
@@ -119,7 +130,7 @@ def accept(plan: Plan, stages: Sequence[Stage], phase: Phase) -> tuple[list[Cand
     seen, accepted, counts = Seen(plan.selection.near_duplicate), list[Candidate](), Counter[str]()
     while len(accepted) < plan.wanted and counts["candidates"] < MOST:
         first = counts["candidates"] // size
-        pack = Pack(0, [candidate for number in range(first, first + AT_ONCE) for candidate in request_pack(0, number, size).candidates])
+        pack = Pack(first // AT_ONCE, [candidate for number in range(first, first + AT_ONCE) for candidate in request_pack(0, number, size).candidates])
         for stage in stages:
             pack = stage.process(pack)
         counts.update(candidates=len(pack.candidates), copies=sum(candidate.reason in COPIES for candidate in pack.candidates))

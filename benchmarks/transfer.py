@@ -39,7 +39,7 @@ TASKS: dict[str, dict[str, Any]] = {
     },
     "intents/clinc_utility": {
         "task": {"prompt": "Message: {input}\nIntent:", "max_new_tokens": 10, "seeds": 15, "source_training": {"epochs": 5}},
-        "recipe": {"training": {"epochs": 4}},
+        "recipe": {"training": {"epochs": 2}},
         "targets": "source+adapter at least 0.90, recovery at least 0.75",
     },
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
+from typing import Literal
 
 from translora_ray.config import Task
 from translora_ray.errors import UsageError
@@ -13,7 +14,7 @@ from translora_ray.records import TaskRow
 ROWS_PER_LABEL = 4
 ROWS_PER_WORD = 4
 COPIED = 0.95
-"""Least share of the rows by which a task's answers are copies. Those of the slot tasks that were looked at were all, or none were."""
+"""Least share of the rows by which a task's answers are copies: of the slot tasks that were looked at all rows are."""
 MOST_WORDS = 200
 """Most words that answers may have beside those of their input: more are a language, not a frame."""
 _WORD = re.compile(r"\w+")
@@ -21,17 +22,31 @@ _WORD = re.compile(r"\w+")
 
 def find_answers(task: Task, rows: Sequence[TaskRow]) -> Task:
     """`task` with the labels that its rows have, or `open`, and with the words that its answers have beside their input's, or `any`. Raises `UsageError` where
-    rows have others than the task names."""
-    return _find_labels(_find_words(task, rows), rows)
+    rows have others than the task names. No words are looked for where rows are to be private: a single one can be what makes a word frequent."""
+    labels = _labels(task, rows)
+    looked_for = task.labels == "from_rows" and labels == "open" and task.metric in ("exact_match", "rouge_l") and task.generator_privacy is None
+    if task.answer_words != "from_rows":
+        _check_words(task, rows)
+        return task.model_copy(update={"labels": labels})
+    return task.model_copy(update={"labels": labels, "answer_words": _words_beside(rows) if looked_for else "any"})
 
 
-def _find_labels(task: Task, rows: Sequence[TaskRow]) -> Task:
+def _labels(task: Task, rows: Sequence[TaskRow]) -> list[str] | Literal["open"]:
     found = sorted({row.target.strip() for row in rows})
     if task.classes:
         check_labels(task, rows, task.train)
-        return task
+        return task.classes
     classes = task.labels == "from_rows" and task.metric in ("exact_match", "choice") and len(rows) >= ROWS_PER_LABEL * len(found) > ROWS_PER_LABEL
-    return task.model_copy(update={"labels": found, "answer_words": "any"} if classes else {"labels": "open"})
+    return found if classes else "open"
+
+
+def _words_beside(rows: Sequence[TaskRow]) -> list[str] | Literal["any"]:
+    """The words that at least `ROWS_PER_WORD` targets have and their inputs do not, where nearly all targets are these and at least one of their input's."""
+    pairs = [(_words(row.target), _words(row.input)) for row in rows]
+    counted = Counter(word for target, given in pairs for word in target - given)
+    beside = {word for word, count in counted.items() if count >= ROWS_PER_WORD}
+    copies = sum(target - given <= beside and bool(target - beside) for target, given in pairs)
+    return sorted(beside) if copies >= COPIED * len(rows) and len(beside) <= MOST_WORDS else "any"
 
 
 def check_labels(task: Task, rows: Sequence[TaskRow], where: str) -> None:
@@ -41,21 +56,14 @@ def check_labels(task: Task, rows: Sequence[TaskRow], where: str) -> None:
         raise UsageError(f"{where}: {len(strange)} rows have a target that is none of the task's labels, {strange[0]!r} first: correct them, or the labels.")
 
 
-def _find_words(task: Task, rows: Sequence[TaskRow]) -> Task:
-    others = [_words(row.target) - _words(row.input) for row in rows]
-    if isinstance(task.answer_words, list):
-        strange = [each - set(task.answer_words) for each in others if not each <= set(task.answer_words)]
-        if len(strange) > (1 - COPIED) * len(rows):
-            raise UsageError(
-                f"{task.train}: {len(strange)} rows have a target with words that are neither their input's nor in answer_words, {min(strange[0])!r} first: "
-                "add them, or say answer_words: any."
-            )
-        return task
-    counted = Counter(word for each in others for word in each)
-    words = {word for word, count in counted.items() if count >= ROWS_PER_WORD}
-    copies = sum(each <= words for each in others) >= COPIED * len(rows) and len(words) <= MOST_WORDS
-    found = task.answer_words == task.labels == "from_rows" and task.metric in ("exact_match", "rouge_l") and copies
-    return task.model_copy(update={"answer_words": sorted(words) if found else "any"})
+def _check_words(task: Task, rows: Sequence[TaskRow]) -> None:
+    """Raise `UsageError` where more targets than a few are no copies, by the words that the task names."""
+    strange = [_words(row.target) - _words(row.input) - set(task.answer_words) for row in rows if not copied(task, row.target, row.input)]
+    if len(strange) > (1 - COPIED) * len(rows):
+        raise UsageError(
+            f"{task.train}: {len(strange)} rows have a target with words that are neither their input's nor in answer_words, {min(strange[0])!r} first: "
+            "add them, or say answer_words: any."
+        )
 
 
 def copied(task: Task, answer: str, text: str) -> bool:

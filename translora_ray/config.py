@@ -190,7 +190,7 @@ class Synthesis(Section):
     """Of the generator. None: 1 by label, where half of the candidates at 0.7 repeat others, and for the generator adapter, whose inputs are spread as it has
     learnt them; else 0.7, above which small bases drift off the task."""
     high_temperature: float | None = Field(None, gt=0)
-    """That of half of a base's requests, by chance. None: `temperature`, but where that is left open, too, 1.5 by label: at 1 a base begins nearly all inputs
+    """That of a base's other packs, which take turns. None: `temperature`, but where that is left open, too, 1.5 by label: at 1 a base begins nearly all inputs
     of a label in one way, and what is off the label at 1.5 the teacher tells (`make bench-selection`)."""
     min_p: float = Field(0.05, ge=0, lt=1)
     """Drops tokens less likely than this share of the likeliest. Needs no sorting of the vocabulary, unlike top-p, which halves the speed on 262,144 tokens;
@@ -216,8 +216,6 @@ class Synthesis(Section):
     def _ordered(self) -> Synthesis:
         if self.fewest_shots and self.fewest_shots > self.shots:
             raise ValueError("fewest_shots must not be higher than shots")
-        if self.temperature and self.high_temperature and self.temperature > self.high_temperature:
-            raise ValueError("high_temperature must not be lower than temperature")
         return self
 
     @field_serializer("generator")
@@ -254,8 +252,8 @@ class Synthesis(Section):
 
 
 TAKEN_FOR_A_ROW, CHOSEN_FOR_A_ROW = 4, 2
-"""Written prompts are less varied than real ones, and the teacher's answers take no data: so four are answered for each row. Twice as many examples do more
-for a new adapter than twice as many epochs (`make bench-amount`)."""
+"""Examples for each row where all that are answered are taken, and where they are chosen, by default of twice as many. Written prompts are less varied than
+real ones, so more of them do more for a new adapter than more epochs (`make bench-amount`)."""
 
 
 class Selection(Section):

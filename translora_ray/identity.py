@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from translora_ray import adapters, models
-from translora_ray.config import CHOSEN_FOR_A_ROW, Gate, Recipe, Selection
+from translora_ray.config import CHOSEN_FOR_A_ROW, EPOCHS, Gate, Recipe, Selection
 from translora_ray.errors import UsageError
 from translora_ray.kit import Kit
 from translora_ray.reading import differing_field
@@ -33,28 +33,28 @@ def check(store: RunStore, loaded: Kit, identity: dict[str, Any]) -> dict[str, A
 
 
 def as_begun(recipe: Recipe, store: RunStore, loaded: Kit) -> Recipe:
-    """The recipe; where it and an older run both leave something of the selection open, or how few seeds a request shows, with what that was then."""
+    """The recipe; where it and an older run both leave something open, with what that was then."""
     if not store.exists(IDENTITY):
         return recipe
     begun = store.read_json(IDENTITY)["recipe"]
-    then = _left_open(begun["selection"], loaded)
+    then, lacking = _left_open(begun["selection"], loaded), _lacking(begun["synthesis"], loaded)
     both = {key: then[key] for key in then.keys() & _left_open(recipe.selection.model_dump(), loaded).keys()}
-    if recipe.selection.quota is None and begun["selection"]["quota"] == CHOSEN_FOR_A_ROW * loaded.rows:  # once what an open one meant with any method
-        both["quota"] = CHOSEN_FOR_A_ROW * loaded.rows
-    written = {key: getattr(recipe.synthesis, key) or value for key, value in _written(begun["synthesis"], loaded).items()}
-    changed = {
-        "selection": recipe.selection.model_copy(update=both),
-        "synthesis": recipe.synthesis.model_copy(update=written),
-        "training": recipe.training.model_copy(update={"epochs": recipe.training.epochs or begun["training"]["epochs"]}),
-    }
+    epochs = recipe.training.epochs
+    if "high_temperature" in lacking:  # then there were two examples for a row, whatever selected them, and six epochs
+        if recipe.selection.quota is None and begun["selection"]["quota"] == CHOSEN_FOR_A_ROW * loaded.rows:
+            both["quota"] = CHOSEN_FOR_A_ROW * loaded.rows
+        if epochs is None and begun["training"]["epochs"] == EPOCHS:
+            epochs = EPOCHS
+    synthesis = recipe.synthesis.model_copy(update={key: value for key, value in lacking.items() if getattr(recipe.synthesis, key) is None})
+    changed = {"selection": recipe.selection.model_copy(update=both), "synthesis": synthesis, "training": recipe.training.model_copy(update={"epochs": epochs})}
     return recipe.model_copy(update=changed)
 
 
-def _written(synthesis: dict[str, Any], loaded: Kit) -> dict[str, Any]:
-    """How few seeds a request of a run shows, and the temperature of its warmer ones: in an older run as many as it might, and that of the others."""
+def _lacking(synthesis: dict[str, Any], loaded: Kit) -> dict[str, Any]:
+    """What an older run lacks: how few seeds a request shows, then as many as it might, and the temperature of half of them, then that of the others."""
     by_label = bool(loaded.task.classes) if (asks := synthesis.get("by_label", False)) is None else asks
-    alike = synthesis["temperature"] or (1.0 if by_label else 0.7)
-    return {"fewest_shots": synthesis.get("fewest_shots") or synthesis["shots"], "high_temperature": synthesis.get("high_temperature") or alike}
+    once = {"fewest_shots": synthesis["shots"], "high_temperature": synthesis["temperature"] or (1.0 if by_label else 0.7)}
+    return {key: value for key, value in once.items() if not synthesis.get(key)}
 
 
 def _left_open(selection: dict[str, Any], loaded: Kit) -> dict[str, Any]:
@@ -67,7 +67,7 @@ def _as_today(stored: dict[str, Any], loaded: Kit) -> dict[str, Any]:
     """What an older run is, as it is written down today: it lacks keys of the gate, shows as many seeds in each request, asks all at one temperature, and
     left open that prompts of a task with labels were by label, how many examples there were, and how they were selected."""
     recipe = {**stored["recipe"], "gate": {**Gate().model_dump(), **stored["recipe"]["gate"]}}
-    recipe["synthesis"] = {**recipe["synthesis"], **_written(recipe["synthesis"], loaded)}
+    recipe["synthesis"] = {**recipe["synthesis"], **_lacking(recipe["synthesis"], loaded)}
     if recipe["synthesis"].get("by_label", False) is None:
         recipe["synthesis"]["by_label"] = bool(loaded.task.classes)
     recipe["selection"] = {**recipe["selection"], **_left_open(recipe["selection"], loaded)}

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from translora_ray import __version__, adapters, adapting, models
-from translora_ray.answers import find_answers
+from translora_ray.answers import copied, find_answers
 from translora_ray.config import Adapter, Synthesis, Task, Training
 from translora_ray.engines.base import AdapterRef, Engine, OpenEngine, Score
 from translora_ray.errors import RunFailed, UsageError
@@ -59,6 +59,10 @@ def prepare(task: Task, base: str, out: str | Path, adapter: str | None, discrim
     if adapter:
         _check_adapter(adapter, base, progress)
 
+    if isinstance(task.answer_words, list):
+        strange = sum(not copied(task, row.target, row.input) for row in rows)
+        words = f"answers are words of their input and {len(task.answer_words)} others; those of {strange} of {len(rows)} rows are not, and would be rejects"
+        progress.say(words if strange else words.partition(";")[0])
     seeds = choose_seeds(rows, task.seeds, task.seed)
     facts: dict[str, Any] = {"seconds": {}}
     with tempfile.TemporaryDirectory(prefix="translora-kit-") as scratch_name:

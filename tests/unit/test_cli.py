@@ -148,41 +148,6 @@ def test_directories_that_are_something_else(tmp_path: Path, tiny_kit: Path, tin
     assert "exists already" in fails(capsys, "prepare", write_task(tmp_path / "task"), "--base", tiny_gemma, "--out", tmp_path)
 
 
-def test_a_run_of_another_recipe_is_refused_by_field(tmp_path: Path, tiny_kit: Path, tiny_gemma: str, capsys: pytest.CaptureFixture[str]) -> None:
-    from translora_ray import identity, kit
-    from translora_ray.progress import Display
-    from translora_ray.workflow import check
-
-    run = tmp_path / "run"
-    run.mkdir()
-    loaded, config = kit.load(tiny_kit), load_config(None, [])
-    decided = config.model_copy(update={"recipe": config.recipe.decided(loaded.task.classes, loaded.rows, loaded.discriminator)})
-    arguments = ("transfer", tiny_kit, "--target", tiny_gemma, "--out", run)
-    (run / "run.json").write_text(json.dumps(identity.of(loaded, tiny_gemma, decided.recipe)))
-    assert "recipe.selection.votes is 1 there and 3 here" in fails(capsys, *arguments, "--set", "selection.votes=3")
-    older = identity.of(loaded, tiny_gemma, config.recipe)
-    del older["recipe"]["synthesis"]["fewest_shots"], older["recipe"]["synthesis"]["high_temperature"]
-    older["recipe"]["training"]["epochs"] = 6
-    (run / "run.json").write_text(json.dumps(older))  # as it was written before
-    assert "recipe.synthesis.by_label is True there and False here" in fails(capsys, *arguments)
-    with Display() as display:
-        begun = check(str(tiny_kit), tiny_gemma, str(run), load_config(None, ["synthesis.by_label=true"]), "transformers", display)
-    assert (begun.config.recipe.selection.quota, begun.config.recipe.selection.method) == (60, "discriminator"), "as many examples as rows, and all were judged"
-    assert begun.config.recipe.synthesis.fewest_shots == begun.config.recipe.synthesis.shots
-    assert (begun.config.recipe.synthesis.high_temperature, begun.config.recipe.training.epochs) == (1.0, 6)
-    assert decided.recipe.selection.quota == 120
-    with Display() as display:
-        new = check(str(tiny_kit), tiny_gemma, str(tmp_path / "new"), load_config(None, ["synthesis.by_label=true"]), "transformers", display)
-    assert (new.config.recipe.selection.method, new.config.recipe.selection.quota, new.config.recipe.training.epochs) == ("none", 240, 3)
-    older = identity.of(loaded, tiny_gemma, new.config.recipe)
-    older["recipe"]["selection"]["quota"], older["recipe"]["training"]["epochs"] = 120, 6
-    del older["recipe"]["synthesis"]["high_temperature"]
-    (run / "run.json").write_text(json.dumps(older))  # as it was written when two examples for a row were the default
-    with Display() as display:
-        begun = check(str(tiny_kit), tiny_gemma, str(run), load_config(None, ["synthesis.by_label=true"]), "transformers", display)
-    assert (begun.config.recipe.selection.quota, begun.config.recipe.training.epochs, begun.config.recipe.synthesis.high_temperature) == (120, 6, 1.0)
-
-
 def test_an_adapter_of_another_base_of_the_same_shapes_is_refused(tmp_path: Path, tiny_kit: Path, capsys: pytest.CaptureFixture[str]) -> None:
     twin = save_model(tmp_path / "twin", "llama", seed=7)
     arguments = ("prepare", write_task(tmp_path / "task"), "--base", twin, "--adapter", tiny_kit / "adapter", "--out", tmp_path / "kit")

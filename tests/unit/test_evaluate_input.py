@@ -97,6 +97,14 @@ def test_a_method_without_a_cut_chooses_from_what_comes_not_from_what_the_discri
     assert all(len(found[name]) == 4 and max(found[name]) < 8 for name in ("importance", "excess")), found  # of 2 x 4
 
 
+def test_real_rows_are_passed_over_as_often_as_makes_as_many_steps(loaded: kit.Kit, tiny_gemma: str, tmp_path: Path) -> None:
+    manifest = {"target_base": tiny_gemma, "counts": {"quota": 40}}
+    with Display() as display:
+        arms = Arms(loaded, manifest, Recipe(training=Training(epochs=2)), RunStore(str(tmp_path / "run")), tmp_path, display)
+    assert [arms._epochs("oracle", count)["epochs"] for count in (80, 40, 20, 4)] == [2, 2, 4, 6]
+    assert arms._epochs("unfiltered", 20) == {"epochs": 2}
+
+
 def test_another_training_is_of_the_same_rows_with_other_random_numbers(loaded: kit.Kit, tiny_gemma: str, tmp_path: Path) -> None:
     recipe = Recipe(selection=Selection(quota=8), gate=Gate(held_out=0), training=Training(epochs=1))
     candidates = [Candidate(i, i, row.input, 1.0, row.target) for i, row in enumerate(rows(60, 90))]

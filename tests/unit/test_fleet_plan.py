@@ -78,4 +78,6 @@ def test_the_plan_says_what_there_is(cluster: str | None, local: bool, told: str
 def test_hours_are_those_of_finished_transfers() -> None:
     assert "of which the fleet has none yet" in _hours([], 100, 90)
     run = {"seconds": {"generator": 1000.0, "teacher": 800.0, "training": 720.0}, "counts": {"accepted": 100, "trained": 90}}
-    assert "of 2 finished the others take 2.5 hours of an engine and 1.0 hours of training" in _hours([run, run], 500, 450)
+    run["recipe"] = {"training": {"epochs": 6}}
+    assert "of 2 finished the others take 2.5 hours of an engine and 1.0 hours of training" in _hours([run, run], 500, 6 * 450)
+    assert "0.5 hours of training" in _hours([run, run], 500, 3 * 450)

@@ -17,7 +17,7 @@ from tests.conftest import task_rows
 from translora_ray import kit
 from translora_ray.answers import copied, find_answers
 from translora_ray.cluster import Cluster
-from translora_ray.config import Gate, GeneratorKind, Recipe, Selection, Synthesis, Task
+from translora_ray.config import Gate, GeneratorKind, Privacy, Recipe, Selection, Synthesis, Task
 from translora_ray.engines.base import Complete, Generate, Generation, Sampling
 from translora_ray.engines.transformers import TransformersEngine
 from translora_ray.errors import UsageError
@@ -155,8 +155,6 @@ def test_by_label_half_of_the_requests_are_warmer() -> None:
     assert high("abcdef", "adapter") == 1.0, "an adapter has learnt how inputs are spread"
     assert high("abcdef", temperature=1.2) == 1.2 and high("abcdef", temperature=1.2, high_temperature=1.4) == 1.4
     assert Recipe().decided(list("abcdef"), 10, None).synthesis.high_temperature == 1.5
-    with pytest.raises(ValueError, match="high_temperature must not be lower than temperature"):
-        Synthesis(temperature=1.2, high_temperature=1.0)
 
 
 @pytest.mark.parametrize(
@@ -229,6 +227,9 @@ def test_words_beside_the_inputs_are_found_where_answers_are_copies() -> None:
     assert (found.labels, found.answer_words) == ("open", ["city", "day"])
     assert copied(found, "day=R; city=Rome", "how is Rome on R")
     assert not copied(found, "city=rome", "how is Rome") and not copied(found, "town=Rome", "how is Rome")
+    closed = [TaskRow(f"question {i}", "first" if i % 2 else "second") for i in range(10)]
+    assert find_answers(task.model_copy(update={"metric": "rouge_l"}), closed).answer_words == "any", "nothing in them is a copy"
+    assert find_answers(task.model_copy(update={"generator_privacy": Privacy()}), SLOTS).answer_words == "any"
     others = [TaskRow(f"question {i}", f"one says {i} of {i * 7}") for i in range(10)]
     assert find_answers(task, others).answer_words == "any"
     assert find_answers(task.model_copy(update={"labels": "open"}), SLOTS).answer_words == "any"  # no words are told of answers that are to stay open

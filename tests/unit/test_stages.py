@@ -59,12 +59,16 @@ def test_requests_of_open_tasks_show_one_to_five_seeds(engine: TransformersEngin
         Synthesis(fewest_shots=6)
 
 
-def test_half_of_the_requests_may_be_warmer(engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_other_pack_of_a_generator_may_be_warmer(engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Generate] = []
     monkeypatch.setattr(engine, "generate", lambda requests: asked.extend(requests) or [Generation("x", 1, 1, True) for _ in requests])
-    Synthesizer(engine, Synthesis(temperature=1.0, high_temperature=1.5).settled(()), [TaskRow("seed", "a")]).process(request_pack(1, 0, 64))
-    warm = sum(request.sampling.temperature == 1.5 for request in asked)
-    assert 16 < warm < 48 and warm + sum(request.sampling.temperature == 1.0 for request in asked) == 64
+    for generators, found in {("source",): [1.0, 1.5, 1.0, 1.5], ("source", "target"): [1.0, 1.0, 1.5, 1.5]}.items():
+        settings = Synthesis(generator=generators, temperature=1.0, high_temperature=1.5).settled(())
+        writer = Synthesizer(engine, settings, [TaskRow("seed", "a")])
+        for number in range(4):
+            writer.process(request_pack(1, number, 1))
+        assert [request.sampling.temperature for request in asked] == found
+        asked.clear()
 
 
 def test_labels_are_asked_for_in_turn_and_must_come_back(engine: TransformersEngine, loaded: kit.Kit) -> None:

@@ -102,9 +102,9 @@ class Arms:
         return found
 
     def _epochs(self, name: str, rows: int) -> dict[str, int]:
-        """As many as the run's adapter had; an oracle, where the real rows are fewer than the examples, so many that it is as many steps, up to `EPOCHS`."""
+        """As many as the run's adapter had; of real rows, which are fewer than its examples, so many that there are as many steps, but up to `EPOCHS`."""
         epochs, quota = self.recipe.training.passes, self.manifest["counts"]["quota"]
-        return {"epochs": max(epochs, min(EPOCHS, round(epochs * quota / rows))) if name == "oracle" else epochs}
+        return {"epochs": max(epochs, min(EPOCHS, round(epochs * quota / rows))) if name in ("oracle", "seeds_only") else epochs}
 
     @cached_property
     def candidates(self) -> list[Candidate]:

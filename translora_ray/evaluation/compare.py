@@ -51,9 +51,8 @@ def evaluate(
     """Accuracy of every arm on `data`, with Wilson's 95 % interval, and recovery where there is an `oracle` training set; `extra` are names of `arms.EXTRA`.
 
     `train` are the rows that the source adapter learnt from, which the test rows must not be among. The oracle is an adapter on the target base, trained on the
-    real rows for as many epochs, and at the same rate, as the transferred one on its examples; for as many steps where rows are fewer, in up to `EPOCHS`
-    epochs. With several `trainings` transferred adapter and oracle are trained so often in all, on the same rows with other random numbers: how far one
-    training is chance.
+    real rows for as many epochs, and at the same rate, as the transferred one on its examples; for more where rows are fewer, up to `EPOCHS`. With several
+    `trainings` transferred adapter and oracle are trained so often in all, on the same rows with other random numbers: how far one training is chance.
     """
     store = RunStore(run)
     manifest = store.manifest(run)

@@ -17,6 +17,7 @@ from translora_ray.placement import fit_beside, nodes_of, ray_session
 from translora_ray.progress import Display
 from translora_ray.prompts import answer_ids, prompt_ids, task_prompt
 from translora_ray.storage import MANIFEST, RunStore
+from translora_ray.stream.plan import Plan
 
 HOW = "Tokens are estimates from below: each example as long as the mean seed, every candidate accepted. A rejected candidate costs what it is long besides."
 
@@ -35,7 +36,7 @@ def show_plan(fleet: Fleet, wanted: Sequence[Wanted], engine: EngineKind, displa
             for line in _engines(fleet, group):
                 console.print(line, markup=False, highlight=False, soft_wrap=True)
     plans = [transfer.plan for group in groups for transfer in group]
-    lines = [there, HOW, _hours(list(done.values()) or paces, sum(plan.wanted for plan in plans), sum(plan.quota for plan in plans))]
+    lines = [there, HOW, _hours(list(done.values()) or paces, sum(plan.wanted for plan in plans), sum(map(_passed, plans)))]
     lines = lines if groups else ["There is nothing left to compute."]
     lines += [f"{name}: finished already" for name in done]
     lines += [f"{name}: {reason}" for name, reason in {**failures, **unplanned}.items()]
@@ -50,14 +51,19 @@ def _there(nodes: Sequence[Mapping[str, float]], cluster: Cluster, local: bool) 
     return f"This machine has {cpus - 1:g} CPU and {gpus:g} GPU." if local else f"The cluster has {cpus:g} CPU and {gpus:g} GPU."  # one is for Ray Data alone
 
 
-def _hours(finished: Sequence[dict[str, Any]], answered: int, examples: int) -> str:
-    """What so many examples take at the pace of finished runs, given their manifests."""
+def _passed(plan: Plan) -> int:
+    """Examples that training passes over, each as often as there are epochs."""
+    return plan.quota * plan.recipe.training.passes
+
+
+def _hours(finished: Sequence[dict[str, Any]], answered: int, passed: int) -> str:
+    """What so many answered candidates, and examples passed over in training, take at the pace of finished runs, given their manifests."""
     if not finished:
         return "Hours are told by the pace of finished transfers, of which the fleet has none yet; or by that of a run like them (--pace RUN)."
     training = sum(manifest["seconds"]["training"] for manifest in finished)
     engines = sum(sum(manifest["seconds"].values()) for manifest in finished) - training
     streamed = engines / sum(manifest["counts"]["accepted"] for manifest in finished) * answered / 3600
-    trained = training / sum(manifest["counts"]["trained"] for manifest in finished) * examples / 3600
+    trained = training / sum(manifest["counts"]["trained"] * manifest["recipe"]["training"]["epochs"] for manifest in finished) * passed / 3600
     return f"At the pace of {len(finished)} finished the others take {streamed:.1f} hours of an engine and {trained:.1f} hours of training."
 
 
@@ -83,7 +89,7 @@ def _tokens(transfer: Transfer) -> tuple[int, int]:
         answered += len(answer_ids(source, prompt, seed.target)) * plan.recipe.selection.votes
         trained += len(prompt_ids(target, prompt)) + len(answer_ids(target, prompt, seed.target))
     generated = plan.wanted * (written + answered) // len(kit.seeds)
-    return generated, plan.quota * plan.recipe.training.passes * trained // len(kit.seeds)
+    return generated, _passed(plan) * trained // len(kit.seeds)
 
 
 def _engines(fleet: Fleet, group: Sequence[Transfer]) -> list[str]:

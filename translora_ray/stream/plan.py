@@ -121,6 +121,9 @@ class Plan:
             raise UsageError(f"{by} needs a task with labels, and this one's answers are open: leave it out, or prepare the kit with labels.")
         if self.by_label and self.recipe.synthesis.fewest(kit.task.classes) < self.recipe.synthesis.shots:
             raise UsageError("synthesis.fewest_shots is for lists, and prompts of this task are written by label: leave it out, or set by_label to false.")
+        for settings in map(self.synthesis, self.recipe.synthesis.generator):
+            if (settings.high_temperature or 0) < (settings.temperature or 0):
+                raise UsageError(f"synthesis.high_temperature must not be below synthesis.temperature, {settings.temperature:g}: raise it, or leave it out.")
         if selection.as_asked and not self.by_label:
             raise UsageError("selection.as_asked compares with the label that was asked for, and a list asks for none: leave it out, or set by_label.")
         if self.recipe.overlap and self.chooses:

@@ -46,11 +46,9 @@ class Synthesizer:
     def process(self, pack: Pack) -> Pack:
         began = time.perf_counter()
         settings = self.settings
-        cool, hot = (Sampling(self.max_tokens, each or 0.0, settings.min_p, self.stops) for each in (settings.temperature, settings.high_temperature))
-        asked = [
-            Generate(prompt, hot if derive_seed(candidate.seed, "temperature") % 2 else cool, self.adapter, candidate.seed)
-            for prompt, candidate in zip(self._prompts(pack), pack.candidates, strict=True)
-        ]
+        warmer = pack.number // len(settings.generator) % 2
+        sampling = Sampling(self.max_tokens, (settings.high_temperature if warmer else settings.temperature) or 0.0, settings.min_p, self.stops)
+        asked = [Generate(prompt, sampling, self.adapter, candidate.seed) for prompt, candidate in zip(self._prompts(pack), pack.candidates, strict=True)]
         written = self.engine.generate(asked)
         for candidate, generation in zip(pack.candidates, written, strict=True):
             candidate.input = self._read(generation.text)
