@@ -226,6 +226,10 @@ class Synthesis(Section):
         """Whose turn it is to write pack number `pack`."""
         return self.generator[pack % len(self.generator)]
 
+    def warmer(self, pack: int) -> bool:
+        """Of settled settings, whether pack number `pack` is written at a temperature above the others': every other one of each writer's may be."""
+        return pack // len(self.generator) % 2 == 1 and (self.high_temperature or 0.0) > (self.temperature or 0.0)
+
     def asks(self, classes: Sequence[str]) -> bool:
         """`by_label`, decided for a task with such labels."""
         return len(classes) > FEW_LABELS if self.by_label is None else self.by_label

@@ -43,22 +43,26 @@ def pass_gate(
     loaded by `run`.
 
     Examples alone would flatter the adapter: prompts that the teacher gave another label than they were written for are no examples, and the harder ones. So
-    some of those are asked, too, and count for as much as they are among the prompts that look like the task.
+    some of those are asked, too, and count for as much as they are among the prompts that look like the task: those of packs that are not warmer, as warmth is
+    there for variety, and strays from the labels. How many real prompts lie between labels nobody knows, perhaps none: so the upper end of the interval is that
+    of the examples alone. Where even that is too low, the adapter is refused.
     """
     if not plan.held_out:
         return None
     phase = display.phase("gate")
     phase.update(0, 1, "loading the adapter")
     trained, held_out = chosen
-    unsettled = between(candidates, trained)
+    cool = [candidate for candidate in candidates if not plan.warmer(candidate.index)]
+    unsettled = between(cool, trained)
     rows = [TaskRow(candidate.input, candidate.target or "") for candidate in (*held_out, *unsettled[:MOST_BETWEEN])]
     task, seeds = plan.kit.task, plan.kit.seeds
     given = run(_given, plan, store, [row.input for row in (*rows, *seeds)])
     phase.update(1, 1)
     scores = [agreement(task, answer, row.target) for answer, row in zip(given[: len(rows)], rows, strict=True)]
-    harder = len(unsettled) / (len(unsettled) + totals.accepted)
-    sides = zip(_figure(scores[: len(held_out)]), _figure(scores[len(held_out) :]), strict=True)
-    agreed, low, high = ((1 - harder) * example + harder * unsure for example, unsure in sides)
+    harder = len(unsettled) / max(1, len(unsettled) + sum(candidate.accepted for candidate in cool))
+    examples, unsure = _figure(scores[: len(held_out)]), _figure(scores[len(held_out) :])
+    agreed, low, _ = ((1 - harder) * easy + harder * hard for easy, hard in zip(examples, unsure, strict=True))
+    high = examples[2]
     right, *right_ends = _figure([METRICS[task.metric](answer, seed.target) for answer, seed in zip(given[len(rows) :], seeds, strict=True)])
     measured = {"agreement": agreed, "agreement_ends": (low, high), "seeds": right, "seeds_ends": tuple(right_ends)}
     measured |= likeness(plan.kit.discriminator or {}, trained)

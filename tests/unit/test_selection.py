@@ -313,12 +313,15 @@ def test_likeness_is_the_share_of_pairs_in_which_an_example_looks_more_real() ->
     assert likeness({"true_accept_rate": 1.0}, examples) == likeness({"real_verdicts": [1.0], "held_out_real": 1}, [Candidate(0, 0)]) == {}
 
 
-@pytest.mark.parametrize("unsettled", [0, 3, 70])
-def test_agreement_counts_prompts_between_labels_by_their_share(loaded: kit.Kit, unsettled: int) -> None:
+@pytest.mark.parametrize(("unsettled", "warm"), [(0, False), (3, False), (70, False), (3, True)])
+def test_agreement_counts_prompts_between_labels_by_their_share(loaded: kit.Kit, unsettled: int, warm: bool) -> None:
     plan = planned(loaded)  # 20 examples and 2 held out
     rows = [Candidate(i, i, f"prompt {i}", 1.0, "a") for i in range(22)]
-    rows += [Candidate(22 + i, 22 + i, f"hard {i}", 1.0, "b", OTHER_LABEL) for i in range(unsettled)]
-    rows += [Candidate(200, 200, "Prompt 0", 1.0, "b", OTHER_LABEL), Candidate(201, 201, "hard 0", 1.0, "b", OTHER_LABEL if unsettled else "off task")]
+    rows += [Candidate(2 * i, 22 + i, f"hard {i}", 1.0, "b", OTHER_LABEL) for i in range(unsettled)]
+    if warm:  # every other pack of two is written at a higher temperature
+        plan = replace(plan, recipe=plan.recipe.model_copy(update={"synthesis": Synthesis(temperature=1.0, high_temperature=1.5, pack_size=1)}))
+        rows += [Candidate(2 * i + 1, i, f"warm {i}", 1.0, "b", OTHER_LABEL) for i in range(9)]
+    rows += [Candidate(200, 200, "Prompt 0", 1.0, "b", OTHER_LABEL), Candidate(202, 201, "hard 0", 1.0, "b", OTHER_LABEL if unsettled else "off task")]
     asked: list[str] = []
 
     def run(_given: Any, _plan: Plan, _store: RunStore, inputs: list[str]) -> list[str]:
@@ -330,9 +333,11 @@ def test_agreement_counts_prompts_between_labels_by_their_share(loaded: kit.Kit,
         found = pass_gate(plan, None, rows, choose(plan, rows), totals, run, display)  # type: ignore[arg-type]
     assert found and asked == ["prompt 20", "prompt 21", *[f"hard {i}" for i in range(min(64, unsettled))], *loaded.seed_inputs]
     by_name = {check["name"]: check["value"] for check in found["checks"]}
-    assert by_name["agreement with the teacher"] == pytest.approx(22 / (22 + unsettled) * 0.5) and by_name["accuracy on the seeds"] == 1.0
-    share, (_, high), (_, harder) = unsettled / (22 + unsettled), wilson(1, 2), wilson(0, min(64, unsettled) or 1)
-    assert found["checks"][0]["high"] == pytest.approx((1 - share) * high + share * harder)
+    accepted = 11 if warm else 22
+    assert by_name["agreement with the teacher"] == pytest.approx(accepted / (accepted + unsettled) * 0.5) and by_name["accuracy on the seeds"] == 1.0
+    share, (low, high), (lowest, _) = unsettled / (accepted + unsettled), wilson(1, 2), wilson(0, min(64, unsettled) or 1)
+    assert found["checks"][0]["high"] == pytest.approx(high), "perhaps no real prompt lies between labels"
+    assert found["checks"][0]["low"] == pytest.approx((1 - share) * low + share * lowest)
     assert (found["checks"][1]["low"], found["checks"][1]["high"]) == pytest.approx(wilson(len(loaded.seeds), len(loaded.seeds)))
     assert (found["held_out"], found["between"]) == (2, min(64, unsettled))
 

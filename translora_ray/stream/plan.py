@@ -46,6 +46,11 @@ class Plan:
         """How it writes candidates, everything decided."""
         return self.recipe.synthesis.settled(self.kit.task.classes, generator)
 
+    def warmer(self, index: int) -> bool:
+        """Whether the candidate of that index is of a pack that is written at a higher temperature than others."""
+        pack = index // self.recipe.synthesis.pack_size
+        return self.synthesis(self.recipe.synthesis.writer(pack)).warmer(pack)
+
     def writes(self, generator: GeneratorKind, base: str) -> bool:
         """Whether the generator is one of the recipe's, and on that base."""
         return generator in self.recipe.synthesis.generator and base == (self.target if generator == "target" else self.kit.base)

@@ -46,8 +46,8 @@ class Synthesizer:
     def process(self, pack: Pack) -> Pack:
         began = time.perf_counter()
         settings = self.settings
-        warmer = pack.number // len(settings.generator) % 2
-        sampling = Sampling(self.max_tokens, (settings.high_temperature if warmer else settings.temperature) or 0.0, settings.min_p, self.stops)
+        temperature = settings.high_temperature if settings.warmer(pack.number) else settings.temperature
+        sampling = Sampling(self.max_tokens, temperature or 0.0, settings.min_p, self.stops)
         asked = [Generate(prompt, sampling, self.adapter, candidate.seed) for prompt, candidate in zip(self._prompts(pack), pack.candidates, strict=True)]
         written = self.engine.generate(asked)
         for candidate, generation in zip(pack.candidates, written, strict=True):
