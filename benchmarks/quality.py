@@ -39,6 +39,7 @@ from translora_ray.storage import RunStore
 from translora_ray.stream.dedup import normal
 
 SHORT = 4
+"""Epochs where there are `CHOSEN_FOR_A_ROW` examples for each row: fewer than `EPOCHS`, as chains are long enough."""
 # As many seeds as the paper's hardest task had (15), or one for each label where there are more. Of one seed for each label, as snips_intents would have with
 # 7, a base writes little else than copies: 3 % of its candidates became examples, of two for each label 12 % (counted without a look at accuracy).
 INTENT = {"prompt": "Message: {input}\nIntent:", "max_new_tokens": 10, "source_training": {"epochs": 5}}

@@ -243,12 +243,8 @@ class Synthesis(Section):
         learnt = generator == "adapter"
         by_label = bool(classes) if learnt else self.asks(classes)
         temperature = self.temperature or (1.0 if by_label or learnt else 0.7)
-        high = temperature if learnt else self.high(classes)
+        high = temperature if learnt else self.high_temperature or (1.5 if by_label and not self.temperature else temperature)
         return self.model_copy(update={"by_label": by_label, "temperature": temperature, "high_temperature": high, "fewest_shots": self.fewest(classes)})
-
-    def high(self, classes: Sequence[str]) -> float:
-        """`high_temperature`, decided for a base and a task with such labels."""
-        return self.high_temperature or self.temperature or (1.5 if self.asks(classes) else 0.7)
 
     def fewest(self, classes: Sequence[str]) -> int:
         """`fewest_shots`, decided for a task with such labels."""
@@ -359,8 +355,8 @@ class Recipe(Section):
         selection = self.selection.model_copy(update={"quota": quota, "method": method})
         epochs = self.training.epochs or max(1, min(EPOCHS, round(EPOCHS * CHOSEN_FOR_A_ROW * rows / quota)))
         training = self.training.model_copy(update={"epochs": epochs})
-        asked = {"by_label": self.synthesis.asks(classes), "high_temperature": self.synthesis.high(classes), "fewest_shots": self.synthesis.fewest(classes)}
-        synthesis = self.synthesis.model_copy(update=asked)
+        settled = self.synthesis.settled(classes)
+        synthesis = self.synthesis.model_copy(update={key: getattr(settled, key) for key in ("by_label", "high_temperature", "fewest_shots")})
         return self.model_copy(update={"synthesis": synthesis, "selection": selection, "training": training})
 
     def digest(self) -> str:

@@ -62,9 +62,8 @@ def pass_gate(
     harder = len(unsettled) / max(1, len(unsettled) + sum(candidate.accepted for candidate in cool))
     examples, unsure = _figure(scores[: len(held_out)]), _figure(scores[len(held_out) :])
     agreed, low, _ = ((1 - harder) * easy + harder * hard for easy, hard in zip(examples, unsure, strict=True))
-    high = examples[2]
     right, *right_ends = _figure([METRICS[task.metric](answer, seed.target) for answer, seed in zip(given[len(rows) :], seeds, strict=True)])
-    measured = {"agreement": agreed, "agreement_ends": (low, high), "seeds": right, "seeds_ends": tuple(right_ends)}
+    measured = {"agreement": agreed, "agreement_ends": (low, examples[2]), "seeds": right, "seeds_ends": tuple(right_ends)}
     measured |= likeness(plan.kit.discriminator or {}, trained)
     answers = gate.answers(task.classes, seeds, [reading(task, candidate.target or "") for candidate in trained])
     asked = {"held_out": len(held_out), "between": len(rows) - len(held_out)}

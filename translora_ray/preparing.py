@@ -61,8 +61,8 @@ def prepare(task: Task, base: str, out: str | Path, adapter: str | None, discrim
 
     if isinstance(task.answer_words, list):
         strange = sum(not copied(task, row.target, row.input) for row in rows)
-        words = f"answers are words of their input and {len(task.answer_words)} others; those of {strange} of {len(rows)} rows are not, and would be rejects"
-        progress.say(words if strange else words.partition(";")[0])
+        words = f"answers are words of their input and {len(task.answer_words)} others"
+        progress.say(f"{words}; those of {strange} of {len(rows)} rows are not, and would be rejects" if strange else words)
     seeds = choose_seeds(rows, task.seeds, task.seed)
     facts: dict[str, Any] = {"seconds": {}}
     with tempfile.TemporaryDirectory(prefix="translora-kit-") as scratch_name:

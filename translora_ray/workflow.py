@@ -170,8 +170,7 @@ def _check_limits(plan: Plan, target: Adapter) -> None:
     ranks = {adapter.name: adapters.inspect(adapter.path).rank for pool in pools for adapter in plan.adapters(pool)}
     if plan.engine == "vllm" and recipe.gate.held_out and target.type in adapters.SERVED_BY_VLLM:
         ranks["target"] = target.rank or 0
-    asked = {f"synthesis.{key}": getattr(recipe.synthesis, key) or 0.0 for key in ("temperature", "high_temperature")}
-    temperatures = asked if pools else {}
+    temperatures = {f"synthesis.{key}": getattr(recipe.synthesis, key) or 0.0 for key in ("temperature", "high_temperature") if pools}
     if recipe.selection.votes > 1 and any(teach.ROLE in pool.roles for pool in pools):
         temperatures["selection.vote_temperature"] = recipe.selection.vote_temperature
     require_limits(ranks, temperatures, plan.cluster.vllm)

@@ -46,10 +46,15 @@ class Plan:
         """How it writes candidates, everything decided."""
         return self.recipe.synthesis.settled(self.kit.task.classes, generator)
 
+    @cached_property
+    def _writers(self) -> dict[GeneratorKind, Synthesis]:
+        """How each generator writes: once, as it is asked for each candidate."""
+        return {generator: self.synthesis(generator) for generator in self.recipe.synthesis.generator}
+
     def warmer(self, index: int) -> bool:
         """Whether the candidate of that index is of a pack that is written at a higher temperature than others."""
         pack = index // self.recipe.synthesis.pack_size
-        return self.synthesis(self.recipe.synthesis.writer(pack)).warmer(pack)
+        return self._writers[self.recipe.synthesis.writer(pack)].warmer(pack)
 
     def writes(self, generator: GeneratorKind, base: str) -> bool:
         """Whether the generator is one of the recipe's, and on that base."""
@@ -126,7 +131,7 @@ class Plan:
             raise UsageError(f"{by} needs a task with labels, and this one's answers are open: leave it out, or prepare the kit with labels.")
         if self.by_label and self.recipe.synthesis.fewest(kit.task.classes) < self.recipe.synthesis.shots:
             raise UsageError("synthesis.fewest_shots is for lists, and prompts of this task are written by label: leave it out, or set by_label to false.")
-        for settings in map(self.synthesis, self.recipe.synthesis.generator):
+        for settings in self._writers.values():
             if (settings.high_temperature or 0) < (settings.temperature or 0):
                 raise UsageError(f"synthesis.high_temperature must not be below synthesis.temperature, {settings.temperature:g}: raise it, or leave it out.")
         if selection.as_asked and not self.by_label:
