@@ -70,9 +70,9 @@ def prepare(task: Task, base: str, out: str | Path, adapter: str | None, discrim
         began = time.perf_counter()
         if adapter:
             training.copy_adapter(adapter, scratch / ADAPTER, base)
-            copied = AdapterRef(ADAPTER, str(scratch / ADAPTER))
-            engine = open_engine(base, [copied])
-            engine.score([Score(Prompt("Is it live?"), (YES, NO), copied)])
+            given = AdapterRef(ADAPTER, str(scratch / ADAPTER))
+            engine = open_engine(base, [given])
+            engine.score([Score(Prompt("Is it live?"), (YES, NO), given)])
             engine.close()
         else:
             pairs, wanted = training.task_pairs(task, rows), adapters.inherit(NO_SOURCE, task.source_adapter, models.linear_shapes(base))
