@@ -130,7 +130,16 @@ def run(name: str, seed: int, data: Path, work: Path, threads: int, more: bool) 
     found = find_answers(asked, rows)
     labels, checked = found.classes, bool(found.classes) or found.answer_words != "any"
     common = {way: {**TASKS[name]["recipe"], **(_as_paper(len(rows), labels) if way == "paper" else {})} for way in ways}
-    decide = {way: partial(Recipe.decided, classes=[] if way == "paper" else labels, rows=len(rows), discriminator={"calibration": []}) for way in ways}
+    decide = {
+        way: partial(
+            Recipe.decided,
+            classes=[] if way == "paper" else labels,
+            rows=len(rows),
+            discriminator={"calibration": []},
+            copies=way != "paper" and isinstance(found.answer_words, list),
+        )
+        for way in ways
+    }
     recipes = {way: _recipe(here, way, seed, threads, common[way], sections, decide[way]) for way, sections in ways.items()}
     decided = {way: decide[way](recipe) for way, recipe in recipes.items()}
     if decided["default"].selection.method == "none":

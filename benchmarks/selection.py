@@ -49,6 +49,7 @@ BY_LABEL: Ways = {
 }
 OPEN: Ways = {
     "default: importance, of twice as many": ({}, {}),
+    "no seeds with other values": ({"fill": False}, {}),
     "five seeds in each request": ({"fewest_shots": 5}, {}),
     "as they come": ({}, {"method": "none"}),
     "excess, of twice as many": ({}, {"method": "excess"}),
@@ -114,7 +115,7 @@ def written(kit: Kit, synthesis: dict[str, Any], selection: dict[str, Any], amou
     """The examples of one way, by the stream's own stages, and counts of all candidates and of those that copy a seed."""
     selects = Selection.model_validate({"quota": amount * kit.rows, **selection})
     recipe = Recipe(gate=Gate(held_out=0), synthesis=Synthesis.model_validate(synthesis), selection=selects)
-    plan = Plan(kit, TARGET, recipe.decided(kit.task.classes, kit.rows, kit.discriminator), Cluster(), kind, 1.0, 0.0)
+    plan = Plan(kit, TARGET, recipe.decided(kit.task.classes, kit.rows, kit.discriminator, kit.copies), Cluster(), kind, 1.0, 0.0)
     pools = [(pool, open_engine(pool.engine, pool.base, plan.adapters(pool))) for pool in plan.pools()]
     stages = [stage for pool, engine in pools for role in pool.roles for stage in STAGES[role](plan, pool, engine)]
     with Display() as display:

@@ -1,10 +1,11 @@
-"""Which answers a task may have, by its rows: one of a few labels, or words of the input beside a few others."""
+"""Which answers a task may have, by its rows: one of a few labels, or words of the input beside a few others; and which words an answer has from there."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 from translora_ray.config import Task
@@ -69,6 +70,40 @@ def _check_words(task: Task, rows: Sequence[TaskRow]) -> None:
 def copied(task: Task, answer: str, text: str) -> bool:
     """Whether the answer to the input `text` says nothing but what the task's answers may: any answer may, where it names no words."""
     return not isinstance(task.answer_words, list) or _words(answer) <= _words(text) | set(task.answer_words)
+
+
+@dataclass(frozen=True)
+class Value:
+    """A run of words that an answer copies from its input, from character `start` to `end` there. `kind`: the answer's words before it, as a slot's name."""
+
+    kind: str
+    start: int
+    end: int
+
+
+def values(row: TaskRow, frame: Collection[str]) -> list[Value]:
+    """What the row's answer copies from its input: from its first word to its last, the longest run of words that is in the input, too, in a place of its own,
+    and does not begin with one of the `frame`, as `answer_words` are."""
+    words, found, first, after = list(_WORD.finditer(row.target)), list[Value](), 0, 0
+    while first < len(words):
+        ends = range(len(words), first if words[first].group() not in frame else len(words), -1)
+        for last in ends:
+            run = re.escape(row.target[words[first].start() : words[last - 1].end()])
+            places = [match.span() for match in re.finditer(rf"(?<!\w){run}(?!\w)", row.input)]
+            if free := [place for place in places if all(place[1] <= value.start or value.end <= place[0] for value in found)]:
+                kind = " ".join(_WORD.findall(row.target[after : words[first].start()]))
+                found.append(Value(kind, *free[0]))
+                first, after = last, words[last - 1].end()
+                break
+        else:
+            first += 1
+    return sorted(found, key=lambda value: value.start)
+
+
+def are_copies(task: Task, rows: Sequence[TaskRow]) -> bool:
+    """Whether the task's answers are copies, and the rows have values."""
+    words = task.answer_words
+    return isinstance(words, list) and any(values(row, words) for row in rows)
 
 
 def _words(text: str) -> set[str]:

@@ -189,9 +189,12 @@ class Synthesis(Section):
     temperature: float | None = Field(None, gt=0)
     """Of the generator. None: 1 by label, where half of the candidates at 0.7 repeat others, and for the generator adapter, whose inputs are spread as it has
     learnt them; else 0.7, above which small bases drift off the task."""
+    fill: bool | None = None
+    """Whether a base's other packs, which take turns, are seeds' inputs whose copied words, such as the values of slots, are exchanged for others of the kind,
+    which the base writes (`stream/fill.py`). None: where answers are copies (the task's `answer_words`) and prompts a list."""
     high_temperature: float | None = Field(None, gt=0)
-    """That of a base's other packs, which take turns. None: `temperature`, but where that is left open, too, 1.5 by label: at 1 a base begins nearly all inputs
-    of a label in one way, and what is off the label at 1.5 the teacher tells (`make bench-selection`)."""
+    """That of the other packs. None: `temperature`, but where that is left open, too, 1.5 by label: at 1 a base begins nearly all inputs of a label in one way,
+    and what is off the label at 1.5 the teacher tells; and 1 for values (`make bench-selection`)."""
     min_p: float = Field(0.05, ge=0, lt=1)
     """Drops tokens less likely than this share of the likeliest. Needs no sorting of the vocabulary, unlike top-p, which halves the speed on 262,144 tokens;
     by label up to 1.7 times as many candidates are trusted as with temperature alone (`benchmarks/generation.py choices`)."""
@@ -226,9 +229,16 @@ class Synthesis(Section):
         """Whose turn it is to write pack number `pack`."""
         return self.generator[pack % len(self.generator)]
 
+    def _other(self, pack: int) -> bool:
+        return pack // len(self.generator) % 2 == 1
+
+    def fills(self, pack: int) -> bool:
+        """Of settled settings, whether pack number `pack` is one of seeds with other values: every other one of each writer's may be."""
+        return self._other(pack) and bool(self.fill)
+
     def warmer(self, pack: int) -> bool:
         """Of settled settings, whether pack number `pack` is written at a temperature above the others': every other one of each writer's may be."""
-        return pack // len(self.generator) % 2 == 1 and (self.high_temperature or 0.0) > (self.temperature or 0.0)
+        return self._other(pack) and (self.high_temperature or 0.0) > (self.temperature or 0.0)
 
     def asks(self, classes: Sequence[str]) -> bool:
         """`by_label`, decided for a task with such labels."""
@@ -238,13 +248,16 @@ class Synthesis(Section):
         """Whether each candidate is written for a label, whoever writes it."""
         return all(self.settled(classes, generator).by_label for generator in self.generator)
 
-    def settled(self, classes: Sequence[str], generator: GeneratorKind = "source") -> Synthesis:
-        """These settings with `by_label`, the temperatures and `fewest_shots` decided, for such a generator and a task with such labels."""
+    def settled(self, classes: Sequence[str], generator: GeneratorKind = "source", copies: bool = False) -> Synthesis:
+        """These settings with all that may be left open decided, for such a generator and a task with such labels, or whose answers are `copies`."""
         learnt = generator == "adapter"
         by_label = bool(classes) if learnt else self.asks(classes)
+        fill = not learnt and (copies and not by_label if self.fill is None else self.fill)
         temperature = self.temperature or (1.0 if by_label or learnt else 0.7)
-        high = temperature if learnt else self.high_temperature or (1.5 if by_label and not self.temperature else temperature)
-        return self.model_copy(update={"by_label": by_label, "temperature": temperature, "high_temperature": high, "fewest_shots": self.fewest(classes)})
+        others = temperature if self.temperature else 1.5 if by_label else 1.0 if fill else temperature
+        high = temperature if learnt else self.high_temperature or others
+        decided = {"by_label": by_label, "fill": fill, "temperature": temperature, "high_temperature": high, "fewest_shots": self.fewest(classes)}
+        return self.model_copy(update=decided)
 
     def fewest(self, classes: Sequence[str]) -> int:
         """`fewest_shots`, decided for a task with such labels."""
@@ -347,16 +360,16 @@ class Recipe(Section):
         auto: Method = "none" if as_asked or discriminator is None else "discriminator" if cuts else "importance"
         return self.selection.model_copy(update={"as_asked": as_asked, "method": auto if self.selection.method == "auto" else self.selection.method})
 
-    def decided(self, classes: Sequence[str], rows: int, discriminator: dict[str, Any] | None) -> Recipe:
-        """With what is left to a kit's labels, its number of rows and its discriminator decided: what a run writes down, so that it stays what it is when a
-        default changes."""
+    def decided(self, classes: Sequence[str], rows: int, discriminator: dict[str, Any] | None, copies: bool = False) -> Recipe:
+        """With what is left to a kit's labels, its number of rows, its discriminator and whether answers are copies decided: what a run writes down, so that it
+        stays what it is when a default changes."""
         method = self.selects(classes, discriminator).method
         quota = self.selection.quota or (TAKEN_FOR_A_ROW if method == "none" else CHOSEN_FOR_A_ROW) * rows
         selection = self.selection.model_copy(update={"quota": quota, "method": method})
         epochs = self.training.epochs or max(1, min(EPOCHS, round(EPOCHS * CHOSEN_FOR_A_ROW * rows / quota)))
         training = self.training.model_copy(update={"epochs": epochs})
-        settled = self.synthesis.settled(classes)
-        synthesis = self.synthesis.model_copy(update={key: getattr(settled, key) for key in ("by_label", "high_temperature", "fewest_shots")})
+        settled = self.synthesis.settled(classes, copies=copies)
+        synthesis = self.synthesis.model_copy(update={key: getattr(settled, key) for key in ("by_label", "fill", "high_temperature", "fewest_shots")})
         return self.model_copy(update={"synthesis": synthesis, "selection": selection, "training": training})
 
     def digest(self) -> str:

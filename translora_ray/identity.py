@@ -51,10 +51,12 @@ def as_begun(recipe: Recipe, store: RunStore, loaded: Kit) -> Recipe:
 
 
 def _lacking(synthesis: dict[str, Any], loaded: Kit) -> dict[str, Any]:
-    """What an older run lacks: how few seeds a request shows, then as many as it might, and the temperature of half of them, then that of the others."""
+    """What an older run lacks: how few seeds a request shows, then as many as it might, seeds with other values, then none, and the temperature of half of the
+    packs, then that of the others."""
     by_label = bool(loaded.task.classes) if (asks := synthesis.get("by_label", False)) is None else asks
-    once = {"fewest_shots": synthesis["shots"], "high_temperature": synthesis["temperature"] or (1.0 if by_label else 0.7)}
-    return {key: value for key, value in once.items() if not synthesis.get(key)}
+    temperature = synthesis["temperature"] or (1.0 if by_label else 0.7)
+    once = {"fewest_shots": synthesis["shots"], "fill": False, "high_temperature": temperature}
+    return {key: value for key, value in once.items() if synthesis.get(key) is None}
 
 
 def _left_open(selection: dict[str, Any], loaded: Kit) -> dict[str, Any]:

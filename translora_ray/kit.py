@@ -22,6 +22,7 @@ from rapidfuzz import process
 from rapidfuzz.distance import Indel
 
 from translora_ray import adapters
+from translora_ray.answers import are_copies
 from translora_ray.config import Task
 from translora_ray.engines.base import AdapterRef
 from translora_ray.errors import UsageError, reason
@@ -74,6 +75,11 @@ class Kit:
     @property
     def seed_inputs(self) -> list[str]:
         return [seed.input for seed in self.seeds]
+
+    @property
+    def copies(self) -> bool:
+        """Whether answers are copies, and those of seeds, too."""
+        return are_copies(self.task, self.seeds)
 
     def here(self) -> Kit:
         """This kit on another machine, which may have no copy yet of what lies on an object store: the kit itself, or the one that a run goes back to."""

@@ -24,7 +24,7 @@ def again(tiny_kit: Path, tiny_gemma: str, run: Path, *overrides: str) -> Recipe
 def begun(tiny_kit: Path, tiny_gemma: str, run: Path, *overrides: str, trained: bool = False) -> dict[str, Any]:
     """What is written down of a run of these settings, everything decided."""
     loaded, recipe = kit.load(tiny_kit), load_config(None, list(overrides)).recipe
-    written = identity.of(loaded, tiny_gemma, recipe.decided(loaded.task.classes, loaded.rows, loaded.discriminator))
+    written = identity.of(loaded, tiny_gemma, recipe.decided(loaded.task.classes, loaded.rows, loaded.discriminator, loaded.copies))
     keep(run, written, trained)
     return written
 

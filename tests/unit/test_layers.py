@@ -20,7 +20,7 @@ LAYERS = [
     {"training.task"},
     {"training.private"},
     {"evaluation.statistics", "evaluation.plots", "stream.synthesize", "stream.dedup", "stream.discriminate", "stream.teach"},
-    {"kit", "evaluation.markup"},
+    {"kit", "evaluation.markup", "stream.fill"},
     {"stream.plan", "preparing", "identity"},
     {"stream.choose", "evaluation.gate"},
     {"ledger", "releases"},

@@ -144,7 +144,8 @@ def test_labels_are_asked_for_where_there_are_more_than_a_list_shows(loaded: kit
     found = [planned(one).synthesis("source") for one in kits]
     assert [(settings.by_label, settings.temperature) for settings in found] == [(True, 1.0), (False, 0.7), (False, 0.7)]
     assert Synthesis().settled(["a"], "adapter").by_label and Synthesis(by_label=True).settled(["a"]).by_label
-    assert Synthesis(by_label=False, temperature=0.9).settled(["a"]) == Synthesis(by_label=False, temperature=0.9, high_temperature=0.9, fewest_shots=5)
+    as_said = Synthesis(by_label=False, temperature=0.9, high_temperature=0.9, fewest_shots=5, fill=False)
+    assert Synthesis(by_label=False, temperature=0.9).settled(["a"]) == as_said
 
 
 def test_by_label_half_of_the_requests_are_warmer() -> None:

@@ -143,7 +143,8 @@ class Driver:
                 manifest = store.read_json(MANIFEST)
                 classes, rows = Task.model_validate(manifest["task"]).classes, manifest["kit_rows"]
                 of_kits: list[dict[str, Any] | None] = [{"calibration": []}, {}, None]
-                recipes = [wanted.config.recipe.decided(classes, rows, discriminator) for discriminator in of_kits]
+                found = [(classes, rows, discriminator, copies) for discriminator in of_kits for copies in (False, True)]
+                recipes = [wanted.config.recipe.decided(*each) for each in found]
                 return bool(manifest["recipe_hash"] in [recipe.digest() for recipe in recipes] and (wanted.data is None or store.exists(RESULT)))
         return False
 

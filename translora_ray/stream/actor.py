@@ -24,6 +24,7 @@ from translora_ray.prompts import Prompt, answer_ids, prompt_ids
 from translora_ray.records import Pack, pack_to_table, packs_from_table
 from translora_ray.stream import discriminate, synthesize, teach
 from translora_ray.stream.dedup import SeedFilter
+from translora_ray.stream.fill import FillingSynthesizer
 from translora_ray.stream.plan import Plan, Pool
 from translora_ray.token_weights import answer_spans
 
@@ -137,6 +138,8 @@ def _writing(plan: Plan, pool: Pool, engine: Engine) -> list[Stage]:
         settings = plan.synthesis(generator)
         if generator == "adapter":
             return synthesize.LearntSynthesizer(engine, settings, kit.seeds, kit.task, kit.generator_adapter)
+        if settings.fill:
+            return FillingSynthesizer(engine, settings, kit.seeds, kit.task)
         return synthesize.Synthesizer(engine, settings, kit.seeds, kit.task.classes)
 
     here = [generator for generator in plan.recipe.synthesis.generator if plan.writes(generator, pool.base)]

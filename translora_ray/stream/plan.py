@@ -44,7 +44,7 @@ class Plan:
 
     def synthesis(self, generator: GeneratorKind) -> Synthesis:
         """How it writes candidates, everything decided."""
-        return self.recipe.synthesis.settled(self.kit.task.classes, generator)
+        return self.recipe.synthesis.settled(self.kit.task.classes, generator, self.kit.copies)
 
     @cached_property
     def _writers(self) -> dict[GeneratorKind, Synthesis]:
@@ -134,6 +134,10 @@ class Plan:
         for settings in self._writers.values():
             if (settings.high_temperature or 0) < (settings.temperature or 0):
                 raise UsageError(f"synthesis.high_temperature must not be below synthesis.temperature, {settings.temperature:g}: raise it, or leave it out.")
+        if self.recipe.synthesis.fill and (self.by_label or not kit.copies):
+            raise UsageError(
+                "synthesis.fill exchanges what answers copy from their inputs: this kit's answers are no copies, or its prompts are by label; leave it out."
+            )
         if selection.as_asked and not self.by_label:
             raise UsageError("selection.as_asked compares with the label that was asked for, and a list asks for none: leave it out, or set by_label.")
         if self.recipe.overlap and self.chooses:

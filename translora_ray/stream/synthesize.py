@@ -12,6 +12,7 @@ from translora_ray.prompts import Prompt, clean_answer, generator_prompt, labell
 from translora_ray.records import TOO_LONG, Candidate, Pack, TaskRow, derive_seed
 
 ROLE = "generator"
+EMPTY = "empty prompt"
 
 
 class Synthesizer:
@@ -55,7 +56,7 @@ class Synthesizer:
             if not generation.finished:
                 candidate.reason = TOO_LONG
             elif not candidate.input:
-                candidate.reason = "empty prompt"
+                candidate.reason = EMPTY
         pack.spend(ROLE, sum(generation.tokens for generation in written), time.perf_counter() - began)
         return pack
 
