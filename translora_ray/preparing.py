@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from translora_ray import __version__, adapters, adapting, models
-from translora_ray.answers import are_copies, copied, find_answers
+from translora_ray.answers import copied, find_answers
 from translora_ray.config import Adapter, Synthesis, Task, Training
 from translora_ray.engines.base import AdapterRef, Engine, OpenEngine, Score
 from translora_ray.errors import RunFailed, UsageError
@@ -22,7 +22,6 @@ from translora_ray.records import TaskRow, derive_seed, read_rows, request_pack
 from translora_ray.storage import RunStore, commit_folder
 from translora_ray.stream.dedup import SeedFilter, Seen
 from translora_ray.stream.discriminate import calibrate, outline, verdicts
-from translora_ray.stream.fill import FillingSynthesizer
 from translora_ray.stream.synthesize import Synthesizer
 from translora_ray.training import task as training
 from translora_ray.training.private import planned, train_privately
@@ -182,12 +181,11 @@ def _train(
 def _negatives(task: Task, engine: Engine, seeds: list[TaskRow], wanted: int, phase: Phase) -> list[str]:
     """`wanted` distinct prompts that the source base wrote from the seeds, as a transfer's generator does, but of `shots` each (Trans-LoRA, section 3.2).
 
-    By label where the task has many labels: of prompts of another kind the discriminator would learn which labels they favour, and reject those labels. Half
-    of them seeds with other values where answers are copies: else it would find all such prompts real.
+    By label where the task has many labels: of prompts of another kind the discriminator would learn which labels they favour, and reject those labels.
     """
-    settings = Synthesis(fewest_shots=Synthesis().shots).settled(task.classes, copies=are_copies(task, seeds))
+    settings = Synthesis(fewest_shots=Synthesis().shots).settled(task.classes)
     copies, seen = SeedFilter([seed.input for seed in seeds], near=1.0), Seen(near=1.0)
-    writer = FillingSynthesizer(engine, settings, seeds, task) if settings.fill else Synthesizer(engine, settings, seeds, task.classes)
+    writer = Synthesizer(engine, settings, seeds, task.classes)
     found: list[str] = []
     for number in range(NEGATIVE_TRIES * -(-wanted // settings.pack_size)):
         pack = copies.process(writer.process(request_pack(derive_seed(task.seed, "negatives"), number, settings.pack_size)))

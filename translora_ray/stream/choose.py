@@ -27,10 +27,18 @@ def choose(plan: Plan, candidates: Sequence[Candidate]) -> tuple[list[Candidate]
     wanted = plan.quota + plan.held_out
     if plan.chooses:
         best = _balanced(sorted(accepted, key=lambda candidate: _worth(plan, candidate), reverse=True), plan.most_of_a_label(wanted))
-        accepted = sorted(best[:wanted], key=lambda candidate: candidate.index)
+        accepted = sorted(_of_both_kinds(plan, best, wanted), key=lambda candidate: candidate.index)
     chosen = accepted[:wanted]
     held_out = len(chosen) * plan.held_out // wanted
     return chosen[: len(chosen) - held_out], chosen[len(chosen) - held_out :]
+
+
+def _of_both_kinds(plan: Plan, best: Sequence[Candidate], wanted: int) -> list[Candidate]:
+    """So many of the best: half of them seeds with other values, where the plan has such and there are enough of both. What is measured compares prompts of one
+    kind: all seeds look like the task, whatever their values, and would leave little room for lists, which an adapter needs as well."""
+    filled, others = ([candidate for candidate in best if plan.fills(candidate.index) is kind] for kind in (True, False))
+    filled = filled[: max(wanted // 2, wanted - len(others))]
+    return [*filled, *others[: wanted - len(filled)]]
 
 
 def _balanced(candidates: Sequence[Candidate], most: int | None) -> list[Candidate]:

@@ -53,8 +53,18 @@ class Plan:
 
     def warmer(self, index: int) -> bool:
         """Whether the candidate of that index is of a pack that is written at a higher temperature than others."""
+        pack, settings = self._written(index)
+        return settings.warmer(pack)
+
+    def fills(self, index: int) -> bool:
+        """Whether the candidate of that index is a seed with other values."""
+        pack, settings = self._written(index)
+        return settings.fills(pack)
+
+    def _written(self, index: int) -> tuple[int, Synthesis]:
+        """The candidate's pack, and how that is written."""
         pack = index // self.recipe.synthesis.pack_size
-        return self._writers[self.recipe.synthesis.writer(pack)].warmer(pack)
+        return pack, self._writers[self.recipe.synthesis.writer(pack)]
 
     def writes(self, generator: GeneratorKind, base: str) -> bool:
         """Whether the generator is one of the recipe's, and on that base."""
