@@ -147,11 +147,15 @@ def test_copies_are_filled_where_the_recipe_leaves_it_open(tiny_kit: Path, tiny_
 def test_as_many_of_both_kinds_are_chosen_whatever_their_verdicts(tiny_gemma: str, copying: kit.Kit, filled: int, others: int, chosen: tuple[int, int]) -> None:
     recipe = decided(Recipe(selection=Selection(quota=20), synthesis=Synthesis(pack_size=1)), copying)
     plan = Plan(copying, tiny_gemma, recipe, Cluster(), "transformers", 1, 0)
-    found = [Candidate(2 * i + 1, i, f"filled {i}", 9.0, "a") for i in range(filled)] + [Candidate(2 * i, i, f"listed {i}", -9.0, "a") for i in range(others)]
+    found = [Candidate(2 * i + 1, i, f"filled {i}", float(i), "a") for i in range(filled)] + [
+        Candidate(2 * i, i, f"listed {i}", -9.0, "a") for i in range(others)
+    ]
     trained, held_out = choose(plan, found)
     assert (len(trained), len(held_out)) == (20, 2) and plan.method == "importance"
     taken = sum(plan.fills(candidate.index) for candidate in (*trained, *held_out))
     assert (taken, 22 - taken) == chosen
+    verdicts = [candidate.verdict for candidate in (*trained, *held_out) if plan.fills(candidate.index)]
+    assert filled < 40 or min(verdicts) < 10, "by chance, not the most likely ones"
 
 
 def test_a_run_that_was_begun_before_goes_on_with_its_seeds_as_they_are(tmp_path: Path, tiny_gemma: str, copying: kit.Kit) -> None:

@@ -22,23 +22,18 @@ def choose(plan: Plan, candidates: Sequence[Candidate]) -> tuple[list[Candidate]
     """(examples to train on, examples held out) of all candidates of a run, each in the order of their index.
 
     `plan.quota` and `plan.held_out` of them where the method chooses among more; the last ones by index are held out, which were written as the others were.
+    Seeds with other values are half of them, as far as there are enough, and taken by chance: all look like the task, and its verdicts say little about values.
     """
     accepted = sorted((candidate for candidate in candidates if candidate.accepted), key=lambda candidate: candidate.index)
     wanted = plan.quota + plan.held_out
     if plan.chooses:
-        best = _balanced(sorted(accepted, key=lambda candidate: _worth(plan, candidate), reverse=True), plan.most_of_a_label(wanted))
-        accepted = sorted(_of_both_kinds(plan, best, wanted), key=lambda candidate: candidate.index)
+        filled, listed = ([candidate for candidate in accepted if plan.fills(candidate.index) is kind] for kind in (True, False))
+        best = _balanced(sorted(listed, key=lambda candidate: _worth(plan, candidate), reverse=True), plan.most_of_a_label(wanted))
+        filled = sorted(filled, key=lambda candidate: derive_seed(candidate.seed, "filled"))[: max(wanted // 2, wanted - len(best))]
+        accepted = sorted([*filled, *best[: wanted - len(filled)]], key=lambda candidate: candidate.index)
     chosen = accepted[:wanted]
     held_out = len(chosen) * plan.held_out // wanted
     return chosen[: len(chosen) - held_out], chosen[len(chosen) - held_out :]
-
-
-def _of_both_kinds(plan: Plan, best: Sequence[Candidate], wanted: int) -> list[Candidate]:
-    """So many of the best: half of them seeds with other values, where the plan has such and there are enough of both. What is measured compares prompts of one
-    kind: all seeds look like the task, whatever their values, and would leave little room for lists, which an adapter needs as well."""
-    filled, others = ([candidate for candidate in best if plan.fills(candidate.index) is kind] for kind in (True, False))
-    filled = filled[: max(wanted // 2, wanted - len(others))]
-    return [*filled, *others[: wanted - len(filled)]]
 
 
 def _balanced(candidates: Sequence[Candidate], most: int | None) -> list[Candidate]:
