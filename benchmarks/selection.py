@@ -28,7 +28,7 @@ from translora_ray.engines.base import AdapterRef
 from translora_ray.engines.select import choose_engine, open_engine
 from translora_ray.kit import Kit, load
 from translora_ray.progress import Display, Phase
-from translora_ray.records import Candidate, Pack, TaskRow, read_rows, request_pack
+from translora_ray.records import Candidate, TaskRow, read_rows, request_pack
 from translora_ray.stream.actor import STAGES, Stage
 from translora_ray.stream.choose import choose
 from translora_ray.stream.dedup import COPIES, Seen
@@ -48,8 +48,8 @@ BY_LABEL: Ways = {
     "the target base writes": ({"generator": "target"}, {}),
 }
 OPEN: Ways = {
-    "default: importance, of twice as many": ({}, {}),
-    "no seeds with other values": ({"fill": False}, {}),
+    "default: half lists, by importance, half seeds with other values": ({}, {}),
+    "lists alone": ({"fill": False}, {}),
     "five seeds in each request": ({"fewest_shots": 5}, {}),
     "as they come": ({}, {"method": "none"}),
     "excess, of twice as many": ({}, {"method": "excess"}),
@@ -60,8 +60,6 @@ TASKS = {
     "slots/snips_GetWeather": (OPEN, CHOSEN_FOR_A_ROW),
 }
 """Ways, and how many examples for each row every way makes."""
-AT_ONCE = 4
-"""Packs that an engine gets together."""
 MOST = 16_384
 """Candidates after which a way is left with what it has."""
 
@@ -130,8 +128,7 @@ def accept(plan: Plan, stages: Sequence[Stage], phase: Phase) -> tuple[list[Cand
     size = plan.recipe.synthesis.pack_size
     seen, accepted, counts = Seen(plan.selection.near_duplicate), list[Candidate](), Counter[str]()
     while len(accepted) < plan.wanted and counts["candidates"] < MOST:
-        first = counts["candidates"] // size
-        pack = Pack(first // AT_ONCE, [candidate for number in range(first, first + AT_ONCE) for candidate in request_pack(0, number, size).candidates])
+        pack = request_pack(0, counts["candidates"] // size, size)
         for stage in stages:
             pack = stage.process(pack)
         counts.update(candidates=len(pack.candidates), copies=sum(candidate.reason in COPIES for candidate in pack.candidates))

@@ -74,7 +74,8 @@ def copied(task: Task, answer: str, text: str) -> bool:
 
 @dataclass(frozen=True)
 class Value:
-    """A run of words that an answer copies from its input, from character `start` to `end` there. `kind`: the answer's words before it, as a slot's name."""
+    """A run of words that an answer copies from its input, from character `start` to `end` there. `kind`: the answer's words before it, as a slot's name; of
+    a further one after the same name, that."""
 
     kind: str
     start: int
@@ -82,28 +83,25 @@ class Value:
 
 
 def values(row: TaskRow, frame: Collection[str]) -> list[Value]:
-    """What the row's answer copies from its input: from its first word to its last, the longest run of words that is in the input, too, in a place of its own,
-    and does not begin with one of the `frame`, as `answer_words` are."""
-    words, found, first, after = list(_WORD.finditer(row.target)), list[Value](), 0, 0
-    while first < len(words):
-        ends = range(len(words), first if words[first].group() not in frame else len(words), -1)
-        for last in ends:
-            run = re.escape(row.target[words[first].start() : words[last - 1].end()])
-            places = [match.span() for match in re.finditer(rf"(?<!\w){run}(?!\w)", row.input)]
-            if free := [place for place in places if all(place[1] <= value.start or value.end <= place[0] for value in found)]:
-                kind = " ".join(_WORD.findall(row.target[after : words[first].start()]))
-                found.append(Value(kind, *free[0]))
-                first, after = last, words[last - 1].end()
-                break
-        else:
-            first += 1
-    return sorted(found, key=lambda value: value.start)
-
-
-def are_copies(task: Task, rows: Sequence[TaskRow]) -> bool:
-    """Whether the task's answers are copies, and the rows have values."""
-    words = task.answer_words
-    return isinstance(words, list) and any(values(row, words) for row in rows)
+    """What the row's answer copies from its input, in the order of that: the longest runs of words first, each with a place of its own, and none that begins
+    with a word of the `frame`, as `answer_words` are."""
+    words = list(_WORD.finditer(row.target))
+    free, found = [word.group() not in frame for word in words], dict[int, tuple[int, tuple[int, int]]]()
+    for size in range(len(words), 0, -1):
+        for first in range(len(words) - size + 1):
+            last = first + size
+            run = row.target[words[first].start() : words[last - 1].end()]
+            taken = any(begin < last and first < end for begin, (end, _) in found.items())
+            if free[first] and not taken and run in row.input:
+                places = [match.span() for match in re.finditer(rf"(?<!\w){re.escape(run)}(?!\w)", row.input)]
+                if place := next((one for one in places if all(one[1] <= start or end <= one[0] for _, (start, end) in found.values())), None):
+                    found[first] = (last, place)
+    kind, after, named = "", 0, list[Value]()
+    for first, (last, place) in sorted(found.items()):
+        kind = " ".join(word.group() for word in words[after:first]) or kind
+        named.append(Value(kind, *place))
+        after = last
+    return sorted(named, key=lambda value: value.start)
 
 
 def _words(text: str) -> set[str]:

@@ -191,7 +191,8 @@ class Synthesis(Section):
     learnt them; else 0.7, above which small bases drift off the task."""
     fill: bool | None = None
     """Whether a base's other packs, which take turns, are seeds' inputs whose copied words, such as the values of slots, are exchanged for others of the kind,
-    which the base writes (`stream/fill.py`). None: where answers are copies (the task's `answer_words`) and prompts a list."""
+    which the base writes (`stream/fill.py`). None: where answers are copies (the task's `answer_words`), prompts a list, and no cut is made, which would
+    leave hardly any but these."""
     high_temperature: float | None = Field(None, gt=0)
     """That of the other packs. None: `temperature`, but where that is left open, too, 1.5 by label: at 1 a base begins nearly all inputs of a label in one way,
     and what is off the label at 1.5 the teacher tells; and 1 for values (`make bench-selection`)."""
@@ -199,7 +200,7 @@ class Synthesis(Section):
     """Drops tokens less likely than this share of the likeliest. Needs no sorting of the vocabulary, unlike top-p, which halves the speed on 262,144 tokens;
     by label up to 1.7 times as many candidates are trusted as with temperature alone (`benchmarks/generation.py choices`)."""
     max_tokens: int | None = Field(None, ge=1)
-    """Longest candidate in tokens; a longer one is a reject. None: 8 more than twice the longest seed."""
+    """Longest candidate in tokens, or value in one; a longer one is a reject. None: 8 more than twice the longest of the seeds, or of their values."""
     pack_size: int = Field(64, ge=1)
     """Requests that travel, and are computed, together."""
 
@@ -368,7 +369,8 @@ class Recipe(Section):
         selection = self.selection.model_copy(update={"quota": quota, "method": method})
         epochs = self.training.epochs or max(1, min(EPOCHS, round(EPOCHS * CHOSEN_FOR_A_ROW * rows / quota)))
         training = self.training.model_copy(update={"epochs": epochs})
-        settled = self.synthesis.settled(classes, copies=copies)
+        written = any(generator != "adapter" for generator in self.synthesis.generator)
+        settled = self.synthesis.settled(classes, copies=copies and written and method not in CUTTING)
         synthesis = self.synthesis.model_copy(update={key: getattr(settled, key) for key in ("by_label", "fill", "high_temperature", "fewest_shots")})
         return self.model_copy(update={"synthesis": synthesis, "selection": selection, "training": training})
 

@@ -64,7 +64,7 @@ def pass_gate(
     agreed, low, _ = ((1 - harder) * easy + harder * hard for easy, hard in zip(examples, unsure, strict=True))
     right, *right_ends = _figure([METRICS[task.metric](answer, seed.target) for answer, seed in zip(given[len(rows) :], seeds, strict=True)])
     measured = {"agreement": agreed, "agreement_ends": (low, examples[2]), "seeds": right, "seeds_ends": tuple(right_ends)}
-    measured |= likeness(plan.kit.discriminator or {}, trained)
+    measured |= likeness(plan.kit.discriminator or {}, [candidate for candidate in trained if not plan.fills(candidate.index)])  # all filled seeds look real
     answers = gate.answers(task.classes, seeds, [reading(task, candidate.target or "") for candidate in trained])
     asked = {"held_out": len(held_out), "between": len(rows) - len(held_out)}
     return {**gate.without_rows(plan.recipe.gate, measured, totals.accepted / totals.candidates, answers), **asked}

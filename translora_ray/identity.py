@@ -66,8 +66,8 @@ def _left_open(selection: dict[str, Any], loaded: Kit) -> dict[str, Any]:
 
 
 def _as_today(stored: dict[str, Any], loaded: Kit) -> dict[str, Any]:
-    """What an older run is, as it is written down today: it lacks keys of the gate, shows as many seeds in each request, asks all at one temperature, and
-    left open that prompts of a task with labels were by label, how many examples there were, and how they were selected."""
+    """What an older run is, as it is written down today: it lacks keys of the gate, shows as many seeds in each request, all as they are, asks all at one
+    temperature, and left open that prompts of a task with labels were by label, how many examples there were, and how they were selected."""
     recipe = {**stored["recipe"], "gate": {**Gate().model_dump(), **stored["recipe"]["gate"]}}
     recipe["synthesis"] = {**recipe["synthesis"], **_lacking(recipe["synthesis"], loaded)}
     if recipe["synthesis"].get("by_label", False) is None:

@@ -22,13 +22,13 @@ from rapidfuzz import process
 from rapidfuzz.distance import Indel
 
 from translora_ray import adapters
-from translora_ray.answers import are_copies
 from translora_ray.config import Task
 from translora_ray.engines.base import AdapterRef
 from translora_ray.errors import UsageError, reason
 from translora_ray.records import TaskRow, derive_seed, read_rows
 from translora_ray.references import cache_root, once
 from translora_ray.storage import MANIFEST, RELEASE, RunStore, room
+from translora_ray.stream.fill import fillable
 
 FACTS = "kit.json"
 SEEDS = "seeds.jsonl"
@@ -78,8 +78,8 @@ class Kit:
 
     @property
     def copies(self) -> bool:
-        """Whether answers are copies, and those of seeds, too."""
-        return are_copies(self.task, self.seeds)
+        """Whether answers are copies, and seeds such that other values make other prompts of them."""
+        return bool(fillable(self.task, self.seeds))
 
     def here(self) -> Kit:
         """This kit on another machine, which may have no copy yet of what lies on an object store: the kit itself, or the one that a run goes back to."""

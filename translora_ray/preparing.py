@@ -179,7 +179,7 @@ def _train(
 
 
 def _negatives(task: Task, engine: Engine, seeds: list[TaskRow], wanted: int, phase: Phase) -> list[str]:
-    """`wanted` distinct prompts that the source base wrote from the seeds, as a transfer's generator does, but of `shots` each (Trans-LoRA, section 3.2).
+    """`wanted` distinct prompts that the source base wrote from the seeds, as a transfer's lists are, but of `shots` each (Trans-LoRA, section 3.2).
 
     By label where the task has many labels: of prompts of another kind the discriminator would learn which labels they favour, and reject those labels.
     """

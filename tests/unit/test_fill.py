@@ -21,7 +21,7 @@ from translora_ray.records import TOO_LONG, Candidate, TaskRow, request_pack
 from translora_ray.storage import IDENTITY, RunStore
 from translora_ray.stream.actor import STAGES
 from translora_ray.stream.choose import choose
-from translora_ray.stream.fill import FillingSynthesizer
+from translora_ray.stream.fill import FillingSynthesizer, fillable
 from translora_ray.stream.plan import Plan
 from translora_ray.stream.synthesize import EMPTY
 
@@ -42,6 +42,8 @@ FRAME = ["city", "temperature", "time", "to", "from", "a", "b", "x"]
         ("fly from Bonn to Rome", '{"to": "Rome", "from": "Bonn"}', [("from", "Bonn"), ("to", "Rome")]),
         ("Who wrote Emma? Jane Austen wrote Emma.", "Jane Austen", [("", "Jane Austen")]),
         ("York or New York", "a=New York; b=York", [("b", "York"), ("a", "New York")]),
+        ("New York or York", "a=York; b=New York", [("b", "New York"), ("a", "York")]),
+        ("Rome and Bonn", "city=Rome, Bonn", [("city", "Rome"), ("city", "Bonn")]),
         ("rome is not Romeo", "city=Rome", []),
         ("two of 2", "a=2; b=2", [("a", "2")]),
         ("a (c) d", "x=(c)", [("x", "c")]),
@@ -143,19 +145,34 @@ def test_copies_are_filled_where_the_recipe_leaves_it_open(tiny_kit: Path, tiny_
             writer(one, fill=True)
 
 
-@pytest.mark.parametrize(("filled", "others", "chosen"), [(40, 40, (11, 11)), (40, 6, (16, 6)), (6, 40, (6, 16))])
-def test_as_many_of_both_kinds_are_chosen_whatever_their_verdicts(tiny_gemma: str, copying: kit.Kit, filled: int, others: int, chosen: tuple[int, int]) -> None:
+def test_long_seeds_and_labels_are_not_filled(copying: kit.Kit) -> None:
+    long = TaskRow(f"Here is {' '.join(f'word{i}' for i in range(40))} about Rome", "city=Rome")
+    assert [text for text, _ in fillable(copying.task, [*SEEDS, long])] == [SEEDS[0].input, SEEDS[1].input]
+    assert not fillable(copying.task.model_copy(update={"labels": ["city=Rome"]}), SEEDS)
+
+
+def test_there_is_no_fill_by_default_under_a_cut_nor_where_an_adapter_writes(copying: kit.Kit) -> None:
+    def fills(**keys: Any) -> bool | None:
+        return decided(Recipe.model_validate(keys), copying).synthesis.fill
+
+    assert fills() and fills(synthesis={"generator": ["source", "adapter"]}) and fills(selection={"method": "none"})
+    assert not fills(overlap=True) and not fills(selection={"method": "discriminator"}) and not fills(synthesis={"generator": "adapter"})
+    assert fills(overlap=True, synthesis={"fill": True})
+
+
+@pytest.mark.parametrize(("filled", "others", "chosen"), [(40, 40, (11, 11)), (40, 6, (19, 3)), (6, 40, (3, 19)), (20, 4, (18, 4))])
+def test_both_kinds_are_chosen_and_held_out_by_their_shares(tiny_gemma: str, copying: kit.Kit, filled: int, others: int, chosen: tuple[int, int]) -> None:
     recipe = decided(Recipe(selection=Selection(quota=20), synthesis=Synthesis(pack_size=1)), copying)
     plan = Plan(copying, tiny_gemma, recipe, Cluster(), "transformers", 1, 0)
-    found = [Candidate(2 * i + 1, i, f"filled {i}", float(i), "a") for i in range(filled)] + [
-        Candidate(2 * i, i, f"listed {i}", -9.0, "a") for i in range(others)
-    ]
+    found = [Candidate(2 * i + 1, i, f"filled {i}", float(i), "a") for i in range(filled)]
+    found += [Candidate(2 * i, i, f"listed {i}", -9.0, "a") for i in range(others)]
     trained, held_out = choose(plan, found)
     assert (len(trained), len(held_out)) == (20, 2) and plan.method == "importance"
-    taken = sum(plan.fills(candidate.index) for candidate in (*trained, *held_out))
-    assert (taken, 22 - taken) == chosen
-    verdicts = [candidate.verdict for candidate in (*trained, *held_out) if plan.fills(candidate.index)]
+    both = sorted((*trained, *held_out), key=lambda candidate: candidate.index)
+    verdicts = [candidate.verdict for candidate in both if plan.fills(candidate.index)]
+    assert (len(verdicts), 22 - len(verdicts)) == chosen
     assert filled < 40 or min(verdicts) < 10, "by chance, not the most likely ones"
+    assert sum(plan.fills(candidate.index) for candidate in held_out) == round(2 * len(verdicts) / 22)
 
 
 def test_a_run_that_was_begun_before_goes_on_with_its_seeds_as_they_are(tmp_path: Path, tiny_gemma: str, copying: kit.Kit) -> None:

@@ -21,19 +21,24 @@ LIGHTEST, HEAVIEST = -3.0, 3.0
 def choose(plan: Plan, candidates: Sequence[Candidate]) -> tuple[list[Candidate], list[Candidate]]:
     """(examples to train on, examples held out) of all candidates of a run, each in the order of their index.
 
-    `plan.quota` and `plan.held_out` of them where the method chooses among more; the last ones by index are held out, which were written as the others were.
-    Seeds with other values are half of them, as far as there are enough, and taken by chance: all look like the task, and its verdicts say little about values.
+    `plan.quota` and `plan.held_out` of them where the method chooses among more; the last ones by index are held out, of each kind as many as it has.
+    Seeds with other values are as many of them as of all, and taken by chance: all look like the task, and verdicts say little about values.
     """
     accepted = sorted((candidate for candidate in candidates if candidate.accepted), key=lambda candidate: candidate.index)
     wanted = plan.quota + plan.held_out
     if plan.chooses:
         filled, listed = ([candidate for candidate in accepted if plan.fills(candidate.index) is kind] for kind in (True, False))
         best = _balanced(sorted(listed, key=lambda candidate: _worth(plan, candidate), reverse=True), plan.most_of_a_label(wanted))
-        filled = sorted(filled, key=lambda candidate: derive_seed(candidate.seed, "filled"))[: max(wanted // 2, wanted - len(best))]
+        share = round(wanted * len(filled) / max(1, len(accepted)))
+        filled = sorted(filled, key=lambda candidate: derive_seed(candidate.seed, "filled"))[: max(share, wanted - len(best))]
         accepted = sorted([*filled, *best[: wanted - len(filled)]], key=lambda candidate: candidate.index)
     chosen = accepted[:wanted]
     held_out = len(chosen) * plan.held_out // wanted
-    return chosen[: len(chosen) - held_out], chosen[len(chosen) - held_out :]
+    filled = [candidate for candidate in chosen if plan.fills(candidate.index)]
+    listed = [candidate for candidate in chosen if not plan.fills(candidate.index)]
+    of_filled = round(held_out * len(filled) / max(1, len(chosen)))
+    apart = {candidate.index for kind, count in ((filled, of_filled), (listed, held_out - of_filled)) for candidate in kind[len(kind) - count :]}
+    return [candidate for candidate in chosen if candidate.index not in apart], [candidate for candidate in chosen if candidate.index in apart]
 
 
 def _balanced(candidates: Sequence[Candidate], most: int | None) -> list[Candidate]:
