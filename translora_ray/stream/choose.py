@@ -27,18 +27,25 @@ def choose(plan: Plan, candidates: Sequence[Candidate]) -> tuple[list[Candidate]
     accepted = sorted((candidate for candidate in candidates if candidate.accepted), key=lambda candidate: candidate.index)
     wanted = plan.quota + plan.held_out
     if plan.chooses:
-        filled, listed = ([candidate for candidate in accepted if plan.fills(candidate.index) is kind] for kind in (True, False))
+        filled, listed = _kinds(plan, accepted)
         best = _balanced(sorted(listed, key=lambda candidate: _worth(plan, candidate), reverse=True), plan.most_of_a_label(wanted))
         share = round(wanted * len(filled) / max(1, len(accepted)))
         filled = sorted(filled, key=lambda candidate: derive_seed(candidate.seed, "filled"))[: max(share, wanted - len(best))]
         accepted = sorted([*filled, *best[: wanted - len(filled)]], key=lambda candidate: candidate.index)
     chosen = accepted[:wanted]
     held_out = len(chosen) * plan.held_out // wanted
-    filled = [candidate for candidate in chosen if plan.fills(candidate.index)]
-    listed = [candidate for candidate in chosen if not plan.fills(candidate.index)]
+    filled, listed = _kinds(plan, chosen)
     of_filled = round(held_out * len(filled) / max(1, len(chosen)))
     apart = {candidate.index for kind, count in ((filled, of_filled), (listed, held_out - of_filled)) for candidate in kind[len(kind) - count :]}
     return [candidate for candidate in chosen if candidate.index not in apart], [candidate for candidate in chosen if candidate.index in apart]
+
+
+def _kinds(plan: Plan, candidates: Sequence[Candidate]) -> tuple[list[Candidate], list[Candidate]]:
+    """(seeds with other values, others)."""
+    found: tuple[list[Candidate], list[Candidate]] = ([], [])
+    for candidate in candidates:
+        found[not plan.fills(candidate.index)].append(candidate)
+    return found
 
 
 def _balanced(candidates: Sequence[Candidate], most: int | None) -> list[Candidate]:

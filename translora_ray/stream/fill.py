@@ -49,8 +49,9 @@ class FillingSynthesizer(Synthesizer):
         began, settings, of_pack = time.perf_counter(), self.settings, pack.candidates[0].seed
         sampling = Sampling(self.value_tokens, settings.high_temperature or 0.0, settings.min_p, self.value_stops)
         chosen = [random.Random(candidate.seed).choice(self.filled) for candidate in pack.candidates]
+        prompts = {kind: labelled_prompt(self.known, settings.shots, of_pack, kind) for kind in {row.target for row in self.known}}
         asked = [
-            Generate(labelled_prompt(self.known, settings.shots, of_pack, value.kind), sampling, None, derive_seed(candidate.seed, place))
+            Generate(prompts[value.kind], sampling, None, derive_seed(candidate.seed, place))
             for candidate, (_, found) in zip(pack.candidates, chosen, strict=True)
             for place, value in enumerate(found)
         ]
