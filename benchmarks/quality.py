@@ -14,17 +14,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import statistics
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy
 import results
 import transfer
 import yaml
+from chains import KEPT, SHOWN, Chain, finished, keep, plot, table
 from rounds import answered, translora
 
 from translora_ray.answers import find_answers
@@ -74,32 +72,6 @@ OTHERS: dict[str, dict[str, dict[str, Any]]] = {
 """More ways to do it."""
 ARMS, MORE_ARMS = ["unfiltered"], ["seeds_only", "importance", "excess", "both"]
 """Arms that are made from the paper's candidates."""
-SHOWN: dict[str, str] = {
-    "target_base": "bare target",
-    "target_few_shot": "few-shot target",
-    "seeds_only": "seeds alone",
-    "unfiltered": "list, unfiltered",
-    "paper": "list, discriminator (paper)",
-    "importance": "list, importance",
-    "excess": "list, excess",
-    "both": "list, both",
-    "default": "default",
-    "alone": "default, for a kit without a discriminator",
-    "cut": "default, by the discriminator's cut",
-    "target": "default, the target base writes",
-    "turns": "default, source and target base write in turn",
-    "adapter": "default, a generator adapter writes",
-    "source_adapter": "source adapter",
-    "oracle": "oracle",
-}
-"""Rows of the table: a transfer's way, or an arm of the paper's evaluation, and its title."""
-PAIRS = [("default", "unfiltered"), ("default", "paper"), ("alone", "unfiltered")]
-"""Which should be above which."""
-DRAWS = 10_000
-KEPT = results.ROOT / "benchmarks" / "quality.json"
-Chain = dict[str, Any]
-"""What is kept of a chain: `commit`, `settings` (a digest), `accuracy` of each of `SHOWN`, and by way `verdicts` (without and with real rows), `agreement` with
-the teacher (value and ends), by which a verdict without real rows can be told anew where the gate's rule changes, and `candidates`."""
 
 
 def write_task(name: str, here: Path, data: Path, tested: int | None = None, **keys: object) -> Path:
@@ -154,7 +126,7 @@ def run(name: str, seed: int, data: Path, work: Path, threads: int, more: bool) 
         transfer.translora(here, threads, "prepare", str(task), "--base", transfer.SOURCE, "--out", str(kit))
     kits = dict.fromkeys(ways, kit) | ({"paper": _paper_kit(name, here, data, threads, seed)} if checked else {})
     arms, oracle = [*ARMS, *(MORE_ARMS if more else [])], data / name / "train.jsonl"
-    chain: Chain = {"commit": results.commit(), "settings": digest, "accuracy": {}, "verdicts": {}, "agreement": {}, "candidates": {}}
+    chain: Chain = {"commit": results.commit(), "settings": digest, "accuracy": {}, "verdicts": {}, "agreement": {}, "paired": {}, "candidates": {}}
     answers: dict[str, list[float]] = {}
     for way in ways:
         out = here / way
@@ -172,6 +144,7 @@ def run(name: str, seed: int, data: Path, work: Path, threads: int, more: bool) 
         chain["accuracy"][way] = result["arms"]["transferred"]["accuracy"]
         chain["verdicts"][way] = [manifest["gate"]["verdict"], result["gate"]["verdict"]]
         chain["agreement"][way] = agreement(manifest)
+        chain["paired"][way] = [result["against"][key] for key in ("difference", "low", "high")]
         chain["candidates"][way] = manifest["counts"]["candidates"]
     if "alone" not in ways:
         chain["accuracy"]["alone"] = chain["accuracy"]["default"]
@@ -221,111 +194,6 @@ def agreement(manifest: dict[str, Any]) -> list[float]:
     return [found["value"], found["low"], found["high"]]
 
 
-def finished() -> dict[str, dict[str, Chain]]:
-    """{task: {seed: chain}} of what is kept."""
-    found: dict[str, dict[str, Chain]] = json.loads(KEPT.read_text()) if KEPT.exists() else {}
-    return found
-
-
-def keep(chains: dict[str, dict[int, Chain]]) -> dict[str, dict[str, Chain]]:
-    """Add chains to what is kept; returns all of it."""
-    found = finished()
-    for name, by_seed in chains.items():
-        found.setdefault(name, {}).update({str(seed): chain for seed, chain in by_seed.items()})
-    kept = {name: dict(sorted(found[name].items())) for name in TASKS if found.get(name)}
-    KEPT.write_text(json.dumps(kept, indent=1) + "\n")
-    return kept
-
-
-def recovery(chain: Chain, arm: str) -> float | None:
-    """(arm - bare target) / (oracle - bare target); None where the arm was not made."""
-    found = chain["accuracy"]
-    return (found[arm] - found["target_base"]) / (found["oracle"] - found["target_base"]) if arm in found else None
-
-
-def interval(by_task: Sequence[Sequence[float]]) -> str:
-    """Mean of the tasks' means, with a 95 % interval over seeds: chains are drawn anew within each task, whose test rows its seeds share, and their deviations
-    taken by sqrt(n / (n - 1)), as few chains vary too little among themselves. Of single seeds there is none."""
-    mean = statistics.mean(map(statistics.mean, by_task))
-    if min(map(len, by_task)) < 2:
-        return f"{mean:.3f}"
-    draw = numpy.random.default_rng(0)
-    apart = [draw.choice(values, (DRAWS, len(values))).mean(axis=1) - statistics.mean(values) for values in by_task]
-    wider = [deviations * (len(values) / (len(values) - 1)) ** 0.5 for deviations, values in zip(apart, by_task, strict=True)]
-    return results.interval(mean, *(mean + float(end) for end in numpy.quantile(numpy.mean(wider, axis=0), (0.025, 0.975))))
-
-
-def gain(chain: Chain, ours: str, theirs: str) -> float | None:
-    """By how much more one arm recovers than another."""
-    a, b = recovery(chain, ours), recovery(chain, theirs)
-    return None if a is None or b is None else a - b
-
-
-def by_task(kept: dict[str, dict[str, Chain]], figure: Callable[[Chain], float | None]) -> list[list[float]]:
-    """The figure of each task's chains, where they have it; tasks of which none has it left out."""
-    found = [[value for chain in by_seed.values() if (value := figure(chain)) is not None] for by_seed in kept.values()]
-    return [values for values in found if values]
-
-
-def table(kept: dict[str, dict[str, Chain]]) -> str:
-    """Markdown for what is finished."""
-    chains = [chain for by_seed in kept.values() for chain in by_seed.values()]
-    commits = ", ".join(sorted({chain["commit"] for chain in chains}))
-    lines = [f"Commits {commits}. Accuracy on the test rows, mean of the seeds; recovery is the mean of the tasks', with a 95 % interval over seeds.", ""]
-    heads = [f"{name.split('/')[1]} ({len(by_seed)} seeds)" for name, by_seed in kept.items()]
-    lines += [f"| | {' | '.join(heads)} | recovery |", "|---" * (len(kept) + 2) + "|"]
-    for arm, title in SHOWN.items():
-        cells = [[chain["accuracy"][arm] for chain in by_seed.values() if arm in chain["accuracy"]] for by_seed in kept.values()]
-        if recovered := by_task(kept, partial(recovery, arm=arm)):
-            lines.append(f"| {title} | {' | '.join(f'{statistics.mean(cell):.3f}' if cell else '-' for cell in cells)} | {interval(recovered)} |")
-    lines.append("")
-    for ours, theirs in PAIRS:
-        if apart := by_task(kept, partial(gain, ours=ours, theirs=theirs)):
-            lines.append(f"{SHOWN[ours][0].upper()}{SHOWN[ours][1:]} less {SHOWN[theirs]}, chain by chain: {interval(apart)} of recovery.  ")
-    return "\n".join([*lines, "", *verdicts(chains)])
-
-
-def verdicts(chains: Sequence[Chain]) -> list[str]:
-    """The gate's verdict without real rows beside the one on the test rows, of chains whose agreement was kept: by today's rule. They contradict each other
-    where one ships what the other refuses."""
-    counted = Counter(tuple(pair) for chain in chains for way, pair in chain["verdicts"].items() if way in chain["agreement"])
-    lines = ["| gate without real rows | on the test rows | transfers |", "|---|---|---|"]
-    lines += [f"| {before} | {after} | {counted[before, after]} |" for before, after in sorted(counted)]
-    same, contradictions = (sum(count for pair, count in counted.items() if wrong(pair)) for wrong in (_same, _contradicting))
-    return [*lines, "", f"The same in {same} of {counted.total()}; contradictions (one ships what the other refuses): {contradictions}."]
-
-
-def _same(pair: tuple[str, ...]) -> bool:
-    return len(set(pair)) == 1
-
-
-def _contradicting(pair: tuple[str, ...]) -> bool:
-    return set(pair) == {"ship", "refuse"}
-
-
-def plot(kept: dict[str, dict[str, Chain]], place: Path) -> None:
-    """Recovery of each arm in each chain."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    from matplotlib import pyplot
-
-    chains = {name: list(by_seed.values()) for name, by_seed in kept.items()}
-    arms = [arm for arm in SHOWN if arm not in {"target_base", "oracle"} and any(recovery(c, arm) is not None for found in chains.values() for c in found)]
-    figure, axes = pyplot.subplots(figsize=(8, 0.4 * len(arms) + 1.2), layout="constrained")
-    for number, (name, found) in enumerate(chains.items()):
-        points = [(recovery(chain, arm), line) for line, arm in enumerate(arms) for chain in found]
-        known = [(value, line + 0.12 * (number - len(chains) / 2)) for value, line in points if value is not None]
-        axes.plot(*zip(*known, strict=True), "o", markersize=4, label=name.split("/")[1])
-    axes.set_yticks(range(len(arms)), [SHOWN[arm] for arm in arms])
-    axes.invert_yaxis()
-    axes.axvline(0.9, color="0.7", linewidth=1)
-    axes.set_xlabel("recovery: (arm - bare target) / (oracle - bare target)")
-    axes.legend(fontsize="small")
-    figure.savefig(place, metadata={"Date": None})
-    pyplot.close(figure)
-
-
 def main() -> None:
     chosen, threads = transfer.options(__doc__, list(TASKS), "quality", quick=True)
     names = chosen.task or (QUICK if chosen.quick else list(TASKS))
@@ -335,7 +203,7 @@ def main() -> None:
 
     def show(chains: dict[str, dict[int, Chain]]) -> None:
         if any(chains.values()):
-            kept = keep(chains)
+            kept = keep(chains, TASKS)
             results.replace("quality", table(kept))
             plot(kept, KEPT.with_suffix(".svg"))
 
