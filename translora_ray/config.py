@@ -145,7 +145,7 @@ class Task(Section):
     generator_training: Training = Training(epochs=3)
     """For the generator adapter."""
     generator_privacy: Privacy | None = None
-    """Trains the generator adapter with differential privacy ({epsilon: 8}), as `pip install 'translora_ray[private]'` makes possible."""
+    """Trains the generator adapter with differential privacy ({epsilon: 8}), as `pip install '.[private]'` makes possible."""
 
     @model_validator(mode="after")
     def _private_rows_choose_nothing(self) -> Task:

@@ -54,20 +54,20 @@ def pass_gate(
     trained, held_out = chosen
     cool = [candidate for candidate in candidates if not plan.warmer(candidate.index)]
     unsettled = between(cool, trained)
-    rows = [TaskRow(candidate.input, candidate.target or "") for candidate in (*held_out, *unsettled[:MOST_BETWEEN])]
+    asked = [[TaskRow(candidate.input, candidate.target or "") for candidate in side] for side in (held_out, unsettled[:MOST_BETWEEN])]
     task, seeds = plan.kit.task, plan.kit.seeds
-    given = run(_given, plan, store, [row.input for row in (*rows, *seeds)])
+    given = iter(run(_given, plan, store, [row.input for rows in (*asked, seeds) for row in rows]))
     phase.update(1, 1)
-    scores = [agreement(task, answer, row.target) for answer, row in zip(given[: len(rows)], rows, strict=True)]
+    alike, unlike, right_ones = ([(row, answer) for row in rows if (answer := next(given)) is not None] for rows in (*asked, seeds))
     harder = len(unsettled) / max(1, len(unsettled) + sum(candidate.accepted for candidate in cool))
-    examples, unsure = _figure(scores[: len(held_out)]), _figure(scores[len(held_out) :])
+    examples, unsure = (_figure([agreement(task, answer, row.target) for row, answer in side]) for side in (alike, unlike))
     agreed, low, _ = ((1 - harder) * easy + harder * hard for easy, hard in zip(examples, unsure, strict=True))
-    right, *right_ends = _figure([METRICS[task.metric](answer, seed.target) for answer, seed in zip(given[len(rows) :], seeds, strict=True)])
+    right, *right_ends = _figure([METRICS[task.metric](answer, seed.target) for seed, answer in right_ones])
     measured = {"agreement": agreed, "agreement_ends": (low, examples[2]), "seeds": right, "seeds_ends": tuple(right_ends)}
     measured |= likeness(plan.kit.discriminator or {}, [candidate for candidate in trained if not plan.fills(candidate.index)])  # all filled seeds look real
     answers = gate.answers(task.classes, seeds, [reading(task, candidate.target or "") for candidate in trained])
-    asked = {"held_out": len(held_out), "between": len(rows) - len(held_out)}
-    return {**gate.without_rows(plan.recipe.gate, measured, totals.accepted / totals.candidates, answers), **asked}
+    counted = {"held_out": len(alike), "between": len(unlike)}
+    return {**gate.without_rows(plan.recipe.gate, measured, totals.accepted / totals.candidates, answers), **counted}
 
 
 def _figure(scores: Sequence[float]) -> tuple[float, float, float]:
@@ -96,15 +96,17 @@ def likeness(discriminator: dict[str, Any], trained: Sequence[Candidate]) -> dic
     return {"likeness": float(numpy.mean(places)) / len(real), "chance": low}
 
 
-def _given(plan: Plan, store: RunStore, inputs: Sequence[str]) -> list[str]:
-    """What the run's adapter answers."""
+def _given(plan: Plan, store: RunStore, inputs: Sequence[str]) -> list[str | None]:
+    """What the run's adapter answers; None where an input and the longest answer are too long for the target."""
     task = plan.kit.task
     with tempfile.TemporaryDirectory() as scratch:
         adapter = AdapterRef("transferred", str(store.fetch_folder(ADAPTER, Path(scratch) / ADAPTER)))
         engine = opener(plan.engine, plan.cluster.vllm, plan.engine_gpus, lambda message: None)(plan.target, [adapter])
         sampling = Sampling(task.max_new_tokens, stop=answer_stops([seed.target for seed in plan.kit.seeds], task.format))
         try:
-            given = engine.generate([Generate(task_prompt(task.prompt, text, task.format), sampling, adapter) for text in inputs])
+            prompts = [task_prompt(task.prompt, text, task.format) for text in inputs]
+            fit = [engine.fits(prompt, task.max_new_tokens) for prompt in prompts]
+            given = iter(engine.generate([Generate(prompt, sampling, adapter) for prompt, fits in zip(prompts, fit, strict=True) if fits]))
         finally:
             engine.close()
-    return [clean_answer(answer.text) for answer in given]
+    return [clean_answer(next(given).text) if fits else None for fits in fit]

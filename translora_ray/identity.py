@@ -50,6 +50,12 @@ def as_begun(recipe: Recipe, store: RunStore, loaded: Kit) -> Recipe:
     return recipe.model_copy(update=changed)
 
 
+def of_manifest(manifest: dict[str, Any], loaded: Kit) -> Recipe:
+    """The recipe of a finished run; where an older one lacks something, with what that was then."""
+    recipe = manifest["recipe"]
+    return Recipe.model_validate({**recipe, "synthesis": {**recipe["synthesis"], **_lacking(recipe["synthesis"], loaded)}})
+
+
 def _lacking(synthesis: dict[str, Any], loaded: Kit) -> dict[str, Any]:
     """What an older run lacks: how few seeds a request shows, then as many as it might, seeds with other values, then none, and the temperature of half of the
     packs, then that of the others."""

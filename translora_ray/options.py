@@ -46,7 +46,7 @@ def _one_adapter(commands: Commands) -> tuple[_Parser, _Parser, _Parser]:
     prepare.add_argument("--no-discriminator", action="store_true", help="leave the discriminator out")
 
     transfer = commands.add_parser("transfer", help="move a kit's adapter to another base")
-    transfer.add_argument("kit", metavar="KIT", help="a transfer kit, or a finished run whose adapter moves on")
+    transfer.add_argument("kit", metavar="KIT", help="a transfer kit, or a finished run or a release whose adapter moves on")
     transfer.add_argument("--target", required=True, metavar="REF", help=f"target base: {REF}")
     transfer.add_argument("--out", required=True, metavar="RUN", help="run directory; an interrupted run goes on")
     transfer.add_argument("--recipe", metavar="R.yaml")
@@ -61,7 +61,7 @@ def _one_adapter(commands: Commands) -> tuple[_Parser, _Parser, _Parser]:
         "--arms", nargs="+", default=[], metavar="ARM", help="also adapters made in other ways: copy, seeds_only, unfiltered, a selection method"
     )
     evaluate.add_argument("--trainings", type=int, default=1, metavar="N", help="train transferred adapter and oracle N times in all, to see what is chance")
-    evaluate.add_argument("--gate", action="store_true", help="exit 1 where the real rows say that the adapter must not ship")
+    evaluate.add_argument("--gate", action="store_true", help="exit 1 where a verdict, on real rows or without, is refuse")
     evaluate.add_argument("--json", metavar="FILE", help="write the result there; - for standard output")
     return prepare, transfer, evaluate
 
@@ -80,7 +80,7 @@ def _fleets(commands: Commands) -> _Parser:
 
 
 def _inspection(commands: Commands) -> _Parser:
-    inspect = commands.add_parser("inspect", help="say what a kit, adapter, run, registry or model is, and whether it is sound")
+    inspect = commands.add_parser("inspect", help="say what a kit, adapter, run, registry, release or model is, and whether it is sound")
     inspect.add_argument("path", metavar="PATH", nargs="+", help="one path or model reference; two models are checked as a pair")
     inspect.add_argument("--audit", action="store_true", help="membership tests on what a kit's adapters and a run's synthetic prompts give away")
     inspect.add_argument("--data", metavar="train.jsonl", help="of --audit: the rows that the kit was made from")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ from translora_ray.answers import copied, find_answers
 from translora_ray.config import Adapter, Synthesis, Task, Training
 from translora_ray.engines.base import AdapterRef, Engine, OpenEngine, Score
 from translora_ray.errors import RunFailed, UsageError
+from translora_ray.evaluation.metrics import well_formed
 from translora_ray.kit import ADAPTER, DISCRIMINATOR, FACTS, GENERATOR, SEEDS, choose_seeds, digest_of, order_for_discriminator, rows_digest
 from translora_ray.progress import Display, Phase
 from translora_ray.prompts import NO, YES, Prompt, discriminator_prompt, learnt_prompt
@@ -45,10 +47,7 @@ def prepare(task: Task, base: str, out: str | Path, adapter: str | None, discrim
     RunStore(str(out)).check_writable()
     rows = read_rows(task.train)
     task = find_answers(task, rows)
-    if len(rows) < task.seeds:
-        raise UsageError(f"{task.train} has {len(rows)} rows, fewer than the {task.seeds} seeds asked for: lower seeds, or add rows.")
-    if discriminate and len(rows) < 10:
-        raise UsageError(f"{task.train} has {len(rows)} rows, too few to train and test a discriminator: add rows, or use --no-discriminator.")
+    _check_rows(task, rows, discriminate)
     for training_section in (task.source_training, task.discriminator_training, task.generator_training):
         models.require_bits(training_section.base_bits)
     if task.generator_privacy:
@@ -100,6 +99,16 @@ def prepare(task: Task, base: str, out: str | Path, adapter: str | None, discrim
     return facts
 
 
+def _check_rows(task: Task, rows: Sequence[TaskRow], discriminate: bool) -> None:
+    """Raise `UsageError` where there are too few, or some that can never be answered right."""
+    if len(rows) < task.seeds:
+        raise UsageError(f"{task.train} has {len(rows)} rows, fewer than the {task.seeds} seeds asked for: lower seeds, or add rows.")
+    if discriminate and len(rows) < 10:
+        raise UsageError(f"{task.train} has {len(rows)} rows, too few to train and test a discriminator: add rows, or use --no-discriminator.")
+    if task.metric != "code" and (odd := next((row for row in rows if not well_formed(task, row.target)), None)):
+        raise UsageError(f"{task.train}: metric {task.metric} reads nothing in the target {odd.target!r}: choose another metric, or correct the rows.")
+
+
 def _check_adapter(adapter: str, base: str, progress: Display) -> None:
     """Raise `UsageError` unless the adapter is one for `base`, as far as names, shapes and, where its own base is at hand, weights tell."""
     info = adapting.inspect_for(adapter, base)
@@ -129,6 +138,7 @@ def _discriminator(
     engine = open_engine(base, [])
     negatives = _negatives(task, engine, seeds, len(rows), progress.phase("negatives"))
     engine.close()
+    random.Random(derive_seed(task.seed, "negatives held out")).shuffle(negatives)  # the first pack is not as warm as the next
     facts["seconds"]["negatives"] = round(time.perf_counter() - began, 1)
     pairs = [(discriminator_prompt(task.name, text), YES) for text in learnt]
     pairs += [(discriminator_prompt(task.name, text), NO) for text in negatives[held:]]

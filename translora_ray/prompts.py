@@ -19,6 +19,7 @@ from translora_ray.records import TaskRow
 Format = Literal["text", "chat"]
 YES, NO = "Yes", "No"
 _ITEM_NUMBER = re.compile(r"\n\s*\d+[.)]\s")
+_LINE_ENDS = re.compile(r"\n+")
 
 
 @dataclass(frozen=True)
@@ -42,9 +43,8 @@ def synthesis_prompt(seeds: Sequence[str], shots: int, seed: int) -> Prompt:
     in more than their sampling noise. Inputs only: answers are the teacher's business.
     """
     chosen = random.Random(seed).sample(list(seeds), min(shots, len(seeds)))
-    lines = [f"Here are {2 * len(chosen)} examples:"]
-    lines += [f"{number}. {text}" for number, text in enumerate(chosen, 1)]
-    return Prompt("\n".join(lines) + f"\n{len(chosen) + 1}.")
+    items = [f"Here are {2 * len(chosen)} examples:", *(f"{number}. {text}" for number, text in enumerate(chosen, 1)), f"{len(chosen) + 1}."]
+    return Prompt(_gap(seeds).join(items))
 
 
 def labelled_prompt(seeds: Sequence[TaskRow], shots: int, seed: int, label: str) -> Prompt:
@@ -54,7 +54,7 @@ def labelled_prompt(seeds: Sequence[TaskRow], shots: int, seed: int, label: str)
     """
     order = random.Random(f"{seed}/{label}").sample(list(seeds), len(seeds))
     shown = sorted(order, key=lambda row: row.target.strip() != label)[:shots][::-1]
-    return Prompt("\n".join([*(f"{row.target.strip()}: {row.input}" for row in shown), f"{label}:"]))
+    return Prompt(_gap([row.input for row in seeds]).join([*(f"{row.target.strip()}: {row.input}" for row in shown), f"{label}:"]))
 
 
 def generator_prompt(name: str) -> Prompt:
@@ -68,8 +68,14 @@ def learnt_prompt(task: Task, target: str) -> Prompt:
 
 
 def synthesis_stops(seeds: Sequence[str]) -> tuple[str, ...]:
-    """Where a list item ends: at the line's end, or, when seeds have several lines, at an empty line."""
-    return ("\n\n",) if any("\n" in seed for seed in seeds) else ("\n",)
+    """Where a list item ends: at what stands between two of them."""
+    return (_gap(seeds),)
+
+
+def _gap(seeds: Sequence[str]) -> str:
+    """What stands between the items of a list: the line's end, or, where seeds have several lines, more empty lines than a seed has."""
+    longest = max((len(run) for seed in seeds for run in _LINE_ENDS.findall(seed.strip())), default=0)
+    return "\n" * (longest + 1)
 
 
 def answer_stops(targets: Sequence[str], format: Format) -> tuple[str, ...]:

@@ -62,6 +62,7 @@ def test_usage_errors(capsys: pytest.CaptureFixture[str]) -> None:
         ({"metric": "bleu"}, "metric: Input should be 'exact_match'"),
         ({"prompt": "no place for the row"}, "prompt has no {input}"),
         ({"seeds": 99}, "60 rows, fewer than the 99 seeds"),
+        ({"metric": "choice"}, "metric choice reads nothing in the target 'a': choose another metric"),
         ({"train": "absent.jsonl"}, "absent.jsonl can not be read: No such file"),
     ],
 )

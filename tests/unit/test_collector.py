@@ -44,5 +44,18 @@ def test_a_stream_that_accepts_too_little_ends_with_the_reasons(plan: Plan, tmp_
     collector = Collector(replace(plan, recipe=plan.recipe.model_copy(update={"selection": selection})), RunStore(str(tmp_path / "run")))
     for number in range(62):
         collector.take(scripted_pack(number, off_task=1.0), [])
-    with pytest.raises(RunFailed, match=r"Only 0 of 25 examples after 252 candidates \(252 off task\): lower " + less + ", or"):
+    found = r"Only 0 of 25 examples after 252 candidates \(252 off task\): lower " + less + ", or"
+    with pytest.raises(RunFailed, match=found):
         collector.take(scripted_pack(62, off_task=1.0), [])
+    with pytest.raises(RunFailed, match=found):
+        Collector(collector.plan, collector.store)  # without an engine
+
+
+def test_what_waits_beyond_the_most_candidates_is_not_looked_at(plan: Plan, tmp_path: Path) -> None:
+    collector = Collector(plan, RunStore(str(tmp_path / "run")))
+    for number in range(1, 63):
+        collector.take(scripted_pack(number, off_task=1.0), [])
+    for number in range(63, 75):
+        collector.take(scripted_pack(number, off_task=0.0), [])
+    with pytest.raises(RunFailed, match="Only 0 of 25 examples after 252 candidates"):
+        collector.take(scripted_pack(0, off_task=1.0), [])

@@ -175,9 +175,17 @@ def test_both_kinds_are_chosen_and_held_out_by_their_shares(tiny_gemma: str, cop
     assert sum(plan.fills(candidate.index) for candidate in held_out) == round(2 * len(verdicts) / 22)
 
 
+def test_what_training_has_begun_with_is_not_held_out(tiny_gemma: str, copying: kit.Kit) -> None:
+    recipe = decided(Recipe(overlap=True, selection=Selection(quota=20, method="none"), synthesis=Synthesis(pack_size=2, fill=True)), copying)
+    plan = Plan(copying, tiny_gemma, recipe, Cluster(), "transformers", 1, 0)
+    trained, held_out = choose(plan, [Candidate(i, i, f"prompt {i}", target="a") for i in range(22)])
+    assert [candidate.index for candidate in trained] == list(range(20)) and [candidate.index for candidate in held_out] == [20, 21]
+
+
 def test_a_run_that_was_begun_before_goes_on_with_its_seeds_as_they_are(tmp_path: Path, tiny_gemma: str, copying: kit.Kit) -> None:
     older = identity.of(copying, tiny_gemma, decided(Recipe(synthesis=Synthesis(fill=False)), copying))
     del older["recipe"]["synthesis"]["fill"]
+    assert identity.of_manifest(older, copying).synthesis.fill is False
     store = RunStore(str(tmp_path))
     store.write_json(IDENTITY, older)
     found = decided(identity.as_begun(Recipe(), store, copying), copying)

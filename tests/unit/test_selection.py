@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,10 @@ def test_what_is_chosen_has_no_more_of_a_label_than_its_share(loaded: kit.Kit) -
         row.excess, row.target = (1.0, "a") if row.index < 30 else (0.5, "b")
     trained, held_out = choose(planned(loaded, method="excess", balance=1.2), rows)
     assert Counter(row.target for row in trained + held_out) == {"a": 9, "b": 9}  # 1.2 * 22 / 3 of each at most
+    for row in rows:
+        row.target = ("(A)", "A", "A.")[row.index % 3]
+    choices = replace(loaded, task=loaded.task.model_copy(update={"metric": "choice", "labels": ["A", "B", "C"]}))
+    assert len([*chain(*choose(planned(choices, method="excess", balance=1.2), rows))]) == 9, "they are one label"
 
 
 def test_importance_draws_by_the_calibrated_odds_and_not_only_the_best(loaded: kit.Kit) -> None:
@@ -200,6 +205,7 @@ def test_no_label_gets_more_than_its_share(loaded: kit.Kit, tmp_path: Path) -> N
         ({"metric": "number"}, "so it is 12", "twelve"),
         ({"metric": "choice"}, "(C)", "none"),
         ({"metric": "code"}, "def f(): return 1", "def f(: return"),
+        ({"metric": "code"}, "-1", "-" * 100_000 + "1"),
         ({}, "anything", " "),
     ],
 )
@@ -341,6 +347,14 @@ def test_agreement_counts_prompts_between_labels_by_their_share(loaded: kit.Kit,
     assert found["checks"][0]["low"] == pytest.approx((1 - share) * low + share * lowest)
     assert (found["checks"][1]["low"], found["checks"][1]["high"]) == pytest.approx(wilson(len(loaded.seeds), len(loaded.seeds)))
     assert (found["held_out"], found["between"]) == (2, min(64, unsettled))
+
+
+def test_what_does_not_fit_into_the_target_is_not_asked_by_the_gate(loaded: kit.Kit) -> None:
+    plan, rows = planned(loaded), [Candidate(i, i, f"prompt {i}", 1.0, "a") for i in range(22)]
+    given = ["a", None, None, *(seed.target for seed in loaded.seeds[1:])]
+    with Display() as display:
+        found = pass_gate(plan, None, rows, choose(plan, rows), Totals(candidates=22, accepted=22), lambda *asked: given, display)  # type: ignore[arg-type]
+    assert found and [check["value"] for check in found["checks"][:2]] == [1.0, 1.0] and found["held_out"] == 1
 
 
 def answered(accepted: float = 0.5, given: str = "aabbcc", of: int = 30, **measured: float) -> dict[str, Any]:

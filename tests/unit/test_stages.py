@@ -59,6 +59,17 @@ def test_requests_of_open_tasks_show_one_to_five_seeds(engine: TransformersEngin
         Synthesis(fewest_shots=6)
 
 
+def test_as_many_seeds_are_shown_as_fit(engine: TransformersEngine) -> None:
+    def writer(words: int, classes: tuple[str, ...] = ()) -> Synthesizer:
+        rows = [TaskRow(f"seed {'red ' * words}{i}", "a") for i in range(5)]
+        return Synthesizer(engine, Synthesis(fewest_shots=5, max_tokens=8).settled(classes), rows, classes)
+
+    for classes in ((), tuple("abcdef")):
+        prompts = writer(engine.context // (4 * engine.count_tokens("red ")), classes)._prompts(request_pack(1, 0, 2))
+        assert {prompt.text.count("seed") for prompt in prompts if prompt} <= {1, 2, 3} and None not in prompts
+        assert {candidate.reason for candidate in writer(engine.context, classes).process(request_pack(1, 0, 2)).candidates} == {TOO_LONG}
+
+
 def test_every_other_pack_of_a_generator_may_be_warmer(engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Generate] = []
     monkeypatch.setattr(engine, "generate", lambda requests: asked.extend(requests) or [Generation("x", 1, 1, True) for _ in requests])
@@ -139,6 +150,13 @@ def test_what_the_target_can_not_take_whole_is_a_reject(engine: TransformersEngi
     pack.candidates[0].input, pack.candidates[1].input = "red 1 blue", "red 1 green"
     teacher.process(pack)
     assert [candidate.reason for candidate in pack.candidates] == [TOO_LONG, None]
+
+
+def test_an_answer_ends_where_the_targets_will(engine: TransformersEngine, loaded: kit.Kit, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Generate] = []
+    monkeypatch.setattr(engine, "generate", lambda requests: asked.extend(requests) or [Generation("a", 1, 1, True) for _ in requests])
+    Teacher(engine, loaded.task, loaded.adapter, stops=("\n",)).process(prompts(1))
+    assert asked[0].sampling.stop == ("\n",)
 
 
 def test_an_answer_that_does_not_end_is_a_reject(engine: TransformersEngine, loaded: kit.Kit) -> None:

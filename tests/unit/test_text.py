@@ -52,9 +52,12 @@ def test_labelled_prompt_shows_the_label_last_and_asks_for_it() -> None:
     assert len(unseen) == 5 and unseen[-1] == "d:", "a label without seeds has its name"
 
 
-def test_items_end_at_the_line_or_at_an_empty_line() -> None:
-    assert synthesis_stops(["one", "two"]) == ("\n",)
-    assert synthesis_stops(["one\ntwo"]) == ("\n\n",)
+@pytest.mark.parametrize(("seeds", "gap"), [(["one", "two"], "\n"), (["one\ntwo", "three"], "\n\n"), (["one\n\ntwo", "three"], "\n\n\n")])
+def test_items_end_at_what_stands_between_them(seeds: list[str], gap: str) -> None:
+    assert synthesis_stops(seeds) == (gap,)
+    assert synthesis_prompt(seeds, shots=2, seed=0).text.split(gap)[0] == "Here are 4 examples:"
+    labelled = labelled_prompt([TaskRow(seed, "a") for seed in seeds], shots=2, seed=0, label="a").text
+    assert set(labelled.split(gap)[:2]) == {f"a: {seed}" for seed in seeds} and labelled.endswith(f"{gap}a:")
 
 
 @pytest.mark.parametrize(("text", "item"), [(" buy milk", "buy milk"), ("a\n7. b", "a"), (" ", ""), ("costs 3. 50", "costs 3. 50")])
@@ -176,6 +179,7 @@ def test_metrics() -> None:
     assert number("so 1,200 + 34 = 1,234.", "#### 1234") == 1 and number("no idea", "3") == 0
     assert rouge_l("the cat sat", "the cat ran") == pytest.approx(2 / 3) and rouge_l("", "a") == 0
     assert code("def f(): return 3", "assert f() == 3") == 1 and code("def f(): return 4", "assert f() == 3") == 0
+    assert code("\0", "assert True") == 0
 
 
 def test_intervals() -> None:

@@ -211,7 +211,7 @@ def test_without_examples_or_with_one_answer_alone_nothing_is_trained(tiny_llama
     with pytest.raises(UsageError, match=r"nothing to train on"):
         fresh(tiny_llama, [])
     kit = SimpleNamespace(seeds=[TaskRow("red", "a"), TaskRow("blue", "b")])
-    plan: Any = SimpleNamespace(kit=kit, quota=100, held_out=0, chooses=False, fills=lambda index: False)
+    plan: Any = SimpleNamespace(kit=kit, quota=100, held_out=0, chooses=False, fills=lambda index: False, recipe=SimpleNamespace(overlap=False))
 
     def given(answers: str) -> Any:
         return SimpleNamespace(candidates=lambda: [Candidate(number, 0, "red", target=answer) for number, answer in enumerate(answers)])

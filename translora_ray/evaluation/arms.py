@@ -19,6 +19,7 @@ from translora_ray.errors import UsageError
 from translora_ray.evaluation.metrics import says, well_formed
 from translora_ray.kit import Kit
 from translora_ray.progress import Display
+from translora_ray.prompts import answer_stops
 from translora_ray.records import Candidate, Pack, TaskRow, derive_seed
 from translora_ray.storage import RunStore
 from translora_ray.stream.choose import choose
@@ -128,7 +129,7 @@ class Arms:
 
     def _plan(self, method: Method) -> Plan:
         selection = self.recipe.selection.model_copy(update={"method": method})
-        recipe = self.recipe.model_copy(update={"selection": selection, "overlap": False})
+        recipe = self.recipe.model_copy(update={"selection": selection, "overlap": self.recipe.overlap and method == self.manifest["selection"]})
         return Plan(self.kit, self.manifest["target_base"], recipe, Cluster(), "transformers", 1.0, 0.0)
 
     def _answered(self, engine: Engine, names: Sequence[str]) -> tuple[list[Candidate], list[Candidate]]:
@@ -138,7 +139,8 @@ class Arms:
         weighed = self.recipe.training.token_weights > 0
         spans = partial(answer_spans, models.load_tokenizer(self.manifest["source_base"])) if weighed else None
         selection = self.recipe.selection.model_copy(update={"as_asked": False})  # each arm looks itself
-        teacher = Teacher(engine, self.kit.task, self.kit.adapter, selection=selection, by_excess=bool(BY_EXCESS.intersection(names)), spans=spans)
+        measured, stops = bool(BY_EXCESS.intersection(names)), answer_stops([seed.target for seed in self.kit.seeds], self.kit.task.format)
+        teacher = Teacher(engine, self.kit.task, self.kit.adapter, selection=selection, by_excess=measured, spans=spans, stops=stops)
         seen, waiting = Seen(self.recipe.selection.near_duplicate), iter([each for each in self.candidates if each.reason in WRITTEN])
         phase, size = self.display.phase("answers for the arms"), self.recipe.synthesis.pack_size
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from translora_ray import adapters, kit
+from translora_ray import adapters, identity, kit
 from translora_ray.answers import check_labels
-from translora_ray.config import Recipe, Task
+from translora_ray.config import Task
 from translora_ray.engines.base import AdapterRef, Engine, Generate, OpenEngine, Sampling
 from translora_ray.errors import Diverged, UsageError
 from translora_ray.evaluation import arms, gate, page
@@ -61,7 +61,7 @@ def evaluate(
     oracle_rows = read_rows(oracle) if oracle else []
     check_rows(loaded, rows, data, {"--oracle": oracle_rows, "--train": read_rows(train) if train else []})
     _say_how_little(rows, data, display)
-    task, recipe = loaded.task, Recipe.model_validate(manifest["recipe"])
+    task, recipe = loaded.task, identity.of_manifest(manifest, loaded)
     with tempfile.TemporaryDirectory() as scratch:
         transferred = AdapterRef("transferred", str(store.fetch_folder(ADAPTER, Path(scratch) / ADAPTER)))
         if adapters.inspect(transferred.path).digest != manifest["adapter_digest"]:
@@ -69,22 +69,21 @@ def evaluate(
         made = arms.Arms(loaded, manifest, recipe, store, Path(scratch), display)
         made.check(extra)
         bare = [task_prompt(task.prompt, row.input, task.format) for row in rows]
-        shots = [(seed.input, seed.target) for seed in loaded.seeds]
-        few = [few_shot_prompt(task.prompt, shots, row.input, task.format) for row in rows]
         judged = loaded.discriminator is not None and loaded.base == loaded.teacher_base
         engine = open_engine(manifest["source_base"], [loaded.adapter, *([loaded.discriminator_adapter] if judged else [])])
         found = answer_all(engine, {"source_base": (bare, None), "source_adapter": (bare, loaded.adapter)}, task, loaded.seeds, rows, display)
         sets = made.sets(extra, engine)
         real = verdicts(engine, task.name, [row.input for row in rows], loaded.discriminator_adapter) if judged else None
         engine.close()
-        target_arms: Asked = {"target_base": (bare, None), "target_few_shot": (few, None), "transferred": (bare, transferred)}
         if oracle_rows:
             sets["oracle"] = oracle_rows
+        target_arms: Asked = {"target_base": (bare, None), "target_few_shot": ([], None), "transferred": (bare, transferred)}
         target_arms |= {name: (bare, adapter) for name, adapter in made.trained(extra, sets).items()}
         learnt: dict[str, Sequence[TaskRow]] = {"transferred": made.trained_on, **({"oracle": oracle_rows} if oracle_rows else {})}
         repeated = _repeated(made, learnt, trainings, display)
         others: Asked = {adapter.name: (bare, adapter) for again in repeated for adapter in again.values()}
         engine = open_engine(manifest["target_base"], [adapter for _, adapter in (target_arms | others).values() if adapter])
+        target_arms["target_few_shot"] = (_few_shots(engine, task, loaded.seeds, rows, display), None)
         found |= answer_all(engine, target_arms, task, loaded.seeds, rows, display)
         answered = answer_all(engine, others, task, loaded.seeds, rows, display)
         engine.close()
@@ -104,6 +103,18 @@ def evaluate(
     page.write(store, manifest, loaded.seeds)
     display.say(f"report: {page.place(store)}/{REPORT}")
     return result
+
+
+def _few_shots(engine: Engine, task: Task, seeds: Sequence[TaskRow], rows: Sequence[TaskRow], display: Display) -> list[Prompt]:
+    """All seeds before each row, or as many as leave room for all rows."""
+    shots = [(seed.input, seed.target) for seed in seeds]
+    for shown in range(len(shots), 0, -1):
+        prompts = [few_shot_prompt(task.prompt, shots[:shown], row.input, task.format) for row in rows]
+        if all(engine.fits(prompt, task.max_new_tokens) for prompt in prompts):
+            break
+    if shown < len(shots):
+        display.say(f"target_few_shot: {shown} of {len(shots)} seeds are shown, as more do not fit into the target's context.")
+    return prompts
 
 
 def check_rows(loaded: kit.Kit, rows: Sequence[TaskRow], data: str, learnt: Mapping[str, Sequence[TaskRow]]) -> None:

@@ -55,7 +55,7 @@ def code(answer: str, target: str) -> float:
             done = subprocess.run(
                 [sys.executable, "-I", "-c", f"{answer}\n{target}\n"], cwd=folder, env={}, timeout=CODE_SECONDS, capture_output=True, check=False
             )
-        except subprocess.TimeoutExpired:
+        except (subprocess.TimeoutExpired, ValueError, OSError):  # the latter two of text that no command can have: a NUL, or too much
             return 0.0
     return float(done.returncode == 0)
 
@@ -97,7 +97,7 @@ def well_formed(task: Task, answer: str) -> bool:
     if task.metric == "code":
         try:
             ast.parse(answer)
-        except (SyntaxError, ValueError):
+        except (SyntaxError, ValueError, RecursionError, MemoryError):  # the latter two of deep nesting
             return False
         return True
     return bool({"number": _NUMBER, "choice": _CHOICE}.get(task.metric, _ANY).search(answer))

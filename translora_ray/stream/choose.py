@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from translora_ray.config import Synthesis
+from translora_ray.evaluation.metrics import reading
 from translora_ray.records import Candidate, derive_seed
 from translora_ray.stream.plan import Plan
 
@@ -21,20 +22,21 @@ LIGHTEST, HEAVIEST = -3.0, 3.0
 def choose(plan: Plan, candidates: Sequence[Candidate]) -> tuple[list[Candidate], list[Candidate]]:
     """(examples to train on, examples held out) of all candidates of a run, each in the order of their index.
 
-    `plan.quota` and `plan.held_out` of them where the method chooses among more; the last ones by index are held out, of each kind as many as it has.
+    `plan.quota` and `plan.held_out` of them where the method chooses among more; the last ones by index are held out, of each kind as many as it has, but where
+    training has begun with the first ones, whichever they are.
     Seeds with other values are as many of them as of all, and taken by chance: all look like the task, and verdicts say little about values.
     """
     accepted = sorted((candidate for candidate in candidates if candidate.accepted), key=lambda candidate: candidate.index)
     wanted = plan.quota + plan.held_out
     if plan.chooses:
         filled, listed = _kinds(plan, accepted)
-        best = _balanced(sorted(listed, key=lambda candidate: _worth(plan, candidate), reverse=True), plan.most_of_a_label(wanted))
+        best = _balanced(plan, sorted(listed, key=lambda candidate: _worth(plan, candidate), reverse=True), plan.most_of_a_label(wanted))
         share = round(wanted * len(filled) / max(1, len(accepted)))
         filled = sorted(filled, key=lambda candidate: derive_seed(candidate.seed, "filled"))[: max(share, wanted - len(best))]
         accepted = sorted([*filled, *best[: wanted - len(filled)]], key=lambda candidate: candidate.index)
     chosen = accepted[:wanted]
     held_out = len(chosen) * plan.held_out // wanted
-    filled, listed = _kinds(plan, chosen)
+    filled, listed = ([], chosen) if plan.recipe.overlap else _kinds(plan, chosen)
     of_filled = round(held_out * len(filled) / max(1, len(chosen)))
     apart = {candidate.index for kind, count in ((filled, of_filled), (listed, held_out - of_filled)) for candidate in kind[len(kind) - count :]}
     return [candidate for candidate in chosen if candidate.index not in apart], [candidate for candidate in chosen if candidate.index in apart]
@@ -48,13 +50,14 @@ def _kinds(plan: Plan, candidates: Sequence[Candidate]) -> tuple[list[Candidate]
     return found
 
 
-def _balanced(candidates: Sequence[Candidate], most: int | None) -> list[Candidate]:
+def _balanced(plan: Plan, candidates: Sequence[Candidate], most: int | None) -> list[Candidate]:
     """The first `most` candidates of each label."""
-    counted = Counter[str | None]()
+    counted = Counter[str]()
     kept = []
     for candidate in candidates:
-        counted[candidate.target] += 1
-        if most is None or counted[candidate.target] <= most:
+        label = reading(plan.kit.task, candidate.target or "")
+        counted[label] += 1
+        if most is None or counted[label] <= most:
             kept.append(candidate)
     return kept
 

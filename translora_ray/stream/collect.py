@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from translora_ray.errors import RunFailed
+from translora_ray.evaluation.metrics import reading
 from translora_ray.records import Candidate, Pack
 from translora_ray.storage import RunStore
 from translora_ray.stream.dedup import COPIES, Seen
@@ -70,9 +71,10 @@ class Collector:
             for candidate in candidates:
                 if candidate.accepted:
                     self.seen.add(candidate.input)
-                    self.labels[candidate.target or ""] += 1
+                    self.labels[self._label(candidate)] += 1
         self.next = self.totals.packs
         self.accepted = self.totals.accepted
+        self._require_room()
         self._waiting: dict[int, Pack] = {}
         self._decided: list[Pack] = []
         self._committed_at = time.monotonic()
@@ -83,14 +85,22 @@ class Collector:
 
     def take(self, pack: Pack, loads: list[str]) -> None:
         self._waiting[pack.number] = pack
-        while not self.full and self.next in self._waiting:
+        while not self.full and not self._spent and self.next in self._waiting:
             self._decide(self._waiting.pop(self.next))
             self.next += 1
-        if self._decided and (self.full or time.monotonic() - self._committed_at >= self.plan.cluster.commit_seconds):
+        if self._decided and (self.full or self._spent or time.monotonic() - self._committed_at >= self.plan.cluster.commit_seconds):
             self.commit(loads)
+        self._require_room()
+
+    @property
+    def _spent(self) -> bool:
+        """Whether there are as many candidates as there may be."""
         limit = self.plan.wanted * self.plan.recipe.selection.max_candidates
-        if not self.full and self.next * self.plan.recipe.synthesis.pack_size >= limit:
-            self.commit(loads)
+        return self.next * self.plan.recipe.synthesis.pack_size >= limit
+
+    def _require_room(self) -> None:
+        """Raise `RunFailed` where as many candidates as there may be are too few examples: so it stays when the command is given again."""
+        if self._spent and not self.full:
             less = "selection.quota or selection.threshold" if self.plan.cuts else "selection.quota"
             raise RunFailed(
                 f"Only {self.accepted} of {self.plan.wanted} examples after {self.totals.candidates} candidates "
@@ -103,16 +113,16 @@ class Collector:
                 candidate.reason = NOT_NEEDED
             elif repeat := self.seen.repeats(candidate.input):
                 candidate.reason = repeat
-            elif self._enough_of(candidate.target or ""):
+            elif self.most is not None and self.labels[self._label(candidate)] >= self.most:
                 candidate.reason = LABEL_FULL
             else:
                 self.seen.add(candidate.input)
-                self.labels[candidate.target or ""] += 1
+                self.labels[self._label(candidate)] += 1
                 self.accepted += 1
         self._decided.append(pack)
 
-    def _enough_of(self, label: str) -> bool:
-        return self.most is not None and self.labels[label] >= self.most
+    def _label(self, candidate: Candidate) -> str:
+        return reading(self.plan.kit.task, candidate.target or "")
 
     def commit(self, loads: list[str]) -> None:
         if not self._decided:

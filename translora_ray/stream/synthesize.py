@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from translora_ray.config import Synthesis, Task
 from translora_ray.engines.base import AdapterRef, Engine, Generate, Sampling
@@ -31,15 +32,22 @@ class Synthesizer:
         self.stops = synthesis_stops(self.inputs)
         self.max_tokens = settings.max_tokens or 2 * max(map(engine.count_tokens, self.inputs)) + 8
 
-    def _prompts(self, pack: Pack) -> list[Prompt]:
-        shots, seed = self.settings.shots, pack.candidates[0].seed
+    def _prompts(self, pack: Pack) -> list[Prompt | None]:
+        """The prompt of each candidate, None where even one seed is too long."""
+        most, seed = self.settings.shots, pack.candidates[0].seed
         if not self.settings.by_label:
-            return [synthesis_prompt(self.inputs, self._shots(candidate), candidate.seed) for candidate in pack.candidates]
-        return [labelled_prompt(self.seeds, shots, seed, candidate.label_of(self.classes)) for candidate in pack.candidates]
+            return [self._fitting(partial(synthesis_prompt, self.inputs, seed=each.seed), self._shots(each)) for each in pack.candidates]
+        labels = [candidate.label_of(self.classes) for candidate in pack.candidates]
+        prompts = {label: self._fitting(partial(labelled_prompt, self.seeds, seed=seed, label=label), most) for label in set(labels)}
+        return [prompts[label] for label in labels]
 
     def _shots(self, candidate: Candidate) -> int:
         most = self.settings.shots
         return random.Random(derive_seed(candidate.seed, "shots")).randint(self.settings.fewest_shots or most, most)
+
+    def _fitting(self, prompt: Callable[..., Prompt], most: int) -> Prompt | None:
+        """The prompt with as many seeds as leave room for another."""
+        return next((made for shots in range(most, 0, -1) if self.engine.fits(made := prompt(shots=shots), self.max_tokens)), None)
 
     def _read(self, text: str) -> str:
         return parse_synthesis(text)
@@ -49,9 +57,14 @@ class Synthesizer:
         settings = self.settings
         temperature = settings.high_temperature if settings.warmer(pack.number) else settings.temperature
         sampling = Sampling(self.max_tokens, temperature or 0.0, settings.min_p, self.stops)
-        asked = [Generate(prompt, sampling, self.adapter, candidate.seed) for prompt, candidate in zip(self._prompts(pack), pack.candidates, strict=True)]
+        asked = []
+        for candidate, prompt in zip(pack.candidates, self._prompts(pack), strict=True):
+            if prompt:
+                asked.append(Generate(prompt, sampling, self.adapter, candidate.seed))
+            else:
+                candidate.reason = TOO_LONG
         written = self.engine.generate(asked)
-        for candidate, generation in zip(pack.candidates, written, strict=True):
+        for candidate, generation in zip(pack.open(), written, strict=True):
             candidate.input = self._read(generation.text)
             if not generation.finished:
                 candidate.reason = TOO_LONG
@@ -68,7 +81,7 @@ class LearntSynthesizer(Synthesizer):
         super().__init__(engine, settings, seeds, task.classes or [task.name])
         self.adapter, self.stops = adapter, ()
 
-    def _prompts(self, pack: Pack) -> list[Prompt]:
+    def _prompts(self, pack: Pack) -> list[Prompt | None]:
         return [generator_prompt(candidate.label_of(self.classes)) for candidate in pack.candidates]
 
     def _read(self, text: str) -> str:

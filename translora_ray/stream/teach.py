@@ -36,11 +36,13 @@ class Teacher:
         selection: Selection = GREEDY,
         by_excess: bool = False,
         spans: FindSpans | None = None,
+        stops: tuple[str, ...] = (),
     ) -> None:
         """`learnable` says whether the target base can take a prompt and its answer whole; `by_excess` measures what the adapter adds to each answer, and
-        `spans`, where the engine's tokens stand in an answer, what it adds to each character."""
+        `spans`, where the engine's tokens stand in an answer, what it adds to each character. An answer ends at one of `stops`, as those of the target's
+        adapter will (`prompts.answer_stops`)."""
         self.engine, self.task, self.adapter, self.learnable = engine, task, adapter, learnable
-        self.selection, self.by_excess, self.spans = selection, by_excess, spans
+        self.selection, self.by_excess, self.spans, self.stops = selection, by_excess, spans, stops
         self.virtual_tokens = inspect(adapter.path).virtual_tokens
 
     def _prompt(self, candidate: Candidate) -> Prompt:
@@ -62,7 +64,7 @@ class Teacher:
     def _answers(self, candidates: Sequence[Candidate]) -> list[list[Generation]]:
         """All votes on each candidate."""
         votes = self.selection.votes
-        sampling = Sampling(self.task.max_new_tokens, self.selection.vote_temperature if votes > 1 else 0.0)
+        sampling = Sampling(self.task.max_new_tokens, self.selection.vote_temperature if votes > 1 else 0.0, stop=self.stops)
         asked = [
             Generate(self._prompt(candidate), sampling, self.adapter, seed=derive_seed(candidate.seed, "vote", vote))
             for candidate in candidates

@@ -75,7 +75,7 @@ def planned(privacy: Privacy, settings: Training, rows: int) -> tuple[float, flo
     try:
         from opacus.accountants.utils import get_noise_multiplier
     except ImportError:
-        raise UsageError("generator_privacy needs opacus: pip install 'translora_ray[private]', or leave it out.") from None
+        raise UsageError("generator_privacy needs opacus: pip install '.[private]', or leave it out.") from None
     rate, steps, delta = min(1.0, settings.batch_size / rows), -(-rows // settings.batch_size) * settings.passes, privacy.delta or 0.1 / rows
     try:
         with warnings.catch_warnings():
