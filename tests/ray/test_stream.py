@@ -17,7 +17,7 @@ from tests.unit.test_kit import put
 from translora_ray import kit
 from translora_ray.cluster import Cluster
 from translora_ray.config import Gate, Recipe, Selection, Synthesis
-from translora_ray.errors import Stopped
+from translora_ray.errors import RunFailed, Stopped
 from translora_ray.placement import ray_session
 from translora_ray.progress import Display
 from translora_ray.records import pack_to_table, packs_from_table
@@ -63,6 +63,8 @@ def test_packs_of_an_actor_overlap_and_the_pool_grows(tiny_kit: Path, tiny_gemma
                 break
             ray.get(desk.arrived.remote(0, pack.number))
         packs.close()
+        with pytest.raises(RunFailed, match=r"did not start within 2 seconds: .* or lower cluster\.engines"):
+            next(pipeline.open_stream([replace(plan, engine_cpus=999.0, cluster=Cluster(start_timeout_s=2))], desk))
     assert sorted({pack.number for pack in found}) == sorted(pack.number for pack in found)
     assert max(pack.tokens["at once"] for pack in found) == 2
     assert len({pack.tokens["actor"] for pack in found}) == 2

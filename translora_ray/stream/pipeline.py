@@ -10,6 +10,7 @@ from typing import Any
 
 import ray
 from ray.data import ActorPoolStrategy, DataContext
+from ray.exceptions import GetTimeoutError
 
 from translora_ray.errors import RunFailed, Stopped, TransLoraError, reason
 from translora_ray.measures import StreamMeasures
@@ -167,8 +168,14 @@ def open_stream(plans: Sequence[Plan], desk: Any) -> Generator[Pack]:
         )
     context.target_max_block_size = block_size  # training, perhaps beside it, reads with the usual one
     context.autoscaling_config.actor_pool_util_upscaling_threshold = crowded
-    for table in packs.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-        yield from packs_from_table(table)
+    try:
+        for table in packs.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+            yield from packs_from_table(table)
+    except GetTimeoutError:
+        raise RunFailed(
+            f"The engines did not start within {plan.cluster.start_timeout_s} seconds: where others hold the cluster, give the same command again when they "
+            "are done, or lower cluster.engines; where loading takes longer, raise cluster.start_timeout_s."
+        ) from None
 
 
 def _show(phase: Phase, collector: Collector, rate: float) -> None:
