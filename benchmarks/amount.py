@@ -15,11 +15,11 @@ import results
 import transfer
 from rounds import TARGET, accuracy_of, translora
 
-from translora_ray.config import Recipe
 from translora_ray.engines.base import AdapterRef
 from translora_ray.evaluation.arms import Arms
 from translora_ray.kit import load
 from translora_ray.progress import Display
+from translora_ray.recipe import Recipe
 from translora_ray.records import TaskRow, read_rows
 from translora_ray.storage import MANIFEST, RunStore
 

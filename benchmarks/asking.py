@@ -11,9 +11,9 @@ from rounds import CPUS, SETTINGS, example_kit, kept
 from translora_ray import models
 from translora_ray.answers import find_answers
 from translora_ray.cluster import Cluster
-from translora_ray.config import Recipe, Selection, Synthesis
 from translora_ray.kit import Kit
 from translora_ray.prompts import labelled_prompt, prompt_ids, synthesis_prompt, synthesis_stops
+from translora_ray.recipe import Recipe, Selection, Synthesis
 from translora_ray.records import Pack, read_rows
 from translora_ray.stream.dedup import SeedFilter
 from translora_ray.stream.plan import Plan, Pool

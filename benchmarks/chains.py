@@ -14,7 +14,7 @@ from typing import Any
 import numpy
 import results
 
-from translora_ray.config import Gate
+from translora_ray.recipe import Gate
 
 SHOWN: dict[str, str] = {
     "target_base": "bare target",

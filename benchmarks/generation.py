@@ -15,8 +15,8 @@ from typing import Any
 from asking import PLAIN, VARIANTS, asked, writing, written
 from rounds import SETTINGS, SOURCE, Side, alternate, judged_kit, kept, packs_of, run_parts, table
 
-from translora_ray.config import Selection
 from translora_ray.engines.select import open_engine
+from translora_ray.recipe import Selection
 from translora_ray.records import Pack
 from translora_ray.stream.discriminate import Discriminator
 from translora_ray.stream.requests import Desk

@@ -26,12 +26,13 @@ from chains import KEPT, SHOWN, Chain, finished, keep, plot, table
 from rounds import answered, translora
 
 from translora_ray.answers import find_answers
-from translora_ray.config import EPOCHS, Recipe, Synthesis
+from translora_ray.config import EPOCHS
 from translora_ray.engines.base import AdapterRef
 from translora_ray.evaluation import gate
 from translora_ray.evaluation.compare import summary
 from translora_ray.kit import load
 from translora_ray.reading import load_task
+from translora_ray.recipe import Recipe, Synthesis
 from translora_ray.records import read_rows
 from translora_ray.storage import RunStore
 from translora_ray.stream.dedup import normal

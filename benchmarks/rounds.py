@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import results
 
 from translora_ray.cluster import Vllm
-from translora_ray.config import Adapter, Recipe
+from translora_ray.config import Adapter
 from translora_ray.engines.base import AdapterRef
 from translora_ray.engines.select import open_engine
 from translora_ray.evaluation.compare import answer_all
@@ -25,6 +25,7 @@ from translora_ray.kit import Kit, choose_seeds, load
 from translora_ray.progress import Display
 from translora_ray.prompts import task_prompt
 from translora_ray.reading import load_task
+from translora_ray.recipe import Recipe
 from translora_ray.records import Pack, TaskRow, read_rows, request_pack
 
 SOURCE, TARGET = "packaged:smollm2-135m-instruct", "packaged:gemma-3-270m"

@@ -23,11 +23,12 @@ from rounds import TARGET, accuracy_of
 
 from translora_ray import adapters, models
 from translora_ray.cluster import Cluster
-from translora_ray.config import CHOSEN_FOR_A_ROW, TAKEN_FOR_A_ROW, Adapter, EngineKind, Gate, Recipe, Selection, Synthesis, Training
+from translora_ray.config import Adapter, EngineKind, Training
 from translora_ray.engines.base import AdapterRef
 from translora_ray.engines.select import choose_engine, open_engine
 from translora_ray.kit import Kit, load
 from translora_ray.progress import Display, Phase
+from translora_ray.recipe import CHOSEN_FOR_A_ROW, TAKEN_FOR_A_ROW, Gate, Recipe, Selection, Synthesis
 from translora_ray.records import Candidate, TaskRow, read_rows, request_pack
 from translora_ray.stream.actor import STAGES, Stage
 from translora_ray.stream.choose import choose

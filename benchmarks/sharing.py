@@ -22,8 +22,8 @@ from demo import memory, tree
 from rounds import CPUS, LORA, SETTINGS, Round, Side, alternate, example_kit, packs_of, run_parts, table
 
 from translora_ray import adapting, models
-from translora_ray.config import Synthesis
 from translora_ray.engines.base import AdapterRef
+from translora_ray.recipe import Synthesis
 from translora_ray.records import Pack, derive_seed, read_rows, request_pack
 from translora_ray.stream.discriminate import Discriminator
 from translora_ray.stream.synthesize import Synthesizer

@@ -6,7 +6,8 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from translora_ray.config import MOST_RANK, Recipe, Section
+from translora_ray.config import MOST_RANK, Section
+from translora_ray.recipe import Recipe
 
 FULL_BATCH = 256
 """Requests with which an engine of vLLM has enough to do."""

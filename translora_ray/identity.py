@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from translora_ray import adapters, models
-from translora_ray.config import CHOSEN_FOR_A_ROW, EPOCHS, Gate, Recipe, Selection
+from translora_ray.config import EPOCHS
 from translora_ray.errors import UsageError
 from translora_ray.kit import Kit
 from translora_ray.reading import differing_field
+from translora_ray.recipe import CHOSEN_FOR_A_ROW, Gate, Recipe, Selection
 from translora_ray.storage import ADAPTER, IDENTITY, RunStore
 
 

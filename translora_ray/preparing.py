@@ -13,13 +13,14 @@ from typing import Any
 
 from translora_ray import __version__, adapters, adapting, models
 from translora_ray.answers import copied, find_answers
-from translora_ray.config import Adapter, Synthesis, Task, Training
+from translora_ray.config import Adapter, Task, Training
 from translora_ray.engines.base import AdapterRef, Engine, OpenEngine, Score
 from translora_ray.errors import RunFailed, UsageError
 from translora_ray.evaluation.metrics import well_formed
 from translora_ray.kit import ADAPTER, DISCRIMINATOR, FACTS, GENERATOR, SEEDS, choose_seeds, digest_of, order_for_discriminator, rows_digest
 from translora_ray.progress import Display, Phase
 from translora_ray.prompts import NO, YES, Prompt, discriminator_prompt, learnt_prompt
+from translora_ray.recipe import Synthesis
 from translora_ray.records import TaskRow, derive_seed, read_rows, request_pack
 from translora_ray.storage import RunStore, commit_folder
 from translora_ray.stream.dedup import SeedFilter, Seen

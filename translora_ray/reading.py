@@ -10,8 +10,9 @@ import yaml
 from pydantic import ValidationError
 
 from translora_ray.cluster import Cluster, Config
-from translora_ray.config import Recipe, Section, Task
+from translora_ray.config import Section, Task
 from translora_ray.errors import UsageError
+from translora_ray.recipe import Recipe
 
 
 class _Loader(yaml.SafeLoader):

@@ -15,7 +15,7 @@ import ray
 from translora_ray import adapters, adapting, identity, kit, models
 from translora_ray.background import beside
 from translora_ray.cluster import Config
-from translora_ray.config import Adapter, EngineKind, Recipe
+from translora_ray.config import Adapter, EngineKind
 from translora_ray.engines.select import choose_engine, engine_for, require_limits
 from translora_ray.errors import RunFailed, UsageError, first_line
 from translora_ray.evaluation import gate, page
@@ -25,6 +25,7 @@ from translora_ray.measures import TRAINING, PhaseMeasures
 from translora_ray.placement import Resources, Run, check_resources, given, ray_failures, ray_session, share
 from translora_ray.progress import Display
 from translora_ray.reading import differing_field
+from translora_ray.recipe import Recipe
 from translora_ray.storage import ADAPTER, IDENTITY, MANIFEST, RELEASE, REPORT, RESULT, TRAIN, RunStore
 from translora_ray.stream import teach
 from translora_ray.stream.collect import Totals

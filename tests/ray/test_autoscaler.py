@@ -25,8 +25,8 @@ from tests.ray.growing import Growing, growing_cluster, wait
 from tests.ray.test_fleet import RECIPE
 from translora_ray import kit
 from translora_ray.cluster import Cluster
-from translora_ray.config import Recipe, Synthesis
 from translora_ray.placement import Resources, place, ray_session
+from translora_ray.recipe import Recipe, Synthesis
 from translora_ray.records import Pack, pack_to_table, packs_from_table
 from translora_ray.registry import Registry
 from translora_ray.stream import pipeline

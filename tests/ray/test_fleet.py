@@ -27,7 +27,6 @@ from translora_ray import kit
 from translora_ray.adapters import digest
 from translora_ray.cli import main
 from translora_ray.cluster import Cluster
-from translora_ray.config import Recipe
 from translora_ray.fleet import driver
 from translora_ray.fleet.groups import Transfer
 from translora_ray.fleet.lease import holder
@@ -36,6 +35,7 @@ from translora_ray.fleet.state import STATES
 from translora_ray.fleet.training import Full, Slot
 from translora_ray.placement import RESTARTS, Resources, place
 from translora_ray.progress import Display
+from translora_ray.recipe import Recipe
 from translora_ray.registry import Registry
 from translora_ray.releases import Release
 from translora_ray.storage import RunStore

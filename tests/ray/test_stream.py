@@ -16,10 +16,10 @@ import ray
 from tests.unit.test_kit import put
 from translora_ray import kit
 from translora_ray.cluster import Cluster
-from translora_ray.config import Gate, Recipe, Selection, Synthesis
 from translora_ray.errors import RunFailed, Stopped
 from translora_ray.placement import ray_session
 from translora_ray.progress import Display
+from translora_ray.recipe import Gate, Recipe, Selection, Synthesis
 from translora_ray.records import pack_to_table, packs_from_table
 from translora_ray.storage import RunStore
 from translora_ray.stream import pipeline

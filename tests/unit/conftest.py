@@ -7,7 +7,7 @@ import pytest
 
 from translora_ray import kit
 from translora_ray.cluster import Cluster
-from translora_ray.config import Gate, Recipe, Selection, Synthesis
+from translora_ray.recipe import Gate, Recipe, Selection, Synthesis
 from translora_ray.records import Candidate, Pack, request_pack
 from translora_ray.storage import RunStore
 from translora_ray.stream.collect import Collector

@@ -13,10 +13,10 @@ import yaml
 from tests.conftest import save_model, task_rows, write_task
 from translora_ray import models
 from translora_ray.cli import main
-from translora_ray.config import Recipe
 from translora_ray.engines.select import choose_engine
 from translora_ray.errors import UsageError
 from translora_ray.reading import load_config
+from translora_ray.recipe import Recipe
 
 ROOT = Path(__file__).parents[2]
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from tests.unit.conftest import rows, scripted_pack, stream
-from translora_ray.config import Method
 from translora_ray.errors import RunFailed
+from translora_ray.recipe import Method
 from translora_ray.storage import RunStore
 from translora_ray.stream.collect import Collector
 from translora_ray.stream.plan import Plan

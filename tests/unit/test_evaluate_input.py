@@ -11,7 +11,7 @@ import torch
 from tests.conftest import lora, task_rows
 from translora_ray import adapters, adapting, kit, models
 from translora_ray.cluster import Vllm
-from translora_ray.config import Adapter, Gate, Recipe, Selection, Synthesis, Training
+from translora_ray.config import Adapter, Training
 from translora_ray.engines.base import AdapterRef
 from translora_ray.engines.select import opener
 from translora_ray.engines.transformers import TransformersEngine
@@ -21,6 +21,7 @@ from translora_ray.evaluation.arms import Arms
 from translora_ray.evaluation.compare import _say_how_little, check_rows, evaluate
 from translora_ray.evaluation.statistics import wilson
 from translora_ray.progress import Display
+from translora_ray.recipe import Gate, Recipe, Selection, Synthesis
 from translora_ray.records import Candidate, TaskRow
 from translora_ray.storage import RunStore
 from translora_ray.stream.dedup import SEED_COPY, SEED_PASSAGE

@@ -13,10 +13,11 @@ from translora_ray import identity, kit
 from translora_ray.answers import values
 from translora_ray.cli import main
 from translora_ray.cluster import Cluster
-from translora_ray.config import Recipe, Selection, Synthesis, Task
+from translora_ray.config import Task
 from translora_ray.engines.base import Generate, Generation
 from translora_ray.engines.transformers import TransformersEngine
 from translora_ray.errors import UsageError
+from translora_ray.recipe import Recipe, Selection, Synthesis
 from translora_ray.records import TOO_LONG, Candidate, TaskRow, request_pack
 from translora_ray.storage import IDENTITY, RunStore
 from translora_ray.stream.actor import STAGES

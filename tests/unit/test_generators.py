@@ -14,12 +14,13 @@ from tests.conftest import save_run, task_rows, write_task
 from translora_ray import adapters, kit
 from translora_ray.cli import main
 from translora_ray.cluster import Cluster
-from translora_ray.config import Adapter, Privacy, Recipe, Selection, Synthesis, Training
+from translora_ray.config import Adapter, Privacy, Training
 from translora_ray.engines.base import Complete
 from translora_ray.engines.transformers import TransformersEngine
 from translora_ray.errors import UsageError
 from translora_ray.evaluation.statistics import auc
 from translora_ray.prompts import generator_prompt
+from translora_ray.recipe import Recipe, Selection, Synthesis
 from translora_ray.records import Step, request_pack
 from translora_ray.stream.actor import STAGES
 from translora_ray.stream.choose import by_generator

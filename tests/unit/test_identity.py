@@ -8,10 +8,10 @@ import pytest
 
 from translora_ray import identity, kit
 from translora_ray.adapters import CONFIG
-from translora_ray.config import Recipe
 from translora_ray.errors import UsageError
 from translora_ray.progress import Display
 from translora_ray.reading import load_config
+from translora_ray.recipe import Recipe
 from translora_ray.workflow import ADAPTER, check
 
 

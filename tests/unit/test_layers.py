@@ -8,6 +8,7 @@ LAYERS = [
     {"errors", "background"},
     {"records"},
     {"config"},
+    {"recipe"},
     {"cluster"},
     {"answers", "reading", "evaluation.metrics"},
     {"prompts", "storage", "progress", "references"},

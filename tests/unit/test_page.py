@@ -21,11 +21,12 @@ import pyarrow.fs as pafs
 import pytest
 from matplotlib.image import imread
 
-from translora_ray.config import Gate, Recipe, Selection, Synthesis, Task
+from translora_ray.config import Task
 from translora_ray.evaluation import gate, page
 from translora_ray.evaluation.compare import summary
 from translora_ray.evaluation.distance import plane
 from translora_ray.evaluation.plots import ACCEPTED, REAL, REJECTED
+from translora_ray.recipe import Gate, Recipe, Selection, Synthesis
 from translora_ray.records import Candidate, TaskRow
 from translora_ray.storage import ANSWERS, MANIFEST, MAP, REPORT, RESULT, RunStore
 from translora_ray.stream.collect import NOT_NEEDED

@@ -12,10 +12,10 @@ import pytest
 from tests.conftest import lora
 from translora_ray import kit
 from translora_ray.cluster import Cluster, Config, Vllm
-from translora_ray.config import Gate, Recipe, Synthesis
 from translora_ray.errors import UsageError
 from translora_ray.placement import Resources, check_resources, nodes_of, ray_failures
 from translora_ray.reading import load_config
+from translora_ray.recipe import Gate, Recipe, Synthesis
 from translora_ray.storage import RunStore
 from translora_ray.stream.plan import Plan
 from translora_ray.workflow import Checked, _check_limits, planned

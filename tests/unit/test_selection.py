@@ -18,7 +18,7 @@ from tests.conftest import task_rows
 from translora_ray import kit
 from translora_ray.answers import copied, find_answers
 from translora_ray.cluster import Cluster
-from translora_ray.config import Gate, GeneratorKind, Privacy, Recipe, Selection, Synthesis, Task
+from translora_ray.config import Privacy, Task
 from translora_ray.engines.base import Complete, Generate, Generation, Sampling
 from translora_ray.engines.transformers import TransformersEngine
 from translora_ray.errors import UsageError
@@ -29,6 +29,7 @@ from translora_ray.evaluation.statistics import wilson
 from translora_ray.gating import likeness, pass_gate
 from translora_ray.progress import Display
 from translora_ray.prompts import task_prompt
+from translora_ray.recipe import Gate, GeneratorKind, Recipe, Selection, Synthesis
 from translora_ray.records import Candidate, Pack, TaskRow, request_pack
 from translora_ray.storage import RunStore
 from translora_ray.stream.choose import choose

@@ -9,10 +9,10 @@ import pytest
 
 from tests.conftest import task_rows
 from translora_ray import kit
-from translora_ray.config import Selection, Synthesis
 from translora_ray.engines.base import Generate, Generation, Sampling
 from translora_ray.engines.transformers import TransformersEngine
 from translora_ray.prompts import discriminator_prompt, task_prompt
+from translora_ray.recipe import Selection, Synthesis
 from translora_ray.records import TOO_LONG, Candidate, Pack, TaskRow, request_pack
 from translora_ray.stream.discriminate import OFF_TASK, Discriminator, verdicts
 from translora_ray.stream.synthesize import Synthesizer

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from translora_ray.config import Gate
 from translora_ray.errors import UsageError
 from translora_ray.evaluation.compare import recovery, summary
 from translora_ray.evaluation.gate import on_rows
@@ -25,6 +24,7 @@ from translora_ray.prompts import (
     synthesis_stops,
     task_prompt,
 )
+from translora_ray.recipe import Gate
 from translora_ray.records import Candidate, Pack, TaskRow, derive_seed, pack_to_table, packs_from_table, read_rows, request_pack
 from translora_ray.stream.dedup import DUPLICATE, NEAR_DUPLICATE, SEED_COPY, SEED_PASSAGE, Passages, SeedFilter, Seen
 

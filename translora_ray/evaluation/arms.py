@@ -13,13 +13,14 @@ from typing import Any
 from translora_ray import adapting, models
 from translora_ray.answers import copied
 from translora_ray.cluster import Cluster
-from translora_ray.config import BY_EXCESS, CUTTING, EPOCHS, Adapter, Method, Recipe, Training
+from translora_ray.config import EPOCHS, Adapter, Training
 from translora_ray.engines.base import AdapterRef, Engine
 from translora_ray.errors import UsageError
 from translora_ray.evaluation.metrics import says, well_formed
 from translora_ray.kit import Kit
 from translora_ray.progress import Display
 from translora_ray.prompts import answer_stops
+from translora_ray.recipe import BY_EXCESS, CUTTING, Method, Recipe
 from translora_ray.records import Candidate, Pack, TaskRow, derive_seed
 from translora_ray.storage import RunStore
 from translora_ray.stream.choose import choose

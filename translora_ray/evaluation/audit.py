@@ -16,12 +16,12 @@ from rapidfuzz import process
 from rapidfuzz.distance import Indel
 
 from translora_ray import kit
-from translora_ray.config import Recipe
 from translora_ray.engines.base import Complete, OpenEngine
 from translora_ray.errors import UsageError
 from translora_ray.evaluation.statistics import FEW, auc, binomial_tail, chance_interval
 from translora_ray.progress import Display
 from translora_ray.prompts import learnt_prompt
+from translora_ray.recipe import Recipe
 from translora_ray.records import TaskRow, read_rows
 from translora_ray.storage import IDENTITY, MANIFEST, RunStore
 from translora_ray.stream.dedup import Passages, grams, normal

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from translora_ray.config import Gate
+from translora_ray.recipe import Gate
 from translora_ray.records import TaskRow
 
 SHIP, REVIEW, REFUSE = ORDER = ("ship", "review", "refuse")

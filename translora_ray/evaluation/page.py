@@ -11,11 +11,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from translora_ray.config import CUTTING, Recipe, Task
+from translora_ray.config import Task
 from translora_ray.evaluation import plots
 from translora_ray.evaluation.markup import Html, document, figure, listed, section, soft, table, tag
 from translora_ray.evaluation.report import ARMS, looked_at, trainings
 from translora_ray.evaluation.statistics import flips
+from translora_ray.recipe import CUTTING, Recipe
 from translora_ray.records import Candidate, TaskRow
 from translora_ray.releases import verdict
 from translora_ray.storage import MAP, REPORT, RESULT, RunStore

@@ -14,9 +14,10 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from translora_ray.cluster import Cluster, Config
-from translora_ray.config import NAME, Recipe, Section
+from translora_ray.config import NAME, Section
 from translora_ray.errors import UsageError
 from translora_ray.reading import inside, read_yaml, validate
+from translora_ray.recipe import Recipe
 
 Targets = Annotated[list[str], BeforeValidator(lambda target: [target] if isinstance(target, str) else target)]
 """One or several."""

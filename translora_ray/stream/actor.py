@@ -15,12 +15,12 @@ import pyarrow as pa
 import ray
 
 from translora_ray import adapters
-from translora_ray.config import GeneratorKind, Synthesis
 from translora_ray.engines.base import Engine
 from translora_ray.engines.select import open_engine
 from translora_ray.errors import EngineDied, TransLoraError, reason
 from translora_ray.models import context_of, linear_shapes, load_tokenizer, skeleton
 from translora_ray.prompts import Prompt, answer_ids, answer_stops, prompt_ids
+from translora_ray.recipe import GeneratorKind, Synthesis
 from translora_ray.records import Pack, pack_to_table, packs_from_table
 from translora_ray.stream import discriminate, synthesize, teach
 from translora_ray.stream.dedup import SeedFilter

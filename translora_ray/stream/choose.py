@@ -10,8 +10,8 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 
-from translora_ray.config import Synthesis
 from translora_ray.evaluation.metrics import reading
+from translora_ray.recipe import Synthesis
 from translora_ray.records import Candidate, derive_seed
 from translora_ray.stream.plan import Plan
 

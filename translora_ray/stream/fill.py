@@ -7,9 +7,10 @@ import time
 from collections.abc import Sequence
 
 from translora_ray.answers import Value, values
-from translora_ray.config import Selection, Synthesis, Task
+from translora_ray.config import Task
 from translora_ray.engines.base import Engine, Generate, Generation, Sampling
 from translora_ray.prompts import clean_answer, labelled_prompt, synthesis_stops
+from translora_ray.recipe import Selection, Synthesis
 from translora_ray.records import TOO_LONG, Candidate, Pack, TaskRow, derive_seed
 from translora_ray.stream.dedup import SeedFilter
 from translora_ray.stream.synthesize import EMPTY, ROLE, Synthesizer

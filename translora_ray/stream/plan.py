@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from translora_ray.cluster import Cluster
-from translora_ray.config import BY_EXCESS, CHOOSING, CUTTING, JUDGING, EngineKind, GeneratorKind, Method, Recipe, Selection, Synthesis
+from translora_ray.config import EngineKind
 from translora_ray.engines.base import AdapterRef
 from translora_ray.engines.select import engine_for
 from translora_ray.errors import UsageError
 from translora_ray.kit import Kit
+from translora_ray.recipe import BY_EXCESS, CHOOSING, CUTTING, JUDGING, GeneratorKind, Method, Recipe, Selection, Synthesis
 from translora_ray.stream import discriminate, synthesize, teach
 
 

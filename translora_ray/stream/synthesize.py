@@ -7,9 +7,10 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from translora_ray.config import Synthesis, Task
+from translora_ray.config import Task
 from translora_ray.engines.base import AdapterRef, Engine, Generate, Sampling
 from translora_ray.prompts import Prompt, clean_answer, generator_prompt, labelled_prompt, parse_synthesis, synthesis_prompt, synthesis_stops
+from translora_ray.recipe import Synthesis
 from translora_ray.records import TOO_LONG, Candidate, Pack, TaskRow, derive_seed
 
 ROLE = "generator"

@@ -8,10 +8,11 @@ from collections.abc import Callable, Sequence
 
 from translora_ray.adapters import inspect
 from translora_ray.answers import copied
-from translora_ray.config import Selection, Task
+from translora_ray.config import Task
 from translora_ray.engines.base import AdapterRef, Complete, Engine, Generate, Generation, Sampling
 from translora_ray.evaluation.metrics import reading, says, well_formed
 from translora_ray.prompts import Prompt, clean_answer, task_prompt
+from translora_ray.recipe import Selection
 from translora_ray.records import TOO_LONG, Candidate, Pack, derive_seed
 from translora_ray.token_weights import FindSpans, spread
 
