@@ -14,6 +14,7 @@ from typing import Any
 import numpy
 import results
 
+from translora_ray.evaluation.gate import REFUSE, REVIEW, SHIP
 from translora_ray.recipe import Gate
 
 SHOWN: dict[str, str] = {
@@ -117,18 +118,16 @@ def verdicts(chains: Sequence[Chain]) -> list[str]:
     lines += [f"| {before} | {after} | {counted[before, after]} |" for before, after in sorted(counted)]
     same, contradictions = (sum(count for pair, count in counted.items() if wrong(pair)) for wrong in (_same, _contradicting))
     lines += ["", f"The same in {same} of {counted.total()}; contradictions (one ships what the other refuses): {contradictions}."]
-    if all("paired" in chain for chain in chains if chain["agreement"]):
-        again = sum(redrawn(*chain["paired"][way]) for chain in chains for way in chain["agreement"])
-        lines.append(f"As many other test rows are expected to give the verdict of these in {again:.1f} of {counted.total()}.")
-    return lines
+    again = sum(redrawn(chain["verdicts"][way][1], *chain["paired"][way]) for chain in chains for way in chain["agreement"])
+    return [*lines, f"As many other test rows are expected to give the verdict of these in {again:.1f} of {counted.total()}."]
 
 
-def redrawn(gained: float, low: float, high: float, loss: float = Gate().loss) -> float:
+def redrawn(verdict: str, gained: float, low: float, high: float, loss: float = Gate().loss) -> float:
     """Chance that as many test rows, drawn anew, come to the same verdict: what is gained there is about normal around what was gained here, with twice the
     variance, as both vary; its interval is as wide."""
     found, (below, above) = NormalDist(gained, max(1e-9, 2**0.5 * (high - low) / 2 / 1.96)), (gained - low, high - gained)
     refuse, ship = found.cdf(-loss - above), 1 - found.cdf(-loss + below)
-    return ship if low >= -loss else refuse if high < -loss else 1 - ship - refuse
+    return {SHIP: ship, REFUSE: refuse, REVIEW: 1 - ship - refuse}[verdict]
 
 
 def _same(pair: tuple[str, ...]) -> bool:

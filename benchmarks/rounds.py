@@ -99,7 +99,7 @@ def answered(kit: Kit, base: str, adapter: AdapterRef | None, rows: Sequence[Tas
     prompts = [task_prompt(kit.task.prompt, row.input, kit.task.format) for row in rows]
     engine = open_engine("transformers", base, [adapter] if adapter else [])
     with Display() as display:
-        scores = answer_all(engine, {"accuracy": (prompts, adapter)}, kit.task, kit.seeds, list(rows), display)["accuracy"].scores
+        scores = answer_all(engine, {"accuracy": (prompts, adapter)}, kit, list(rows), display)["accuracy"].scores
     engine.close()
     result.write_text(json.dumps(scores))
     return scores

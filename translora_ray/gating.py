@@ -16,7 +16,7 @@ from translora_ray.evaluation.metrics import METRICS, agreement, reading
 from translora_ray.evaluation.statistics import chance_interval, wilson
 from translora_ray.placement import Run
 from translora_ray.progress import Display
-from translora_ray.prompts import answer_stops, clean_answer, task_prompt
+from translora_ray.prompts import clean_answer, task_prompt
 from translora_ray.records import Candidate, TaskRow
 from translora_ray.storage import ADAPTER, RunStore
 from translora_ray.stream.choose import choose
@@ -58,11 +58,11 @@ def pass_gate(
     task, seeds = plan.kit.task, plan.kit.seeds
     given = iter(run(_given, plan, store, [row.input for rows in (*asked, seeds) for row in rows]))
     phase.update(1, 1)
-    alike, unlike, right_ones = ([(row, answer) for row in rows if (answer := next(given)) is not None] for rows in (*asked, seeds))
+    alike, unlike, known = ([(row, answer) for row in rows if (answer := next(given)) is not None] for rows in (*asked, seeds))
     harder = len(unsettled) / max(1, len(unsettled) + sum(candidate.accepted for candidate in cool))
     examples, unsure = (_figure([agreement(task, answer, row.target) for row, answer in side]) for side in (alike, unlike))
     agreed, low, _ = ((1 - harder) * easy + harder * hard for easy, hard in zip(examples, unsure, strict=True))
-    right, *right_ends = _figure([METRICS[task.metric](answer, seed.target) for seed, answer in right_ones])
+    right, *right_ends = _figure([METRICS[task.metric](answer, seed.target) for seed, answer in known])
     measured = {"agreement": agreed, "agreement_ends": (low, examples[2]), "seeds": right, "seeds_ends": tuple(right_ends)}
     measured |= likeness(plan.kit.discriminator or {}, [candidate for candidate in trained if not plan.fills(candidate.index)])  # all filled seeds look real
     answers = gate.answers(task.classes, seeds, [reading(task, candidate.target or "") for candidate in trained])
@@ -102,7 +102,7 @@ def _given(plan: Plan, store: RunStore, inputs: Sequence[str]) -> list[str | Non
     with tempfile.TemporaryDirectory() as scratch:
         adapter = AdapterRef("transferred", str(store.fetch_folder(ADAPTER, Path(scratch) / ADAPTER)))
         engine = opener(plan.engine, plan.cluster.vllm, plan.engine_gpus, lambda message: None)(plan.target, [adapter])
-        sampling = Sampling(task.max_new_tokens, stop=answer_stops([seed.target for seed in plan.kit.seeds], task.format))
+        sampling = Sampling(task.max_new_tokens, stop=plan.kit.answer_stops)
         try:
             prompts = [task_prompt(task.prompt, text, task.format) for text in inputs]
             fit = [engine.fits(prompt, task.max_new_tokens) for prompt in prompts]

@@ -25,6 +25,7 @@ from translora_ray import adapters
 from translora_ray.config import Task
 from translora_ray.engines.base import AdapterRef
 from translora_ray.errors import UsageError, reason
+from translora_ray.prompts import answer_stops
 from translora_ray.records import TaskRow, derive_seed, read_rows
 from translora_ray.references import cache_root, once
 from translora_ray.storage import MANIFEST, RELEASE, RunStore, room
@@ -75,6 +76,11 @@ class Kit:
     @property
     def seed_inputs(self) -> list[str]:
         return [seed.input for seed in self.seeds]
+
+    @property
+    def answer_stops(self) -> tuple[str, ...]:
+        """Where an answer ends that an adapter does not end itself."""
+        return answer_stops([seed.target for seed in self.seeds], self.task.format)
 
     @property
     def copies(self) -> bool:

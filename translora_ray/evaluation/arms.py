@@ -19,7 +19,6 @@ from translora_ray.errors import UsageError
 from translora_ray.evaluation.metrics import says, well_formed
 from translora_ray.kit import Kit
 from translora_ray.progress import Display
-from translora_ray.prompts import answer_stops
 from translora_ray.recipe import BY_EXCESS, CUTTING, Method, Recipe
 from translora_ray.records import Candidate, Pack, TaskRow, derive_seed
 from translora_ray.storage import RunStore
@@ -140,8 +139,8 @@ class Arms:
         weighed = self.recipe.training.token_weights > 0
         spans = partial(answer_spans, models.load_tokenizer(self.manifest["source_base"])) if weighed else None
         selection = self.recipe.selection.model_copy(update={"as_asked": False})  # each arm looks itself
-        measured, stops = bool(BY_EXCESS.intersection(names)), answer_stops([seed.target for seed in self.kit.seeds], self.kit.task.format)
-        teacher = Teacher(engine, self.kit.task, self.kit.adapter, selection=selection, by_excess=measured, spans=spans, stops=stops)
+        kit, by_excess = self.kit, bool(BY_EXCESS.intersection(names))
+        teacher = Teacher(engine, kit.task, kit.adapter, selection=selection, by_excess=by_excess, spans=spans, stops=kit.answer_stops)
         seen, waiting = Seen(self.recipe.selection.near_duplicate), iter([each for each in self.candidates if each.reason in WRITTEN])
         phase, size = self.display.phase("answers for the arms"), self.recipe.synthesis.pack_size
 

@@ -11,7 +11,6 @@ from typing import Any
 
 from translora_ray import adapters, identity, kit
 from translora_ray.answers import check_labels
-from translora_ray.config import Task
 from translora_ray.engines.base import AdapterRef, Engine, Generate, OpenEngine, Sampling
 from translora_ray.errors import Diverged, UsageError
 from translora_ray.evaluation import arms, gate, page
@@ -19,7 +18,7 @@ from translora_ray.evaluation.distance import distances
 from translora_ray.evaluation.metrics import METRICS
 from translora_ray.evaluation.statistics import FEW, flips, mcnemar, paired_interval, wilson
 from translora_ray.progress import Display
-from translora_ray.prompts import Prompt, answer_stops, clean_answer, few_shot_prompt, task_prompt
+from translora_ray.prompts import Prompt, clean_answer, few_shot_prompt, task_prompt
 from translora_ray.records import TaskRow, read_rows
 from translora_ray.storage import ADAPTER, ANSWERS, MAP, REPORT, RESULT, RunStore
 from translora_ray.stream.dedup import normal
@@ -71,21 +70,22 @@ def evaluate(
         bare = [task_prompt(task.prompt, row.input, task.format) for row in rows]
         judged = loaded.discriminator is not None and loaded.base == loaded.teacher_base
         engine = open_engine(manifest["source_base"], [loaded.adapter, *([loaded.discriminator_adapter] if judged else [])])
-        found = answer_all(engine, {"source_base": (bare, None), "source_adapter": (bare, loaded.adapter)}, task, loaded.seeds, rows, display)
+        found = answer_all(engine, {"source_base": (bare, None), "source_adapter": (bare, loaded.adapter)}, loaded, rows, display)
         sets = made.sets(extra, engine)
         real = verdicts(engine, task.name, [row.input for row in rows], loaded.discriminator_adapter) if judged else None
         engine.close()
         if oracle_rows:
             sets["oracle"] = oracle_rows
-        target_arms: Asked = {"target_base": (bare, None), "target_few_shot": ([], None), "transferred": (bare, transferred)}
-        target_arms |= {name: (bare, adapter) for name, adapter in made.trained(extra, sets).items()}
+        trained = made.trained(extra, sets)
         learnt: dict[str, Sequence[TaskRow]] = {"transferred": made.trained_on, **({"oracle": oracle_rows} if oracle_rows else {})}
         repeated = _repeated(made, learnt, trainings, display)
         others: Asked = {adapter.name: (bare, adapter) for again in repeated for adapter in again.values()}
-        engine = open_engine(manifest["target_base"], [adapter for _, adapter in (target_arms | others).values() if adapter])
-        target_arms["target_few_shot"] = (_few_shots(engine, task, loaded.seeds, rows, display), None)
-        found |= answer_all(engine, target_arms, task, loaded.seeds, rows, display)
-        answered = answer_all(engine, others, task, loaded.seeds, rows, display)
+        engine = open_engine(manifest["target_base"], [transferred, *trained.values(), *(adapter for again in repeated for adapter in again.values())])
+        few = _few_shots(engine, loaded, rows, display)
+        target_arms: Asked = {"target_base": (bare, None), "target_few_shot": (few, None), "transferred": (bare, transferred)}
+        target_arms |= {name: (bare, adapter) for name, adapter in trained.items()}
+        found |= answer_all(engine, target_arms, loaded, rows, display)
+        answered = answer_all(engine, others, loaded, rows, display)
         engine.close()
     result = summary({arm: answered.scores for arm, answered in found.items()}, task.metric)
     if repeated:
@@ -105,9 +105,9 @@ def evaluate(
     return result
 
 
-def _few_shots(engine: Engine, task: Task, seeds: Sequence[TaskRow], rows: Sequence[TaskRow], display: Display) -> list[Prompt]:
+def _few_shots(engine: Engine, loaded: kit.Kit, rows: Sequence[TaskRow], display: Display) -> list[Prompt]:
     """All seeds before each row, or as many as leave room for all rows."""
-    shots = [(seed.input, seed.target) for seed in seeds]
+    task, shots = loaded.task, [(seed.input, seed.target) for seed in loaded.seeds]
     for shown in range(len(shots), 0, -1):
         prompts = [few_shot_prompt(task.prompt, shots[:shown], row.input, task.format) for row in rows]
         if all(engine.fits(prompt, task.max_new_tokens) for prompt in prompts):
@@ -137,10 +137,10 @@ def _say_how_little(rows: Sequence[TaskRow], data: str, display: Display) -> Non
         display.say(f"{data} has {len(rows)} rows: an accuracy of 0.5 would have an interval of {low:.2f} to {high:.2f}. Take {FEW} or more.")
 
 
-def answer_all(engine: Engine, asked: Asked, task: Task, seeds: list[TaskRow], rows: list[TaskRow], display: Display) -> dict[str, Answered]:
+def answer_all(engine: Engine, asked: Asked, loaded: kit.Kit, rows: list[TaskRow], display: Display) -> dict[str, Answered]:
     """Answers of the arms that share an engine."""
-    sampling = Sampling(task.max_new_tokens, stop=answer_stops([seed.target for seed in seeds], task.format))
-    metric = METRICS[task.metric]
+    sampling = Sampling(loaded.task.max_new_tokens, stop=loaded.answer_stops)
+    metric = METRICS[loaded.task.metric]
     found = {}
     for arm, (prompts, adapter) in asked.items():
         phase = display.phase(arm)

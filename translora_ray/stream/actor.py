@@ -19,7 +19,7 @@ from translora_ray.engines.base import Engine
 from translora_ray.engines.select import open_engine
 from translora_ray.errors import EngineDied, TransLoraError, reason
 from translora_ray.models import context_of, linear_shapes, load_tokenizer, skeleton
-from translora_ray.prompts import Prompt, answer_ids, answer_stops, prompt_ids
+from translora_ray.prompts import Prompt, answer_ids, prompt_ids
 from translora_ray.recipe import GeneratorKind, Synthesis
 from translora_ray.records import Pack, pack_to_table, packs_from_table
 from translora_ray.stream import discriminate, synthesize, teach
@@ -160,8 +160,7 @@ def _teaching(plan: Plan, _pool: Pool, engine: Engine) -> list[Stage]:
         return len(prompt_ids(tokenizer, prompt)) + len(answer_ids(tokenizer, prompt, answer)) <= context
 
     spans = partial(answer_spans, load_tokenizer(kit.teacher_base)) if plan.recipe.training.token_weights else None
-    stops = answer_stops([seed.target for seed in kit.seeds], kit.task.format)
-    return [teach.Teacher(engine, kit.task, kit.adapter, learnable, plan.selection, plan.by_excess, spans, stops)]
+    return [teach.Teacher(engine, kit.task, kit.adapter, learnable, plan.selection, plan.by_excess, spans, kit.answer_stops)]
 
 
 STAGES: dict[str, Callable[[Plan, Pool, Engine], list[Stage]]] = {synthesize.ROLE: _writing, discriminate.ROLE: _judging, teach.ROLE: _teaching}

@@ -52,12 +52,14 @@ def _kinds(plan: Plan, candidates: Sequence[Candidate]) -> tuple[list[Candidate]
 
 def _balanced(plan: Plan, candidates: Sequence[Candidate], most: int | None) -> list[Candidate]:
     """The first `most` candidates of each label."""
+    if most is None:
+        return list(candidates)
     counted = Counter[str]()
     kept = []
     for candidate in candidates:
         label = reading(plan.kit.task, candidate.target or "")
         counted[label] += 1
-        if most is None or counted[label] <= most:
+        if counted[label] <= most:
             kept.append(candidate)
     return kept
 

@@ -109,20 +109,22 @@ class Collector:
 
     def _decide(self, pack: Pack) -> None:
         for candidate in pack.open():
+            label = self._label(candidate)
             if self.full:
                 candidate.reason = NOT_NEEDED
             elif repeat := self.seen.repeats(candidate.input):
                 candidate.reason = repeat
-            elif self.most is not None and self.labels[self._label(candidate)] >= self.most:
+            elif self.most is not None and self.labels[label] >= self.most:
                 candidate.reason = LABEL_FULL
             else:
                 self.seen.add(candidate.input)
-                self.labels[self._label(candidate)] += 1
+                self.labels[label] += 1
                 self.accepted += 1
         self._decided.append(pack)
 
     def _label(self, candidate: Candidate) -> str:
-        return reading(self.plan.kit.task, candidate.target or "")
+        """What its answer says, where there may be too many of one label."""
+        return "" if self.most is None else reading(self.plan.kit.task, candidate.target or "")
 
     def commit(self, loads: list[str]) -> None:
         if not self._decided:

@@ -41,7 +41,7 @@ class Teacher:
     ) -> None:
         """`learnable` says whether the target base can take a prompt and its answer whole; `by_excess` measures what the adapter adds to each answer, and
         `spans`, where the engine's tokens stand in an answer, what it adds to each character. An answer ends at one of `stops`, as those of the target's
-        adapter will (`prompts.answer_stops`)."""
+        adapter will (`Kit.answer_stops`)."""
         self.engine, self.task, self.adapter, self.learnable = engine, task, adapter, learnable
         self.selection, self.by_excess, self.spans, self.stops = selection, by_excess, spans, stops
         self.virtual_tokens = inspect(adapter.path).virtual_tokens
