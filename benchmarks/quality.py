@@ -2,9 +2,9 @@
 
     make bench-quality         (or: python benchmarks/quality.py --data ../shared/data --seeds 3 [--quick | --more])
 
-Each (task, seed) is a whole chain: a kit, a transfer in each way, the arms made from the paper's candidates, and an oracle on the real rows. --quick takes
-three tasks; --more adds transfers with the discriminator's cut or another generator, and more arms. --jobs chains run at a time, on an even share of the
-cores each.
+Each (task, seed) is a whole chain: a kit, a transfer in each way, the arms made from the paper's candidates, and an oracle on the real rows, trained as
+`evaluate --oracle` does it beside the default: for as many steps, but for at most six epochs. --quick takes three tasks; --more adds transfers with the
+discriminator's cut or another generator, and more arms. --jobs chains run at a time, on an even share of the cores each.
 
 Logs and runs lie in runs/quality/; what is there is not computed again. Figures of finished chains are kept in benchmarks/quality.json, so that chains may be
 run on several days; table and plot are made from it, and say of which commits they are. A chain of another task, recipe or set of ways replaces what was kept.
@@ -117,7 +117,8 @@ def run(name: str, seed: int, data: Path, work: Path, threads: int, more: bool) 
     decided = {way: decide[way](recipe) for way, recipe in recipes.items()}
     if decided["default"].selection.method == "none":
         del ways["alone"], decided["alone"]
-    settings = {"task": asked.model_dump() | {"train": name}, "recipes": {way: recipe.model_dump() for way, recipe in decided.items()}, "more": more}
+    recipe_of = {way: recipe.model_dump() for way, recipe in decided.items()}
+    settings = {"task": asked.model_dump() | {"train": name}, "recipes": recipe_of, "more": more, "oracle": "default"}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
     if (kept := finished().get(name, {}).get(str(seed))) and kept["settings"] == digest:
         return dict(kept)
@@ -126,17 +127,16 @@ def run(name: str, seed: int, data: Path, work: Path, threads: int, more: bool) 
     if not kit.exists():
         transfer.translora(here, threads, "prepare", str(task), "--base", transfer.SOURCE, "--out", str(kit))
     kits = dict.fromkeys(ways, kit) | ({"paper": _paper_kit(name, here, data, threads, seed)} if checked else {})
-    arms, oracle = [*ARMS, *(MORE_ARMS if more else [])], data / name / "train.jsonl"
+    asked_of = {"paper": ("--arms", *ARMS, *(MORE_ARMS if more else [])), "default": ("--oracle", str(data / name / "train.jsonl"))}
     chain: Chain = {"commit": results.commit(), "settings": digest, "accuracy": {}, "verdicts": {}, "agreement": {}, "paired": {}, "candidates": {}}
     answers: dict[str, list[float]] = {}
     for way in ways:
         out = here / way
         manifest = transfer.transferred(here, threads, out, str(kits[way]), "--target", transfer.TARGET, "--recipe", str(here / f"{way}.yaml"))
-        if way == "paper":
-            result = _evaluated(here, threads, out, arms, oracle)
-            given = RunStore(str(out)).answers()
-            answers = {arm: [row["scores"][arm] for row in given] for arm in result["arms"]}
-            chain["accuracy"] = {arm: value["accuracy"] for arm, value in result["arms"].items() if arm in SHOWN}
+        if way in asked_of:
+            result = _evaluated(here, threads, out, asked_of[way])
+            answers = {arm: [row["scores"][arm] for row in RunStore(str(out)).answers()] for arm in result["arms"]}
+            chain["accuracy"] |= {arm: value["accuracy"] for arm, value in result["arms"].items() if arm in SHOWN}
         else:
             adapter = AdapterRef("transferred", str(out / "adapter"))
             scores = answered(load(kit), transfer.TARGET, adapter, read_rows(here / "test.jsonl"), here / f"{way}-scores.json")
@@ -180,11 +180,10 @@ def _paper_kit(name: str, here: Path, data: Path, threads: int, seed: int) -> Pa
     return kit
 
 
-def _evaluated(here: Path, threads: int, out: Path, arms: list[str], oracle: Path) -> dict[str, Any]:
-    result = here / f"{out.name}-{'-'.join(arms)}.json"
+def _evaluated(here: Path, threads: int, out: Path, options: tuple[str, ...]) -> dict[str, Any]:
+    result = here / f"{out.name}.json"
     if not result.exists():
-        options = ("--oracle", str(oracle), "--arms", *arms, "--json", str(result))
-        transfer.translora(here, threads, "evaluate", str(out), "--data", str(here / "test.jsonl"), *options)
+        transfer.translora(here, threads, "evaluate", str(out), "--data", str(here / "test.jsonl"), *options, "--json", str(result))
     found: dict[str, Any] = json.loads(result.read_text())
     return found
 
