@@ -105,7 +105,7 @@ def _lora(folder: Path, config: dict[str, Any], tensors: dict[str, list[int]]) -
             f"{folder / CONFIG} has init_lora_weights {config['init_lora_weights']!r}, which changes the base's own weights: convert it to a plain LoRA first."
         )
     rank, alpha = config.get("r"), config.get("lora_alpha")
-    if not isinstance(rank, int) or not isinstance(alpha, int | float) or config.get("rank_pattern"):
+    if not isinstance(rank, int) or not isinstance(alpha, int | float) or config.get("rank_pattern") or config.get("alpha_pattern"):
         raise UsageError(f"{folder / CONFIG} does not give one rank and one alpha for all modules: only such adapters can be moved.")
     for module, pair in sides.items():
         if {pair["A"][0], pair["B"][1]} != {rank}:
@@ -129,6 +129,8 @@ def _prompt(folder: Path, tensors: dict[str, list[int]]) -> dict[str, Any]:
         raise _foreign(folder, foreign[0])
     if not tensors:
         raise UsageError(f"{folder / WEIGHTS} is incomplete: no {PROMPT} in it; save the adapter again.")
+    if len(tensors[PROMPT]) != 2:
+        raise UsageError(f"{folder / WEIGHTS} has {PROMPT} of {len(tensors[PROMPT])} dimensions for two: save the adapter again.")
     tokens, width = tensors[PROMPT]
     return {"shapes": {}, "virtual_tokens": tokens, "width": width}
 

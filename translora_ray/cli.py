@@ -45,16 +45,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
-def _reference(reference: str) -> str:
+def _reference(reference: str, name: str) -> str:
     """A path among the model references as an absolute one: it is stored, and read from other directories."""
-    return str(Path(reference).expanduser().resolve()) if Path(reference).expanduser().exists() else reference
+    path = Path(reference).expanduser()
+    return _place(str(path), name) if path.exists() else reference
 
 
 def _place(path: str, name: str) -> str:
     """A path that is written, or stored for later, as an absolute one; URIs stay."""
-    if "://" in path or Path(path).is_absolute():
+    if "://" in path:
         return path
-    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
+    if not Path(path).is_absolute() and "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
         raise UsageError(f"{name} {path} would lie in the job's temporary working directory: give an absolute path or a URI.")
     return str(Path(path).resolve())
 
@@ -82,7 +83,7 @@ def _prepare(options: argparse.Namespace) -> int:
     with Display() as display:
         facts = preparing.prepare(
             task,
-            _reference(options.base),
+            _reference(options.base, "--base"),
             out,
             options.adapter,
             not options.no_discriminator,
@@ -104,7 +105,7 @@ def _transfer(options: argparse.Namespace) -> int:
     from translora_ray.storage import REPORT
 
     with Display() as display:
-        manifest = workflow.transfer(kit, _reference(options.target), out, config, options.engine, display)
+        manifest = workflow.transfer(kit, _reference(options.target, "--target"), out, config, options.engine, display)
     counts = {f"rejected, {reason}": count for reason, count in manifest["counts"]["rejects"].items()}
     facts = {
         "adapter": f"{options.out}/adapter",
@@ -179,6 +180,8 @@ def _check_json(name: str | None) -> None:
         place = Path(_place(name, "--json"))
         if place.is_dir() or not place.parent.is_dir():
             raise UsageError(f"--json {name}: this is a directory, or lies in none; name a file in one that exists.")
+        if not os.access(place if place.exists() else place.parent, os.W_OK):
+            raise UsageError(f"--json {name} can not be written: name another file, or change the permissions.")
 
 
 def _write_json(name: str | None, result: dict[str, Any]) -> None:
@@ -186,7 +189,10 @@ def _write_json(name: str | None, result: dict[str, Any]) -> None:
     if name == "-":
         print(text)
     elif name:
-        Path(name).write_text(text + "\n")
+        from translora_ray.disk import room
+
+        with room(Path(name)):
+            Path(name).write_text(text + "\n")
 
 
 def _audit(options: argparse.Namespace) -> int:
@@ -225,7 +231,7 @@ def _serve(options: argparse.Namespace) -> int:
 
     arguments = {
         "registry": _place(options.registry, "REGISTRY"),
-        "bases": [_reference(base) for base in options.base],
+        "bases": [_reference(base, "--base") for base in options.base],
         "engine": options.engine,
         "keys": options.keys and _place(options.keys, "--keys"),
         "replicas": options.replicas,

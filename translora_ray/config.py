@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 EngineKind = Literal["auto", "transformers", "vllm"]
 AdapterType = Literal["lora", "rslora", "dora", "prompt_tuning", "ia3"]
-NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
+NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
 """What a task may be called, and whatever takes its name from one: names become parts of paths."""
 MOST_RANK, MOST_TEMPERATURE = 512, 2.0
 """What vLLM takes."""
@@ -108,12 +108,13 @@ class Task(Section):
     seeds: int = Field(5, ge=1)
     """Rows that go into the kit (paper: 5, one task needed 15). Spread over the targets where these are classes."""
     labels: list[str] | Literal["from_rows", "open"] = "from_rows"
-    """The classes that answers come from; the teacher's other answers are rejects. `from_rows`: the different targets of the rows where these come at least
-    four times each in the mean, else as `open`: any text. Names of classes go into the kit, so give `open` where they are secret."""
+    """The classes that answers come from; the teacher's other answers are rejects. `from_rows`: with the metrics exact_match and choice the different targets
+    of the rows where these come at least four times each in the mean, else as `open`: any text. Names of classes go into the kit, so give `open` where they
+    are secret."""
     answer_words: list[str] | Literal["from_rows", "any"] = "from_rows"
-    """What answers may say beside words of their input, such as names of slots; the teacher's other answers are rejects. `from_rows`: where `labels`
-    are not given and the rows' answers are no classes, but say nothing else than words that do so in four rows or more, these words (`answers.py`); else
-    `any`: whatever they like. The words go into the kit, so give `any` where they are secret."""
+    """What answers may say beside words of their input, such as names of slots; the teacher's other answers are rejects. `from_rows`: with the metrics
+    exact_match and rouge_l, where `labels` are not given and the rows' answers are no classes, but say nothing else than words that do so in four rows or more,
+    these words (`answers.py`); else `any`: whatever they like. The words go into the kit, so give `any` where they are secret."""
     format: Literal["text", "chat"] = "text"
     """`chat` sends the prompt as one user message through each base's own template."""
     seed: int = 0

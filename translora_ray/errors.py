@@ -22,6 +22,10 @@ class UsageError(TransLoraError):
     """Input, configuration or resources that can not work: exit code 2, nothing written."""
 
 
+class NoRoom(UsageError):
+    """The disk is full: true for all that is written there, not for one run."""
+
+
 class RunFailed(TransLoraError):
     """Work that began and could not be finished, though the input was sound: exit code 1, committed work stays."""
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy
 
+from translora_ray.adapters import inspect
 from translora_ray.engines.base import AdapterRef, Generate, Sampling
 from translora_ray.engines.select import opener
 from translora_ray.evaluation import gate
@@ -63,7 +64,9 @@ def pass_gate(
     examples, unsure = (_figure([agreement(task, answer, row.target) for row, answer in side]) for side in (alike, unlike))
     agreed, low, _ = ((1 - harder) * easy + harder * hard for easy, hard in zip(examples, unsure, strict=True))
     right, *right_ends = _figure([METRICS[task.metric](answer, seed.target) for seed, answer in known])
-    measured = {"agreement": agreed, "agreement_ends": (low, examples[2]), "seeds": right, "seeds_ends": tuple(right_ends)}
+    measured: dict[str, Any] = {"agreement": agreed, "agreement_ends": (low, examples[2])}
+    if task.metric != "code":  # a seed's program is not a test of another one
+        measured |= {"seeds": right, "seeds_ends": tuple(right_ends)}
     measured |= likeness(plan.kit.discriminator or {}, [candidate for candidate in trained if not plan.fills(candidate.index)])  # all filled seeds look real
     answers = gate.answers(task.classes, seeds, [reading(task, candidate.target or "") for candidate in trained])
     counted = {"held_out": len(alike), "between": len(unlike)}
@@ -105,7 +108,8 @@ def _given(plan: Plan, store: RunStore, inputs: Sequence[str]) -> list[str | Non
         sampling = Sampling(task.max_new_tokens, stop=plan.kit.answer_stops)
         try:
             prompts = [task_prompt(task.prompt, text, task.format) for text in inputs]
-            fit = [engine.fits(prompt, task.max_new_tokens) for prompt in prompts]
+            new_tokens = task.max_new_tokens + inspect(adapter.path).virtual_tokens
+            fit = [engine.fits(prompt, new_tokens) for prompt in prompts]
             given = iter(engine.generate([Generate(prompt, sampling, adapter) for prompt, fits in zip(prompts, fit, strict=True) if fits]))
         finally:
             engine.close()

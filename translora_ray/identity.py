@@ -37,7 +37,9 @@ def as_begun(recipe: Recipe, store: RunStore, loaded: Kit) -> Recipe:
     """The recipe; where it and an older run both leave something open, with what that was then."""
     if not store.exists(IDENTITY):
         return recipe
-    begun = store.read_json(IDENTITY)["recipe"]
+    begun = store.read_json(IDENTITY).get("recipe")
+    if begun is None:
+        raise UsageError(f"{store.uri} is no run, though it has a {IDENTITY}: choose another --out.")
     then, lacking = _left_open(begun["selection"], loaded), _lacking(begun["synthesis"], loaded)
     both = {key: then[key] for key in then.keys() & _left_open(recipe.selection.model_dump(), loaded).keys()}
     epochs = recipe.training.epochs

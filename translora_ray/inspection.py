@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from translora_ray.errors import UsageError
 from translora_ray.evaluation.report import show_facts
 from translora_ray.registry import RELEASES, Registry
 from translora_ray.releases import parse_id
-from translora_ray.storage import ADAPTER, IDENTITY, MANIFEST, RunStore
+from translora_ray.storage import ADAPTER, IDENTITY, MANIFEST, RunStore, reaching
 
 
 def inspect(paths: list[str]) -> None:
@@ -35,8 +36,8 @@ def inspect(paths: list[str]) -> None:
 
 def _facts(path: str) -> tuple[str, dict[str, Any]]:
     folder = Path(path)
-    if (folder / kit.FACTS).exists():
-        loaded = kit.load(folder)
+    if _holds(path, kit.FACTS):
+        loaded = kit.load(path)
         facts = {"task": loaded.task.name, "base": loaded.base, "rows": loaded.rows, "seeds": len(loaded.seeds)}
         return "transfer kit, sound", facts | {"discriminator": loaded.discriminator, "generator adapter": loaded.generator, "digest": loaded.digest}
     if (folder / adapters.CONFIG).exists():
@@ -47,16 +48,26 @@ def _facts(path: str) -> tuple[str, dict[str, Any]]:
     return "model", asdict(models.describe(path))
 
 
+def _holds(path: str, name: str) -> bool:
+    """Whether a file of that name lies in a directory or at a URI; of what is neither, none does."""
+    if "://" not in path:
+        return (Path(path) / name).exists()
+    store = RunStore(path)
+    with reaching(store.uri):
+        return store.exists(name)
+
+
 def _run(store: RunStore) -> tuple[str, dict[str, Any]]:
     if not store.exists(IDENTITY):
-        raise UsageError(f"There is no run at {store.uri}.")
+        raise UsageError(f"There is no kit or run at {store.uri}: correct the address.")
     identity = store.read_json(IDENTITY)
     accepted = sum(candidate.accepted for candidate in store.candidates())
     facts = {"recipe": identity["recipe_hash"], "accepted": accepted, "finished": store.exists(MANIFEST)}
-    if store.exists(MANIFEST) and store.local:
+    if store.exists(MANIFEST):
         manifest = store.read_json(MANIFEST)
-        if adapters.inspect(store.path(ADAPTER)).digest != manifest["adapter_digest"]:
-            raise UsageError(f"The adapter in {store.uri} is not the one its manifest describes: do not use it.")
+        with tempfile.TemporaryDirectory() as scratch:
+            if adapters.inspect(store.fetch_folder(ADAPTER, Path(scratch))).digest != manifest["adapter_digest"]:
+                raise UsageError(f"The adapter in {store.uri} is not the one its manifest describes: do not use it.")
         facts |= {
             "source": manifest["source_base"],
             "target": manifest["target_base"],

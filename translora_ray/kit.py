@@ -25,10 +25,11 @@ from translora_ray import adapters
 from translora_ray.config import Task
 from translora_ray.engines.base import AdapterRef
 from translora_ray.errors import UsageError, reason
-from translora_ray.prompts import answer_stops
+from translora_ray.prompts import answer_stops, several_lines
 from translora_ray.records import TaskRow, derive_seed, read_rows
-from translora_ray.references import cache_root, once
-from translora_ray.storage import MANIFEST, RELEASE, RunStore, room
+from translora_ray.references import once
+from translora_ray.storage import MANIFEST, RELEASE, RunStore
+from translora_ray.stream.dedup import normal
 from translora_ray.stream.fill import fillable
 
 FACTS = "kit.json"
@@ -67,6 +68,8 @@ class Kit:
     generator_adapter: AdapterRef
     lineage: tuple[str, ...] = ()
     rows_digest: str = ""
+    several_lines: bool = False
+    """Whether some row's answer has several lines; of a kit that does not say so, some seed's."""
 
     @property
     def bases(self) -> dict[str, str]:
@@ -80,7 +83,7 @@ class Kit:
     @property
     def answer_stops(self) -> tuple[str, ...]:
         """Where an answer ends that an adapter does not end itself."""
-        return answer_stops([seed.target for seed in self.seeds], self.task.format)
+        return answer_stops(self.several_lines, self.task.format)
 
     @property
     def copies(self) -> bool:
@@ -124,13 +127,14 @@ def _read(folder: Path, place: str) -> Kit:
         raise UsageError(f"{place} is not a transfer kit: it has no {FACTS}; make one with `translora prepare`.")
     try:
         facts = json.loads((folder / FACTS).read_text())
+        seeds = read_rows(folder / SEEDS)
         kit = Kit(
             path=place,
             task=Task.model_validate(facts["task"]),
             base=facts["base"],
             base_fingerprint=facts["base_fingerprint"],
             rows=facts["rows"],
-            seeds=read_rows(folder / SEEDS),
+            seeds=seeds,
             discriminator=facts["discriminator"],
             digest=facts["digest"],
             adapter=AdapterRef("teacher", str(folder / ADAPTER)),
@@ -140,6 +144,7 @@ def _read(folder: Path, place: str) -> Kit:
             generator=facts.get("generator"),
             generator_adapter=AdapterRef("generator", str(folder / GENERATOR)),
             rows_digest=facts.get("rows_digest", ""),
+            several_lines=facts.get("several_lines", several_lines(seeds)),
         )
         digests = facts["adapters"]
         whole = digest_of(facts, (folder / SEEDS).read_text(encoding="utf-8")) == facts["digest"]
@@ -171,8 +176,7 @@ def _fetched(uri: str) -> Path:
                 store.fetch_folder(folder, copy / folder)
         _read(copy, uri)  # what is not whole does not become a copy
 
-    with room(cache_root() / "kits" / key):
-        return once(f"kits/{key}", fetch)
+    return once(f"kits/{key}", fetch)
 
 
 def behind(manifest: dict[str, Any], run: str | Path) -> Kit:
@@ -181,6 +185,16 @@ def behind(manifest: dict[str, Any], run: str | Path) -> Kit:
     if found.digest != manifest["kit"]:
         raise UsageError(f"The kit at {found.path} is not the one {run} was made from: bring back the original.")
     return found
+
+
+def is_gone(place: str) -> bool:
+    """Whether nothing is at a kit's place any more, or at the one that a run or a release there goes back to."""
+    store = RunStore(place)
+    if store.exists(MANIFEST):
+        return is_gone(store.read_json(MANIFEST)["kit_path"])
+    if store.exists(RELEASE) and (run := store.read_json(RELEASE).get("run")):
+        return is_gone(run)
+    return not store.exists()
 
 
 def _hop(folder: Path, place: str) -> Kit:
@@ -252,11 +266,18 @@ def _alike(texts: Sequence[str]) -> Any:
     return process.cdist(begun, begun, scorer=Indel.normalized_similarity, workers=-1)
 
 
-def order_for_discriminator(task: Task, rows: Sequence[TaskRow]) -> tuple[list[str], list[str]]:
-    """Inputs that the discriminator of `task` is measured on, and those that it learns from: the same ones for the same rows in the same order."""
-    held = max(1, round(len(rows) * HELD_OUT))
-    inputs = [row.input for row in random.Random(derive_seed(task.seed, "held out")).sample(list(rows), len(rows))]
-    return inputs[:held], inputs[held:]
+def order_for_discriminator(task: Task, rows: Sequence[TaskRow], distinct: bool = True) -> tuple[list[str], list[str]]:
+    """Inputs that the discriminator of `task` is measured on, and those that it learns from: the same ones for the same rows in the same order. An input that
+    repeats another one is left out; without `distinct`, as older kits were made, it may be on both sides."""
+    inputs = [row.input for row in rows]
+    if distinct:
+        first = dict[str, str]()
+        for text in inputs:
+            first.setdefault(normal(text), text)
+        inputs = list(first.values())
+    drawn = random.Random(derive_seed(task.seed, "held out")).sample(inputs, len(inputs))
+    held = max(1, round(len(drawn) * HELD_OUT))
+    return drawn[:held], drawn[held:]
 
 
 def rows_digest(rows: Sequence[TaskRow]) -> str:
@@ -266,4 +287,5 @@ def rows_digest(rows: Sequence[TaskRow]) -> str:
 
 def digest_of(facts: dict[str, Any], seeds: str) -> str:
     decisive = {key: facts[key] for key in ("task", "base_fingerprint", "rows", "adapters", "discriminator")}
+    decisive |= {key: facts[key] for key in ("several_lines",) if key in facts}  # which older kits lack
     return hashlib.sha256((json.dumps(decisive, sort_keys=True) + seeds).encode()).hexdigest()[:16]

@@ -16,17 +16,13 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, NoReturn
 
-from translora_ray.errors import RunFailed, UsageError, first_line
-from translora_ray.storage import RunStore
+from translora_ray.errors import UsageError
+from translora_ray.storage import RunStore, reaching
 
 MARKER = "registry.json"
 CLAIMS = "claims"
 READERS = 16
 """Files that are read from an object store at the same time."""
-
-
-class Unreachable(RunFailed):
-    """The registry's storage does not answer; it may do so later."""
 
 
 class Unsound(UsageError):
@@ -56,7 +52,7 @@ class Ledger:
 
     def exists(self) -> bool:
         """Whether anything was ever written."""
-        with self.reaching():
+        with reaching(self.uri):
             return self.store.exists(MARKER)
 
     def check(self) -> None:
@@ -67,25 +63,15 @@ class Ledger:
     @contextlib.contextmanager
     def writing(self, create: bool = False) -> Iterator[None]:
         """One writer at a time on local disk; it waits for the others. `create`: begin where there is nothing yet."""
-        with self.reaching():
+        with reaching(self.uri):
             if create:
-                self._refuse_other()
+                self.refuse_other()
             else:
                 self.check()
             with self.store.lock(wait=True):
                 if not self.store.exists(MARKER):
                     self.store.write_json(MARKER, {"format": 1})
                 yield
-
-    @contextlib.contextmanager
-    def reaching(self) -> Iterator[None]:
-        """Storage's own errors in one sentence."""
-        try:
-            yield
-        except (PermissionError, NotADirectoryError, FileExistsError) as error:
-            raise UsageError(f"{self.uri} can not be used ({first_line(error)}): correct the path or its permissions.") from None
-        except OSError as error:
-            raise Unreachable(f"{self.uri} can not be reached ({first_line(error)}): check the network, its address and the keys.") from None
 
     def claim(self, place: str, last: int, width: int = 0) -> int:
         """A number above `last` that is this writer's alone. One that is claimed and not used stays unused."""
@@ -122,8 +108,9 @@ class Ledger:
             skip(damaged)
             return None
 
-    def _refuse_other(self) -> None:
+    def refuse_other(self) -> None:
         """Raise `UsageError` where there is something else."""
-        names = self.store.names("")
+        with reaching(self.uri):
+            names = self.store.names("")
         if names and MARKER not in names:
             raise UsageError(f"{self.uri} is not empty and not a registry: choose another place.")

@@ -178,7 +178,10 @@ def _check_weights(reference: str, folder: Path) -> None:
 
     files = {file.name for file in folder.glob("*.safetensors")}
     for index in folder.glob("*.safetensors.index.json"):
-        files |= set(json.loads(index.read_text())["weight_map"].values())
+        try:
+            files |= set(json.loads(index.read_text())["weight_map"].values())
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UsageError(f"The model {reference} is not whole: {index.name} can not be read ({first_line(error)}); copy it again.") from None
     if not files:
         raise UsageError(f"The model {reference} has no weights in safetensors: convert it; pickled weights are never loaded.")
     for name in sorted(files):

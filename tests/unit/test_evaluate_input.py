@@ -18,9 +18,10 @@ from translora_ray.engines.transformers import TransformersEngine
 from translora_ray.errors import UsageError
 from translora_ray.evaluation import page
 from translora_ray.evaluation.arms import Arms
-from translora_ray.evaluation.compare import _say_how_little, check_rows, evaluate
+from translora_ray.evaluation.compare import _check_room, _few_shots, _say_how_little, check_rows, evaluate
 from translora_ray.evaluation.statistics import wilson
 from translora_ray.progress import Display
+from translora_ray.prompts import Prompt
 from translora_ray.recipe import Gate, Recipe, Selection, Synthesis
 from translora_ray.records import Candidate, TaskRow
 from translora_ray.storage import RunStore
@@ -151,3 +152,16 @@ def test_an_ia3_teacher_takes_turns_with_the_discriminators_lora(
         result = evaluate(str(tmp_path / "run"), str(tmp_path / "test.jsonl"), None, [], opener("transformers", Vllm(), None, display.say), display)
     assert len(result["verdicts"]["real"]) == 30
     assert set(result["arms"]) == {"source_base", "source_adapter", "target_base", "target_few_shot", "transferred"}
+
+
+def test_rows_that_are_too_long_are_found_before_anything_is_trained(loaded: kit.Kit, tiny_llama: str, tiny_gemma: str) -> None:
+    manifest, taught = {"source_base": tiny_llama, "target_base": tiny_gemma}, [loaded.adapter, loaded.adapter]
+    _check_room([Prompt("Q: red\nA:")], manifest, taught, 4, "test.jsonl")
+    with pytest.raises(UsageError, match=r"test\.jsonl: row 2 has 2045 tokens with its prompt, .*llama takes 2044 beside an answer"):
+        _check_room([Prompt("Q"), Prompt("x" * 2045)], manifest, taught, 4, "test.jsonl")
+
+
+def test_few_shots_are_none_where_not_even_one_fits(loaded: kit.Kit, engine: TransformersEngine) -> None:
+    long = [TaskRow("x" * 2030, "a")]
+    with Display() as display:
+        assert _few_shots(engine, loaded, long, display) == [Prompt("Q: " + "x" * 2030 + "\nA:")]

@@ -16,14 +16,17 @@ from translora_ray.adapters import digest
 from translora_ray.background import beside
 from translora_ray.cli import main
 from translora_ray.errors import UsageError
+from translora_ray.evaluation.compare import compared
 from translora_ray.fleet import state as states
 from translora_ray.fleet.groups import check_all
 from translora_ray.fleet.lease import lease
 from translora_ray.fleet.manifest import load_fleet
 from translora_ray.fleet.page import write_page
+from translora_ray.kit import rows_digest
 from translora_ray.progress import Display
+from translora_ray.records import read_rows
 from translora_ray.registry import Registry
-from translora_ray.storage import RunStore
+from translora_ray.storage import RESULT, RunStore
 
 ROOT = Path(__file__).parents[2]
 
@@ -54,6 +57,56 @@ def test_a_fleet_comes_to_transfers_with_their_own_recipes(tmp_path: Path) -> No
     assert wanted[0].out == f"{tmp_path}/fleet/runs/a-kit"
     assert [(each.target, each.priority, each.release) for each in wanted[1:3]] == [("base", 1.0, None), ("base", 2.0, "special-base")]
     assert (fleet.out, fleet.registry, fleet.trainings) == (str(tmp_path / "fleet"), "s3://bucket/registry", 2)
+
+
+@pytest.mark.parametrize(
+    ("keys", "wrong"),
+    [
+        ({"kits": [{"kit": "one", "name": "x" * 90}], "target": ["one/base-model", "one/another"]}, "which is too long or begins with no letter or digit"),
+        ({"recipe": {"overlap": True}}, "kits.0: overlap is for single transfers"),
+    ],
+)
+def test_what_could_not_be_published_or_moved_is_refused_at_once(tmp_path: Path, keys: dict[str, object], wrong: str) -> None:
+    with pytest.raises(UsageError, match=wrong):
+        load_fleet(write(tmp_path, **keys))
+
+
+def test_kits_below_a_folder_whose_name_is_like_a_pattern_are_found(tmp_path: Path) -> None:
+    folder = tmp_path / "x[1]"
+    for name in ("a", "b", "c[2]"):
+        (folder / "kits" / name).mkdir(parents=True)
+    assert [each.kit for each in load_fleet(write(folder, kits=["kits/*"]))[1]] == [str(folder / "kits" / name) for name in ("a", "b", "c[2]")]
+    assert [each.name for each in load_fleet(write(folder, kits=["kits/c[2]"]))[1]] == ["c-2-"]
+
+
+def test_in_a_job_a_base_beside_the_fleet_must_be_named_as_one_that_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    (tmp_path / "base").mkdir()
+    keys = {"out": "/runs/fleet", "kits": ["/kits/one"]}
+    with pytest.raises(UsageError, match="target base would lie in the job's temporary working directory"):
+        load_fleet(write(tmp_path, **keys))
+    assert load_fleet(write(tmp_path, **keys, target="org/base"))[1][0].target == "org/base"
+
+
+def test_a_registry_that_could_not_be_written_is_refused_before_anything_is_computed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "registry").mkdir()
+    (tmp_path / "registry" / "other").touch()
+    assert main(["fleet", write(tmp_path, registry="registry"), "--engine", "transformers"]) == 2
+    assert "is not empty and not a registry" in capsys.readouterr().err and not (tmp_path / "fleet").exists()
+
+
+def test_an_evaluation_is_one_of_its_rows(tmp_path: Path) -> None:
+    store, rows = RunStore(str(tmp_path / "run")), tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"input": "1", "target": "a"}) + "\n")
+    assert not compared(store, str(rows))
+    store.write_json(RESULT, {"rows_digest": rows_digest(read_rows(rows))})
+    assert compared(store, str(rows))
+    rows.write_text(json.dumps({"input": "2", "target": "a"}) + "\n")
+    assert not compared(store, str(rows))
+    rows.unlink()
+    assert compared(store, str(rows)), "they may be gone by now"
+    store.write_json(RESULT, {})
+    assert compared(store, "rows of which an older version said nothing")
 
 
 def test_a_registry_leads_to_the_newest_release_of_each_name_for_a_base(tmp_path: Path) -> None:
@@ -222,7 +275,10 @@ def test_a_fleet_of_bad_kits_fails_each_with_its_reason(tmp_path: Path, capsys: 
     transfers = json.loads((tmp_path / "fleet" / "fleet.json").read_text())["transfers"]
     assert [row["state"] for row in transfers] == ["failed"] * 4
     assert all("is not a transfer kit" in row["reason"] for row in transfers[:2])
-    assert [f"{tmp_path / name} can not be read (" in row["reason"] for name, row in zip(("run", "odd"), transfers[2:], strict=True)] == [True, True]
+    assert [f"{tmp_path / name}, its bases or its run can not be read (" in row["reason"] for name, row in zip(("run", "odd"), transfers[2:], strict=True)] == [
+        True,
+        True,
+    ]
     assert main(["fleet", path]) == 2
     assert "holds a fleet already: give --resume" in capsys.readouterr().err
     assert main(["fleet", path, "--resume"]) == 1

@@ -20,7 +20,7 @@ import pytest
 from tests.unit.test_fleet import until, write
 from translora_ray.background import beside
 from translora_ray.cli import main
-from translora_ray.errors import RunFailed, Stopped, UsageError
+from translora_ray.errors import NoRoom, RunFailed, Stopped, UsageError
 from translora_ray.fleet import lease as leases
 from translora_ray.fleet import state as states
 from translora_ray.fleet.lease import holder, lease
@@ -107,6 +107,22 @@ def test_a_storage_that_is_away_for_too_long_is_no_other_driver(tmp_path: Path) 
         store.away = True
         assert lost.get(timeout=10) == leases.SILENT
         store.away = False
+
+
+def test_a_disk_that_stays_full_is_named_when_the_lease_is_lost(tmp_path: Path) -> None:
+    class Full(RunStore):
+        full = False
+
+        def write(self, name: str, content: bytes) -> None:
+            if self.full:
+                raise NoRoom("There is no room.")
+            super().write(name, content)
+
+    store, lost = Full(str(tmp_path / "fleet")), queue.Queue[str]()
+    with lease(store, lost.put, seconds=0.4):
+        store.full = True
+        assert lost.get(timeout=10) == "There is no room."
+        store.full = False
 
 
 def test_a_storage_that_keeps_one_waiting_does_not_make_a_lease_longer(tmp_path: Path) -> None:

@@ -10,9 +10,10 @@ import pytest
 from tests.conftest import BALLAST, fill, save_run, small_disk
 from tests.unit.conftest import rows, stream
 from translora_ray.cli import main
+from translora_ray.disk import commit_folder
 from translora_ray.errors import UsageError
 from translora_ray.registry import Registry
-from translora_ray.storage import RunStore, commit_folder
+from translora_ray.storage import RunStore
 from translora_ray.stream.plan import Plan
 
 

@@ -77,3 +77,9 @@ def test_a_run_of_two_examples_for_each_row_goes_on_as_it_began(tmp_path: Path, 
     keep(tmp_path / "run", older, trained)
     found = again(tiny_kit, tiny_gemma, tmp_path / "run", "synthesis.by_label=true")
     assert (found.selection.quota, found.training.epochs, found.synthesis.high_temperature) == (120, 6, 1.0)
+
+
+def test_a_file_of_another_kind_is_no_run(tmp_path: Path, tiny_kit: Path, tiny_gemma: str) -> None:
+    keep(tmp_path / "run", {"name": "something else"})
+    with pytest.raises(UsageError, match=r"run is no run, though it has a run\.json: choose another --out"):
+        again(tiny_kit, tiny_gemma, tmp_path / "run")

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import save_run, task_rows
 from translora_ray import adapters, kit
 from translora_ray.cli import main
 from translora_ray.errors import UsageError
+from translora_ray.records import TaskRow
 from translora_ray.registry import Registry
 from translora_ray.storage import RunStore
 
@@ -120,6 +122,36 @@ def test_a_release_stands_for_the_run_or_the_kit_that_it_was_published_from(s3: 
         store.write_json("release.json", facts | change)
         with pytest.raises(UsageError, match=message):
             kit.load(release.uri)
+
+
+def test_a_kit_is_gone_where_what_is_behind_it_is(tiny_kit: Path, tmp_path: Path) -> None:
+    source = tmp_path / "kit"
+    shutil.copytree(tiny_kit, source)
+    run = save_run(tmp_path / "run", kit_path=str(source))
+    RunStore(str(tmp_path / "release")).write_json("release.json", {"run": run})
+    places = [str(source), run, str(tmp_path / "release")]
+    assert not any(map(kit.is_gone, places))
+    shutil.rmtree(source)
+    assert all(map(kit.is_gone, places))
+
+
+def test_inputs_that_repeat_are_on_one_side_of_the_discriminator(tiny_kit: Path) -> None:
+    task, rows = kit.load(tiny_kit).task, [TaskRow(**row) for row in task_rows(40)]
+    doubled = [*rows, *(TaskRow(row.input.upper(), row.target) for row in rows)]
+    unseen, learnt = kit.order_for_discriminator(task, doubled)
+    assert (unseen, learnt) == kit.order_for_discriminator(task, rows) and (len(unseen), len(learnt)) == (4, 36)
+    before = kit.order_for_discriminator(task, doubled, distinct=False)
+    assert {text.lower() for text in before[0]} & {text.lower() for text in before[1]}
+
+
+@pytest.mark.usefixtures("cache")
+def test_inspect_knows_a_kit_on_an_object_store(s3: str, tiny_kit: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    place = f"{s3}/{uuid.uuid4().hex}"
+    put(tiny_kit, RunStore(f"{place}/kit"))
+    assert main(["inspect", f"{place}/kit"]) == 0
+    assert "transfer kit, sound" in capsys.readouterr().out
+    assert main(["inspect", f"{place}/nothing"]) == 2
+    assert "There is no kit or run at" in capsys.readouterr().err
 
 
 def test_what_is_no_kit_there_is_told(s3: str, cache: Path) -> None:

@@ -7,7 +7,7 @@ ROOT = Path(__file__).parents[2] / "translora_ray"
 LAYERS = [
     {"errors", "background"},
     {"records"},
-    {"config"},
+    {"config", "disk"},
     {"recipe"},
     {"cluster"},
     {"answers", "reading", "evaluation.metrics"},

@@ -13,7 +13,7 @@ from tests.conftest import lora
 from translora_ray import kit
 from translora_ray.cluster import Cluster, Config, Vllm
 from translora_ray.errors import UsageError
-from translora_ray.placement import Resources, check_resources, nodes_of, ray_failures
+from translora_ray.placement import Resources, check_resources, fit_beside, nodes_of, ray_failures, trainings_at_once
 from translora_ray.reading import load_config
 from translora_ray.recipe import Gate, Recipe, Synthesis
 from translora_ray.storage import RunStore
@@ -50,6 +50,28 @@ def test_what_no_node_to_come_could_hold_is_refused(
     else:
         with pytest.raises(UsageError, match=re.escape(problem)):
             check_resources(plan, worker)
+
+
+@pytest.mark.parametrize(
+    ("expected", "workers", "worker", "at_once"),
+    [
+        ("{CPU: 3}", 1, Resources(2, 0), 1),  # a machine of two cores, on which Ray counts one more
+        ("{nodes: 4, CPU: 8, GPU: 1}", 1, Resources(1, 1), 4),
+        ("{nodes: 2, CPU: 4}", 2, Resources(1, 0), 4),
+        ("{nodes: 2, CPU: 2}", 2, Resources(2, 0), 1),
+    ],
+)
+def test_no_more_trainings_are_begun_than_there_is_room_for(
+    tiny_kit: Path, tiny_gemma: str, expected: str, workers: int, worker: Resources, at_once: int
+) -> None:
+    cluster = expecting(expected).model_copy(update={"workers": (workers, workers)})
+    assert trainings_at_once(Plan(kit.load(tiny_kit), tiny_gemma, Recipe(), cluster, "transformers", 1, 0), worker) == at_once
+
+
+def test_what_reads_has_a_cpu_beside_engines_and_trainings(tiny_kit: Path, tiny_gemma: str) -> None:
+    plan = Plan(kit.load(tiny_kit), tiny_gemma, Recipe(), expecting("[{CPU: 0}, {CPU: 2}]"), "transformers", 1, 0)
+    assert not fit_beside(plan, Resources(1, 0), 1)
+    assert fit_beside(replace(plan, cluster=expecting("[{CPU: 0}, {CPU: 3}]")), Resources(1, 0), 1)
 
 
 def test_what_overlaps_needs_its_sum(tiny_kit: Path, tiny_gemma: str) -> None:

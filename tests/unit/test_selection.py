@@ -397,6 +397,14 @@ def test_the_gate_says_why(found: dict[str, Any], verdict: str, reason: str | No
     assert json.dumps(judged)
 
 
+def test_answers_that_can_not_be_told_right_from_wrong_are_for_a_person() -> None:
+    seen = gate.answers([], [TaskRow("1", "a"), TaskRow("2", "b")], list("abcdef"))
+    few = gate.without_rows(Gate(), {"agreement": 0.2, "agreement_ends": wilson(60, 300)}, 0.5, seen)
+    assert few["verdict"] == "review" and "otherwise than its teacher" in few["reasons"][0]
+    all_ = gate.without_rows(Gate(), {"agreement": 1.0, "agreement_ends": wilson(300, 300)}, 0.5, seen)
+    assert all_["verdict"] == "ship" and "accuracy on the seeds" not in [check["name"] for check in all_["checks"]]
+
+
 @pytest.mark.parametrize(("low", "high", "verdict"), [(-0.04, 0.03, "ship"), (-0.08, 0.01, "review"), (-0.2, -0.06, "refuse")])
 def test_real_rows_decide_by_the_whole_interval(low: float, high: float, verdict: str) -> None:
     paired = {"arm": "source_adapter", "difference": (low + high) / 2, "low": low, "high": high, "p": 0.5}

@@ -4,9 +4,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.unit.test_registry_stores import elsewhere
+from translora_ray.cli import main
+from translora_ray.disk import commit_folder
 from translora_ray.errors import UsageError
 from translora_ray.records import Candidate
-from translora_ray.storage import RunStore, commit_folder
+from translora_ray.storage import RunStore
 
 FACTS = {"attempt": "x", "loads": [], "tokens": {}, "seconds": {}}
 
@@ -54,3 +57,13 @@ def test_a_folder_replaces_what_was_there(tmp_path: Path) -> None:
 def test_a_place_that_is_none_is_refused() -> None:
     with pytest.raises(UsageError, match="no place to store a run"):
         RunStore("nowhere://bucket/run")
+
+
+def test_a_bucket_that_is_not_there_is_told_before_anything_is_computed(s3: str, capsys: pytest.CaptureFixture[str]) -> None:
+    RunStore(f"{s3}/new/run").check_writable()
+    with pytest.raises(UsageError, match="There is no bucket absent: make it, or correct s3://absent/run"):
+        RunStore("s3://absent/run").check_writable()
+    with elsewhere("http://127.0.0.1:9"):
+        assert main(["status", f"{s3}/fleet"]) == 1
+    error = capsys.readouterr().err
+    assert f"{s3}/fleet can not be reached" in error and "check the network" in error and error.count("\n") == 1

@@ -16,10 +16,13 @@ from translora_ray.models import load_tokenizer
 from translora_ray.prompts import (
     Prompt,
     answer_ids,
+    answer_stops,
     few_shot_prompt,
+    has_numbered_lines,
     labelled_prompt,
     parse_synthesis,
     prompt_ids,
+    several_lines,
     synthesis_prompt,
     synthesis_stops,
     task_prompt,
@@ -63,6 +66,18 @@ def test_items_end_at_what_stands_between_them(seeds: list[str], gap: str) -> No
 @pytest.mark.parametrize(("text", "item"), [(" buy milk", "buy milk"), ("a\n7. b", "a"), (" ", ""), ("costs 3. 50", "costs 3. 50")])
 def test_parse_synthesis(text: str, item: str) -> None:
     assert parse_synthesis(text) == item
+
+
+def test_items_with_numbered_lines_stay_whole() -> None:
+    assert has_numbered_lines("Which is a fruit?\n1. apple\n2. chair") and not has_numbered_lines("costs 3. 50")
+    assert parse_synthesis(" Which is a bird?\n1. crow", whole=True) == "Which is a bird?\n1. crow"
+    assert parse_synthesis("7. crow", whole=True) == ""
+
+
+@pytest.mark.parametrize(("targets", "stops"), [(["a", "b"], ("\n",)), (["yes\n", "no"], ("\n",)), (["a\nb", "c"], ())])
+def test_answers_of_several_lines_do_not_end_at_the_first(targets: list[str], stops: tuple[str, ...]) -> None:
+    assert answer_stops(several_lines([TaskRow("x", target) for target in targets]), "text") == stops
+    assert answer_stops(False, "chat") == ()
 
 
 def test_few_shot_shows_answers_and_ends_with_the_question() -> None:

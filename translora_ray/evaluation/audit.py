@@ -65,7 +65,8 @@ def audit(path: str, data: str, holdout: str, pairs: bool, open_engine: OpenEngi
         display.say("The kit has no discriminator: that half of the audit is left out.")
     else:
         if not sides.known:
-            display.say(f"{data} is not the kit's training file as it was: a tenth of those rows were kept from the discriminator, which pulls its AUC to 0.5.")
+            why = f"{data} is not the kit's training file as it was" if loaded.rows_digest else "The kit does not say of which file it was made"
+            display.say(f"{why}: a tenth of its rows were kept from the discriminator, which pulls its AUC to 0.5.")
         result["discriminator"] = on_discriminator(loaded, sides, open_engine, display)
     if loaded.generator is not None:
         result["generator"] = on_generator(loaded, sides, {row.input: row.target for row in [*rows, *other_rows]}, open_engine, display)
@@ -100,7 +101,7 @@ def split(loaded: kit.Kit, rows: Sequence[TaskRow], other_rows: Sequence[TaskRow
     if not members:
         raise UsageError(f"{data} has no row but the kit's seeds, which are members that anyone can read: give the rows that the kit was made from.")
     known = kit.rows_digest(rows) == loaded.rows_digest
-    unseen = {normal(text) for text in kit.order_for_discriminator(loaded.task, rows)[0]} if known else set()
+    unseen = {normal(text) for text in kit.order_for_discriminator(loaded.task, rows, "distinct" in (loaded.discriminator or {}))[0]} if known else set()
     judged = [text for key, text in members.items() if key not in unseen]
     return Sides(_drawn(list(members.values())), _drawn(list(theirs.values())), _drawn(judged), len(mine) - len(members), known)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from translora_ray import adapters, identity, kit
+from translora_ray import adapters, identity, kit, models
 from translora_ray.answers import check_labels
 from translora_ray.engines.base import AdapterRef, Engine, Generate, OpenEngine, Sampling
 from translora_ray.errors import Diverged, UsageError
@@ -18,7 +18,7 @@ from translora_ray.evaluation.distance import distances
 from translora_ray.evaluation.metrics import METRICS
 from translora_ray.evaluation.statistics import FEW, flips, mcnemar, paired_interval, wilson
 from translora_ray.progress import Display
-from translora_ray.prompts import Prompt, clean_answer, few_shot_prompt, task_prompt
+from translora_ray.prompts import Prompt, clean_answer, few_shot_prompt, prompt_ids, task_prompt
 from translora_ray.records import TaskRow, read_rows
 from translora_ray.storage import ADAPTER, ANSWERS, MAP, REPORT, RESULT, RunStore
 from translora_ray.stream.dedup import normal
@@ -55,6 +55,7 @@ def evaluate(
     """
     store = RunStore(run)
     manifest = store.manifest(run)
+    store.check_writable()
     loaded = kit.behind(manifest, run)
     rows = read_rows(data)
     oracle_rows = read_rows(oracle) if oracle else []
@@ -62,12 +63,11 @@ def evaluate(
     _say_how_little(rows, data, display)
     task, recipe = loaded.task, identity.of_manifest(manifest, loaded)
     with tempfile.TemporaryDirectory() as scratch:
-        transferred = AdapterRef("transferred", str(store.fetch_folder(ADAPTER, Path(scratch) / ADAPTER)))
-        if adapters.inspect(transferred.path).digest != manifest["adapter_digest"]:
-            raise UsageError(f"The adapter in {run} is not the one its manifest describes: remove the run, and transfer again.")
+        transferred = _transferred(store, manifest, Path(scratch), run)
         made = arms.Arms(loaded, manifest, recipe, store, Path(scratch), display)
         made.check(extra)
         bare = [task_prompt(task.prompt, row.input, task.format) for row in rows]
+        _check_room(bare, manifest, [loaded.adapter, transferred], task.max_new_tokens, data)
         judged = loaded.discriminator is not None and loaded.base == loaded.teacher_base
         engine = open_engine(manifest["source_base"], [loaded.adapter, *([loaded.discriminator_adapter] if judged else [])])
         found = answer_all(engine, {"source_base": (bare, None), "source_adapter": (bare, loaded.adapter)}, loaded, rows, display)
@@ -91,7 +91,7 @@ def evaluate(
     if repeated:
         every = {arm: [found[arm].scores, *(answered[again[arm].name].scores for again in repeated)] for arm in learnt}
         result["trainings"] = {arm: [sum(scores) / len(rows) for scores in each] for arm, each in every.items()}
-    result["gate"] = gate.on_rows(recipe.gate, result["against"])
+    result |= {"rows_digest": kit.rows_digest(rows), "gate": gate.on_rows(recipe.gate, result["against"])}
     if real is not None:
         result["verdicts"] = {"real": real}
     learnt_from = [row.input for row in made.trained_on]
@@ -105,16 +105,43 @@ def evaluate(
     return result
 
 
+def _transferred(store: RunStore, manifest: dict[str, Any], scratch: Path, run: str) -> AdapterRef:
+    """The run's adapter, as its manifest describes it."""
+    found = AdapterRef("transferred", str(store.fetch_folder(ADAPTER, scratch / ADAPTER)))
+    if adapters.inspect(found.path).digest != manifest["adapter_digest"]:
+        raise UsageError(f"The adapter in {run} is not the one its manifest describes: remove the run, and transfer again.")
+    return found
+
+
+def compared(store: RunStore, data: str) -> bool:
+    """Whether the run was evaluated on the rows at `data`; as far as that can be told, where they are gone by now or an older version did not say on which."""
+    if not store.exists(RESULT):
+        return False
+    digest = store.read_json(RESULT).get("rows_digest")
+    return digest is None or not Path(data).exists() or bool(digest == kit.rows_digest(read_rows(data)))
+
+
 def _few_shots(engine: Engine, loaded: kit.Kit, rows: Sequence[TaskRow], display: Display) -> list[Prompt]:
-    """All seeds before each row, or as many as leave room for all rows."""
+    """All seeds before each row, or as many as leave room for all rows, maybe none."""
     task, shots = loaded.task, [(seed.input, seed.target) for seed in loaded.seeds]
-    for shown in range(len(shots), 0, -1):
+    for shown in range(len(shots), -1, -1):
         prompts = [few_shot_prompt(task.prompt, shots[:shown], row.input, task.format) for row in rows]
         if all(engine.fits(prompt, task.max_new_tokens) for prompt in prompts):
             break
     if shown < len(shots):
         display.say(f"target_few_shot: {shown} of {len(shots)} seeds are shown, as more do not fit into the target's context.")
     return prompts
+
+
+def _check_room(prompts: Sequence[Prompt], manifest: dict[str, Any], taught: Sequence[AdapterRef], new_tokens: int, data: str) -> None:
+    """Raise `UsageError` where a row and its answer are too long for one of the bases: found before anything is trained."""
+    for side, adapter in zip(("source_base", "target_base"), taught, strict=True):
+        base = manifest[side]
+        tokenizer, context = models.load_tokenizer(base), models.context_of(models.skeleton(base))
+        most = context - new_tokens - adapters.inspect(adapter.path).virtual_tokens
+        for number, prompt in enumerate(prompts, 1):
+            if (length := len(prompt_ids(tokenizer, prompt))) > most:
+                raise UsageError(f"{data}: row {number} has {length} tokens with its prompt, {base} takes {most} beside an answer: take it out, or shorten it.")
 
 
 def check_rows(loaded: kit.Kit, rows: Sequence[TaskRow], data: str, learnt: Mapping[str, Sequence[TaskRow]]) -> None:

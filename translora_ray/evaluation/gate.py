@@ -46,13 +46,13 @@ def without_rows(gate: Gate, measured: dict[str, Any], accepted: float, labels: 
     """The verdict after a transfer. `measured`: `agreement` with the teacher on prompts not trained on, `seeds`: accuracy on them, each with the ends of its
     95 % interval as `agreement_ends` and `seeds_ends`, and, where the kit tells how real prompts are judged, what `gating.likeness` found; `accepted`: share
     of candidates that became examples; `labels`: what `answers` found. That the adapter's modules are applied is proved when it is loaded, and an error
-    otherwise. Agreement is refused as a loss on real rows is: where it is too little with its whole interval."""
-    otherwise = "the adapter answers new prompts otherwise than its teacher"
-    checks = [
-        check("agreement with the teacher", measured["agreement"], gate.ship, gate.ship, otherwise, measured["agreement_ends"], gate.refuse),
-        check("accuracy on the seeds", measured["seeds"], gate.ship, gate.refuse, "the adapter gets seeds wrong", measured["seeds_ends"]),
-        check("share of candidates accepted", accepted, gate.acceptance, None, "few candidates were accepted"),
-    ]
+    otherwise. Agreement is refused as a loss on real rows is: where it is too little with its whole interval. Without `seeds`, whose answers can then not be
+    told right from wrong, answers that differ may be as good, and a person looks at them."""
+    otherwise, by_all_means = "the adapter answers new prompts otherwise than its teacher", gate.ship if "seeds" in measured else None
+    checks = [check("agreement with the teacher", measured["agreement"], gate.ship, by_all_means, otherwise, measured["agreement_ends"], gate.refuse)]
+    if "seeds" in measured:
+        checks.append(check("accuracy on the seeds", measured["seeds"], gate.ship, gate.refuse, "the adapter gets seeds wrong", measured["seeds_ends"]))
+    checks.append(check("share of candidates accepted", accepted, gate.acceptance, None, "few candidates were accepted"))
     if "likeness" in measured:
         least = min(gate.likeness, measured["chance"])  # few real prompts tell little
         checks.append(check("examples that look more real than real prompts", measured["likeness"], least, None, "examples lie far from real prompts"))

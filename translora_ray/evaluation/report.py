@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from translora_ray.evaluation.arms import EXTRA
 from translora_ray.models import ModelInfo
@@ -43,7 +44,7 @@ def show_evaluation(result: dict[str, Any]) -> None:
     lines = [f"transferred minus {ARMS[against['arm']]}: {against['difference']:+.3f} ({interval})"]
     lines.append(f"negative flips: {result['negative_flips']} of {result['n']} rows were right on the bare target and are wrong now")
     if "distance" in result:
-        lines.append(f"distance of prompts to the real ones (MMD): accepted {result['distance']['filtered']:.3f}, all {result['distance']['unfiltered']:.3f}")
+        lines.append(f"distance to real prompts (squared MMD): trained on {result['distance']['filtered']:.3f}, all {result['distance']['unfiltered']:.3f}")
     if result["recovery"] is not None:
         lines.append(f"recovery: {result['recovery']:.3f} of what training on the real rows gains")
     lines += [*trainings(result), *looked_at(result)]
@@ -66,11 +67,12 @@ def looked_at(result: dict[str, Any]) -> list[str]:
 
 
 def show_facts(title: str, facts: dict[str, Any]) -> None:
-    table = Table(title=title, show_header=False)
+    table = Table(title=Text(title), show_header=False)
     table.add_column()
     table.add_column(overflow="fold")
     for name, value in facts.items():
-        table.add_row(name.replace("_", " "), f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value))
+        shown = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+        table.add_row(Text(name.replace("_", " ")), Text(shown))
     Console().print(table)
 
 

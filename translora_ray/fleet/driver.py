@@ -19,22 +19,23 @@ from typing import Any, NoReturn
 import ray
 
 from translora_ray.background import beside
-from translora_ray.config import EngineKind, Task
-from translora_ray.errors import Stopped, TransLoraError, UsageError, reason
+from translora_ray.config import EngineKind
+from translora_ray.errors import NoRoom, Stopped, TransLoraError, UsageError, reason
+from translora_ray.evaluation.compare import compared
 from translora_ray.fleet import lease as leases
 from translora_ray.fleet import state as states
-from translora_ray.fleet.groups import Failures, Transfer, check_all, grouped
+from translora_ray.fleet.groups import Failures, Transfer, check_all, grouped, lacks_its_kit_alone
 from translora_ray.fleet.lease import lease
 from translora_ray.fleet.manifest import Fleet, Wanted
 from translora_ray.fleet.page import write_page
 from translora_ray.fleet.state import State
 from translora_ray.fleet.training import Full, Slot, bring_to_end
 from translora_ray.measures import FleetMeasures
-from translora_ray.placement import fit_beside, place, place_for_both, ray_failures, ray_session
+from translora_ray.placement import fit_beside, place, place_for_both, ray_failures, ray_session, trainings_at_once
 from translora_ray.progress import Display
 from translora_ray.registry import Registry
 from translora_ray.releases import UNGATED, verdict
-from translora_ray.storage import MANIFEST, RESULT, RunStore
+from translora_ray.storage import RESULT, RunStore
 from translora_ray.stream.collect import Totals
 from translora_ray.stream.pipeline import run_stream
 from translora_ray.stream.requests import AT_ONCE, by_share, open_desk
@@ -50,6 +51,8 @@ def run_fleet(fleet: Fleet, wanted: Sequence[Wanted], resume: bool, engine: Engi
     """
     store = RunStore(fleet.out)
     store.check_writable()
+    if fleet.registry:
+        Registry(fleet.registry).check_writable()
     new = not store.exists()
     if store.exists(states.FILE) and not resume:
         raise UsageError(f"{store.uri} holds a fleet already: give --resume to go on with it, or choose another out.")
@@ -117,7 +120,7 @@ class Driver:
             self.measures.transfers(state.counts)
 
     def _settled(self, wanted: Wanted, checked: Checked) -> bool:
-        return checked.finished and (wanted.data is None or checked.store.exists(RESULT))
+        return checked.finished and (wanted.data is None or compared(checked.store, wanted.data))
 
     def _begin(self, failures: Failures, settled: Sequence[tuple[Wanted, Checked]]) -> None:
         """From here on there is a fleet."""
@@ -125,8 +128,9 @@ class Driver:
         others = {wanted.name: wanted for wanted in self.wanted}
         for name, why in failures.items():
             self.display.say(f"{name}: {why}")
-            if not self._stays(others.pop(name)):
+            if not (self.state.records[name].state in states.BY_VERDICT.values() and lacks_its_kit_alone(others[name])):
                 self.state.change(name, states.FAILED, why)
+            del others[name]
         for name in others.keys() - {wanted.name for wanted, _ in settled}:
             if self.state.records[name].state != states.WAITING:  # it had ended, and there is something to do again
                 self.state.change(name, states.WAITING)
@@ -134,19 +138,6 @@ class Driver:
             self._go_on()
             with self._own_failure(wanted.name):
                 self._conclude(wanted, checked)
-
-    def _stays(self, wanted: Wanted) -> bool:
-        """Whether the transfer has come to a verdict, by the same recipe, and lacks its kit alone, which it needs no more."""
-        store = RunStore(wanted.out)
-        with contextlib.suppress(Exception):  # whatever is wrong there, it does not stay
-            if self.state.records[wanted.name].state in states.BY_VERDICT.values() and not RunStore(wanted.kit).exists():
-                manifest = store.read_json(MANIFEST)
-                classes, rows = Task.model_validate(manifest["task"]).classes, manifest["kit_rows"]
-                of_kits: list[dict[str, Any] | None] = [{"calibration": []}, {}, None]
-                found = [(classes, rows, discriminator, copies) for discriminator in of_kits for copies in (False, True)]
-                recipes = [wanted.config.recipe.decided(*each) for each in found]
-                return bool(manifest["recipe_hash"] in [recipe.digest() for recipe in recipes] and (wanted.data is None or store.exists(RESULT)))
-        return False
 
     @contextlib.contextmanager
     def _stopping(self) -> Iterator[Callable[[], None]]:
@@ -188,7 +179,7 @@ class Driver:
         group = [transfer for transfer in group if self._begun(transfer)]
         if not group:
             return
-        if fit_beside(group[0].plan, group[0].worker, self.fleet.trainings):
+        if fit_beside(group[0].plan, group[0].worker, min(self.fleet.trainings, len(group))):
             with self._trainers(group) as submit:
                 self._stream(group, submit)
         else:
@@ -203,9 +194,13 @@ class Driver:
         """Takes transfers to their ends, as many at once as the fleet allows, in processes that stay where a training has one worker; waits for them."""
         futures: list[Future[None]] = []
         slots: queue.Queue[Slot] = queue.Queue()
-        both = place_for_both(group[0].plan, group[0].worker)
+        plan, worker = group[0].plan, group[0].worker
+        both, wanted = place_for_both(plan, worker), min(self.fleet.trainings, len(group))
+        at_once = min(wanted, trainings_at_once(plan, worker))
+        if at_once < wanted:
+            self.display.say(f"trainings: {at_once} at once, as the nodes hold no more")
         with contextlib.ExitStack() as stack:
-            for _ in range(min(self.fleet.trainings, len(group))):
+            for _ in range(at_once):
                 slots.put(Slot(open_desk(), stack.enter_context(place(both)) if both else None))
                 self.steps.append(slots.queue[-1].steps)
                 stack.callback(ray.kill, self.steps[-1])
@@ -254,6 +249,8 @@ class Driver:
             for number in {*range(len(group))} - over:
                 self.state.change(group[number].name, states.WAITING, "stopped in its stream")
             raise Stopped(STOPPED) from None
+        except NoRoom:
+            raise
         except TransLoraError as failure:
             for number in {*range(len(group))} - over:
                 ended(number, failure)
@@ -291,9 +288,11 @@ class Driver:
 
     @contextlib.contextmanager
     def _own_failure(self, name: str) -> Iterator[None]:
-        """What goes wrong with a transfer ends that transfer alone."""
+        """What goes wrong with a transfer ends that transfer alone, but for a disk that is full."""
         try:
             yield
+        except NoRoom:
+            raise
         except Stopped:
             self.state.change(name, states.WAITING, "stopped in its training")
         except Exception as failure:

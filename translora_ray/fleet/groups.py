@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from translora_ray.config import EngineKind
+from translora_ray import kit
+from translora_ray.config import EngineKind, Task
 from translora_ray.errors import TransLoraError, UsageError, reason
-from translora_ray.evaluation.compare import check_rows
+from translora_ray.evaluation.compare import check_rows, compared
 from translora_ray.fleet.manifest import Wanted
 from translora_ray.placement import Resources, check_resources
 from translora_ray.progress import Display
 from translora_ray.records import read_rows
-from translora_ray.storage import RESULT
+from translora_ray.storage import MANIFEST, RunStore
 from translora_ray.stream.plan import Plan
 from translora_ray.workflow import Checked, check, planned
 
@@ -56,14 +59,30 @@ def _checked(wanted: Wanted, engine: EngineKind, display: Display) -> Checked:
     if wanted.obstacle:
         raise UsageError(wanted.obstacle)
     checked = check(wanted.kit, wanted.target, wanted.out, wanted.config, engine, display.named(wanted.name))
-    if wanted.data and not checked.store.exists(RESULT):
+    if wanted.data and not compared(checked.store, wanted.data):
         check_rows(checked.kit, read_rows(wanted.data), wanted.data, {"those of train": read_rows(wanted.train) if wanted.train else []})
     return checked
 
 
+def lacks_its_kit_alone(wanted: Wanted) -> bool:
+    """Whether the transfer is finished, by the same recipe, and evaluated, and lacks nothing but its kit, which it needs no more."""
+    store = RunStore(wanted.out)
+    with contextlib.suppress(Exception):  # whatever is wrong there, it lacks that, too
+        if kit.is_gone(wanted.kit):
+            manifest = store.read_json(MANIFEST)
+            classes, rows = Task.model_validate(manifest["task"]).classes, manifest["kit_rows"]
+            of_kits: list[dict[str, Any] | None] = [{"calibration": []}, {}, None]
+            found = [(classes, rows, discriminator, copies) for discriminator in of_kits for copies in (False, True)]
+            recipes = [wanted.config.recipe.decided(*each) for each in found]
+            return manifest["recipe_hash"] in [recipe.digest() for recipe in recipes] and (wanted.data is None or compared(store, wanted.data))
+    return False
+
+
 def _why(wanted: Wanted, failure: Exception) -> str:
-    """What is no error of ours comes of a kit that is damaged in some way that nobody foresaw."""
-    return str(failure) if isinstance(failure, TransLoraError) else f"{wanted.kit} can not be read ({reason(failure)}): copy it again, or make it anew."
+    """What is no error of ours comes of a kit, a base or a run that is damaged in some way that nobody foresaw."""
+    if isinstance(failure, TransLoraError):
+        return str(failure)
+    return f"{wanted.kit}, its bases or its run can not be read ({reason(failure)}): bring back what is damaged."
 
 
 def grouped(sound: Sequence[tuple[Wanted, Checked]], local: bool) -> tuple[list[list[Transfer]], Failures]:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from translora_ray.background import beside
-from translora_ray.errors import UsageError
+from translora_ray.errors import NoRoom, UsageError
 from translora_ray.storage import RunStore
 
 FILE = "lease.json"
@@ -79,21 +79,23 @@ def _other(store: RunStore, machine: str, seconds: float, wait: Callable[[str], 
 def _keep(store: RunStore, mine: dict[str, Any], seconds: float, until: float, done: threading.Event, lost: Callable[[str], None]) -> None:
     """Renew the lease until `done`. A storage that does not answer now, or is full, may be better before the lease expires; while it keeps this thread
     waiting, another one looks at the clock."""
-    expires = [until]
+    expires, why = [until], [SILENT]
 
     def watch(over: threading.Event) -> None:
         while not over.wait(max(0.0, min(seconds / 4, expires[0] - time.monotonic()))):
             if time.monotonic() >= expires[0]:
-                lost(SILENT)
+                lost(why[0])
                 return
 
     with beside(watch):
         while not done.wait(seconds / 4):
-            with contextlib.suppress(Exception):  # whatever it is, `watch` ends what can not be held
+            try:
                 if not _holds(store, mine):
                     lost(TAKEN)
                     return
-                expires[0] = _renew(store, mine, seconds)
+                expires[0], why[0] = _renew(store, mine, seconds), SILENT
+            except Exception as failure:  # whatever it is, `watch` ends what can not be held
+                why[0] = str(failure) if isinstance(failure, NoRoom) else SILENT
 
 
 def _read(store: RunStore) -> dict[str, Any] | None:

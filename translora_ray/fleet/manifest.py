@@ -110,6 +110,8 @@ def load_fleet(path: str) -> tuple[Fleet, list[Wanted]]:
         where = f"kits.{number}"
         recipe = validate(Recipe, _merged(fleet.recipe, item.recipe), path, f"{where}.recipe.") if item.recipe else common
         data, train = (_located(rows, folder, f"{path}: {where}.{key}") if rows else None for key, rows in (("evaluate", item.evaluate), ("train", item.train)))
+        if recipe.overlap:
+            raise UsageError(f"{path}: {where}: overlap is for single transfers, a fleet trains beside its stream anyway; leave it out.")
         targets = item.target or fleet.target
         if not targets:
             raise UsageError(f"{path}: {where} has no target; add it there, or for the whole fleet.")
@@ -120,11 +122,13 @@ def load_fleet(path: str) -> tuple[Fleet, list[Wanted]]:
                 raise UsageError(f"{path}: {where} names {len(kits)} kits {item.name}; leave the name out, or name each kit.")
             for target in targets:
                 name = stem if len(targets) == 1 else f"{stem}-{_short(target)}"
-                config = Config(recipe=recipe, cluster=fleet.cluster)
+                config, base = Config(recipe=recipe, cluster=fleet.cluster), _reference(target, folder, f"{path}: target")
                 release = name if len(targets) > 1 else item.name or called or None  # two bases' releases of one name would be numbered as they happen to end
-                wanted.append(Wanted(name, kit, _reference(target, folder), inside(out, f"runs/{name}"), config, item.priority, data, release, obstacle, train))
+                wanted.append(Wanted(name, kit, base, inside(out, f"runs/{name}"), config, item.priority, data, release, obstacle, train))
     names = Counter(each.name for each in wanted)
-    if twice := next((name for name, count in names.items() if count > 1 or not re.fullmatch(NAME, name)), None):
+    if unfit := next((name for name in names if not re.fullmatch(NAME, name)), None):
+        raise UsageError(f"{path}: a transfer would be called {unfit!r}, which is too long or begins with no letter or digit; give its kit another name.")
+    if twice := next((name for name, count in names.items() if count > 1), None):
         raise UsageError(f"{path}: {names[twice]} transfers would be called {twice!r}; give their kits different names (the key name).")
     registry = _located(fleet.registry, folder, f"{path}: registry") if fleet.registry else None
     return fleet.model_copy(update={"out": out, "registry": registry}), wanted
@@ -133,9 +137,9 @@ def load_fleet(path: str) -> tuple[Fleet, list[Wanted]]:
 def _kits(pattern: str, folder: Path, where: str) -> dict[str, tuple[str, str]]:
     """The kits that a pattern leads to; their releases are to be called as their tasks, and nothing is known to be wrong with them."""
     place = _located(pattern, folder, where)
-    if "://" in place or not glob.has_magic(place):
+    if "://" in place or not glob.has_magic(pattern) or Path(place).exists():
         return {place: ("", "")}
-    if not (found := sorted(glob.glob(place))):
+    if not (found := sorted(glob.glob(os.path.normpath(Path(glob.escape(str(folder))) / Path(pattern).expanduser())))):
         raise UsageError(f"{where}: nothing is at {place}; correct it, or make a kit there with `translora prepare`.")
     return dict.fromkeys(found, ("", ""))
 
@@ -183,9 +187,8 @@ def _located(text: str, folder: Path, where: str) -> str:
     return os.path.normpath(folder / path)
 
 
-def _reference(target: str, folder: Path) -> str:
-    path = folder / Path(target).expanduser()
-    return os.path.normpath(path) if path.exists() else target
+def _reference(target: str, folder: Path, where: str) -> str:
+    return _located(target, folder, where) if (folder / Path(target).expanduser()).exists() else target
 
 
 def _short(reference: str) -> str:

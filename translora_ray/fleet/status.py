@@ -13,7 +13,7 @@ from rich.text import Text
 from translora_ray.errors import UsageError
 from translora_ray.fleet.lease import holder
 from translora_ray.fleet.state import ENDS, FAILED, FILE, REFUSED, REVIEW, SHIPPED, Record, read
-from translora_ray.storage import RunStore
+from translora_ray.storage import RunStore, reaching
 
 STYLES = {SHIPPED: "green", REVIEW: "yellow", REFUSED: "red", FAILED: "red"}
 SECONDS = 2.0
@@ -22,7 +22,9 @@ SECONDS = 2.0
 def show_status(out: str, watch: bool) -> None:
     """A fleet's table; with `watch` shown anew until all transfers have ended or no driver is there."""
     store = RunStore(out)
-    if not store.exists(FILE) and not holder(store):
+    with reaching(store.uri):
+        there = store.exists(FILE) or holder(store)
+    if not there:
         raise UsageError(f"There is no fleet at {store.uri}: give its FLEET.yaml, or the directory that this names as out.")
     if not watch:
         Console().print(_table(read(store), _driver(store)))

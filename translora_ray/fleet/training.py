@@ -9,7 +9,7 @@ from typing import Any
 import ray
 
 from translora_ray.engines.select import opener
-from translora_ray.evaluation.compare import evaluate
+from translora_ray.evaluation.compare import compared, evaluate
 from translora_ray.finishing import finish
 from translora_ray.fleet import state as states
 from translora_ray.fleet.groups import Transfer
@@ -17,7 +17,6 @@ from translora_ray.fleet.state import State
 from translora_ray.measures import EVALUATION, PhaseMeasures
 from translora_ray.placement import Run, run_once
 from translora_ray.progress import Display
-from translora_ray.storage import RESULT
 from translora_ray.stream.collect import Totals
 from translora_ray.stream.plan import Plan
 from translora_ray.workflow import check_answers, train
@@ -54,7 +53,7 @@ def bring_to_end(full: Full, slot: Slot, state: State, display: Display, go_on: 
         state.change(transfer.name, states.GATE)
         times = {"stream": full.streamed, "began": full.began}
         finish(plan, checked.store, checked.identity, full.totals, training, times, display, slot.run)
-    if transfer.wanted.data and not checked.store.exists(RESULT):
+    if transfer.wanted.data and not compared(checked.store, transfer.wanted.data):
         go_on()
         run = slot.run or run_once(plan)
         with PhaseMeasures().timed(EVALUATION):

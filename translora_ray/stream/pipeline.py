@@ -12,7 +12,7 @@ import ray
 from ray.data import ActorPoolStrategy, DataContext
 from ray.exceptions import GetTimeoutError
 
-from translora_ray.errors import RunFailed, Stopped, TransLoraError, reason
+from translora_ray.errors import NoRoom, RunFailed, Stopped, TransLoraError, reason
 from translora_ray.measures import StreamMeasures
 from translora_ray.progress import Display, Phase
 from translora_ray.records import Pack, packs_from_table
@@ -120,9 +120,11 @@ def _commit(running: dict[int, Collector], loads: list[str], ended: Ended) -> No
 
 
 def _written(collector: Collector, work: Callable[[], None]) -> TransLoraError | None:
-    """Do what may write to the collector's run; why it could not, which is that transfer's own."""
+    """Do what may write to the collector's run; why it could not, which is that transfer's own, but for a disk that is full."""
     try:
         work()
+    except NoRoom:
+        raise
     except TransLoraError as failure:
         return failure
     except OSError as failure:

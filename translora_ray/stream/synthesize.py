@@ -9,7 +9,16 @@ from functools import partial
 
 from translora_ray.config import Task
 from translora_ray.engines.base import AdapterRef, Engine, Generate, Sampling
-from translora_ray.prompts import Prompt, clean_answer, generator_prompt, labelled_prompt, parse_synthesis, synthesis_prompt, synthesis_stops
+from translora_ray.prompts import (
+    Prompt,
+    clean_answer,
+    generator_prompt,
+    has_numbered_lines,
+    labelled_prompt,
+    parse_synthesis,
+    synthesis_prompt,
+    synthesis_stops,
+)
 from translora_ray.recipe import Synthesis
 from translora_ray.records import TOO_LONG, Candidate, Pack, TaskRow, derive_seed
 
@@ -30,7 +39,7 @@ class Synthesizer:
         """`settings` are settled ones; `classes` are the task's labels, which `by_label` asks for."""
         self.engine, self.settings, self.seeds, self.classes = engine, settings, seeds, classes
         self.inputs = [seed.input for seed in seeds]
-        self.stops = synthesis_stops(self.inputs)
+        self.stops, self.whole = synthesis_stops(self.inputs), bool(settings.by_label) or any(map(has_numbered_lines, self.inputs))
         self.max_tokens = settings.max_tokens or 2 * max(map(engine.count_tokens, self.inputs)) + 8
 
     def _prompts(self, pack: Pack) -> list[Prompt | None]:
@@ -51,7 +60,7 @@ class Synthesizer:
         return next((made for shots in range(most, 0, -1) if self.engine.fits(made := prompt(shots=shots), self.max_tokens)), None)
 
     def _read(self, text: str) -> str:
-        return parse_synthesis(text)
+        return parse_synthesis(text, self.whole)
 
     def process(self, pack: Pack) -> Pack:
         began = time.perf_counter()

@@ -184,6 +184,8 @@ class TrainPost:
 def _rows(post: Post, wanted: frozenset[int]) -> list[TaskRow]:
     """The wanted rows of all shards in the order of their index: the same on every worker and after every restart."""
     found = {row["index"]: TaskRow(row["input"], row["target"], tuple(row["char_excess"] or ())) for row in post.rows() if row["index"] in wanted}
+    if len(found) < len(wanted):
+        raise RunFailed(f"A training worker sees {len(found)} of {len(wanted)} examples: {SHARED}")
     return [found[index] for index in sorted(found)]
 
 
