@@ -79,8 +79,9 @@ def main() -> None:
         asked = [row for row in learnt if row.input not in kit.seed_inputs]
         ways, amount = TASKS[name]
         for way, settings in ways.items():
-            place = here / "".join(letter for letter in way if letter.isalnum())
-            lines.append(f"| {way} | {' | '.join(compared(kit, place, settings, amount, asked, choose_engine(options.engine)))} |")
+            recipe = decided(kit, *settings, amount)
+            place = here / f"{''.join(letter for letter in way if letter.isalnum())}-{recipe.digest()}"  # what an older way of that name left is another one's
+            lines.append(f"| {way} | {' | '.join(compared(kit, place, recipe, amount, asked, choose_engine(options.engine)))} |")
         head = f"{kit.task.name}, commit {results.commit()}; {amount} examples for each row, {_epochs(amount)} epochs, one training each."
         results.replace(f"selection {kit.task.name}", "\n".join([head, "", *lines]))
         print("\n".join([head, *lines]))
@@ -91,11 +92,11 @@ def _epochs(amount: int) -> int:
     return quality.SHORT * CHOSEN_FOR_A_ROW // amount
 
 
-def compared(kit: Kit, here: Path, way: tuple[dict[str, Any], dict[str, Any]], amount: int, asked: list[TaskRow], engine: EngineKind) -> list[str]:
+def compared(kit: Kit, here: Path, recipe: Recipe, amount: int, asked: list[TaskRow], engine: EngineKind) -> list[str]:
     """Cells of the table for one way, whose files lie in `here`."""
     here.mkdir(exist_ok=True)
     if not (here / "written.json").exists():
-        (here / "written.json").write_text(json.dumps(written(kit, *way, amount, engine)))
+        (here / "written.json").write_text(json.dumps(written(kit, recipe, engine)))
     found = json.loads((here / "written.json").read_text())
     examples = [TaskRow(*pair) for pair in found["examples"]]
     if not (here / "adapter").exists():
@@ -110,11 +111,15 @@ def compared(kit: Kit, here: Path, way: tuple[dict[str, Any], dict[str, Any]], a
     return [*map(str, counts), results.interval(*accuracy)]
 
 
-def written(kit: Kit, synthesis: dict[str, Any], selection: dict[str, Any], amount: int, kind: EngineKind) -> dict[str, Any]:
-    """The examples of one way, by the stream's own stages, and counts of all candidates and of those that copy a seed."""
+def decided(kit: Kit, synthesis: dict[str, Any], selection: dict[str, Any], amount: int) -> Recipe:
     selects = Selection.model_validate({"quota": amount * kit.rows, **selection})
     recipe = Recipe(gate=Gate(held_out=0), synthesis=Synthesis.model_validate(synthesis), selection=selects)
-    plan = Plan(kit, TARGET, recipe.decided(kit.task.classes, kit.rows, kit.discriminator, kit.copies), Cluster(), kind, 1.0, 0.0)
+    return recipe.decided(kit.task.classes, kit.rows, kit.discriminator, kit.copies)
+
+
+def written(kit: Kit, recipe: Recipe, kind: EngineKind) -> dict[str, Any]:
+    """The examples of one way, by the stream's own stages, and counts of all candidates and of those that copy a seed."""
+    plan = Plan(kit, TARGET, recipe, Cluster(), kind, 1.0, 0.0)
     pools = [(pool, open_engine(pool.engine, pool.base, plan.adapters(pool))) for pool in plan.pools()]
     stages = [stage for pool, engine in pools for role in pool.roles for stage in STAGES[role](plan, pool, engine)]
     with Display() as display:
