@@ -71,6 +71,7 @@ def test_without_a_file_everyone_may_do_everything() -> None:
         (f"keys: [{{name: a, sha256: {'a' * 64}, adapters: ['*'], key: tl-x}}]", "key"),
         (f"keys: [{{name: a, sha256: {'a' * 64}, adapters: ['*'], requests_per_minute: 0}}]", "requests_per_minute"),
         (f"keys: [{{name: a, sha256: {'a' * 64}, adapters: ['*']}}, {{name: b, sha256: {'a' * 64}, adapters: ['*']}}]", "same sha256"),
+        (f"keys: [{{name: a, sha256: {'a' * 64}, adapters: ['support:stable']}}]", "support:stable: name adapters without version or channel"),
         ("[1, 2]", "the file"),
         ("", "keys: Field required"),
         ("keys: {", "neither YAML nor JSON"),

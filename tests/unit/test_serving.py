@@ -31,14 +31,14 @@ from tests.serving import TEMPLATE, finished_run
 from tests.unit.test_fleet import until
 from translora_ray.engines.base import AdapterRef, Generate, Sampling
 from translora_ray.engines.transformers import TransformersEngine
-from translora_ray.errors import UsageError
+from translora_ray.errors import RunFailed, UsageError
 from translora_ray.models import fingerprint
 from translora_ray.prompts import Prompt
 from translora_ray.registry import Registry
 from translora_ray.serving import health, loading
-from translora_ray.serving.app import Service, build, plan
+from translora_ray.serving.app import Service, application, build, plan
 from translora_ray.serving.auth import OPEN, add_key
-from translora_ray.serving.batches import Batches, settled
+from translora_ray.serving.batches import FAILURES, Batches, settled
 from translora_ray.serving.gateway import Gateway, _Frame, _Seen, _Stream
 from translora_ray.serving.index import Index
 from translora_ray.serving.loading import Loader
@@ -48,7 +48,8 @@ from translora_ray.serving.prompting import Prompter
 from translora_ray.serving.protocol import ChatRequest, CompletionRequest, Piece, ServiceError, asked, parse
 from translora_ray.serving.reading import read_body, read_pieces
 from translora_ray.serving.routing import Router, Serves
-from translora_ray.serving.run import _model
+from translora_ray.serving.run import _model, lacking
+from translora_ray.serving.trials import Shadows
 
 CHAT = {"model": "a", "messages": [{"role": "user", "content": "x"}]}
 COMPLETION = {"model": "a", "prompt": "x"}
@@ -78,6 +79,8 @@ COMPLETION = {"model": "a", "prompt": "x"}
         (COMPLETION | {"presence_penalty": 0.5}, "presence_penalty"),
         (COMPLETION | {"logit_bias": {"5": 1}}, "logit_bias"),
         (COMPLETION | {"logprobs": 3}, "logprobs"),
+        (COMPLETION | {"logprobs": 0}, "logprobs"),
+        (COMPLETION | {"logprobs": True}, "logprobs"),
         (COMPLETION | {"tools": []}, "tools"),
         (COMPLETION | {"echo": True}, "echo"),
     ],
@@ -89,7 +92,15 @@ def test_what_is_not_understood_is_refused_by_name(body: bytes | dict[str, objec
 
 
 @pytest.mark.parametrize(
-    "messages", [[], "x", [{"role": "tool", "content": "x"}], [{"role": "user"}], [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]]
+    "messages",
+    [
+        [],
+        "x",
+        [{"role": "tool", "content": "x"}],
+        [{"role": "user"}],
+        [{"role": "user", "content": "x", "name": "bob"}],
+        [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}],
+    ],
 )
 def test_messages_are_checked(messages: object) -> None:
     with pytest.raises(ServiceError) as refused:
@@ -120,6 +131,10 @@ def test_what_changes_nothing_is_taken() -> None:
     assert asked(parse(ChatRequest, json.dumps(CHAT | {"messages": [{"role": "user", "content": parts}]}).encode(), 64), "a@1", 64).messages == (
         ("user", "ab"),
     )
+    history = [{"role": "assistant", "content": "x", "refusal": None, "tool_calls": None, "name": None}, *CHAT["messages"]]
+    streamed = CHAT | {"messages": history, "stream": True, "stream_options": {"include_usage": True, "include_obfuscation": None}}
+    assert asked(parse(ChatRequest, json.dumps(streamed).encode(), 64), "a@1", 64).messages == (("assistant", "x"), ("user", "x"))
+    assert asked(parse(CompletionRequest, json.dumps(COMPLETION).encode(), most=8), "a@1", 8).max_tokens == 8, "nobody asked for sixteen"
     completion = asked(parse(CompletionRequest, json.dumps(COMPLETION | neutral | {"prompt": ["x"], "stop": "\n"}).encode(), most=64), "a@1", 64)
     assert (completion.chat, completion.max_tokens, completion.messages, completion.stop) == (False, 16, (("", "x"),), ("\n",))
 
@@ -287,7 +302,7 @@ def test_damaged_weights_are_said_without_a_path_and_mended_ones_load(tiny_llama
         registry.publish(run, name)
     weights = next((tmp_path / "registry").rglob("colours@1/adapter_model.safetensors"))
     sound = weights.read_bytes()
-    loader = Loader(str(tmp_path / "registry"), tiny_llama, EngineMeasures())
+    loader = Loader(str(tmp_path / "registry"), tiny_llama, fingerprint(tiny_llama), EngineMeasures())
 
     def load(release: str) -> Path:
         return asyncio.run(loader.load(release))
@@ -328,11 +343,11 @@ def test_an_adapter_that_does_not_fit_its_base_is_not_loaded(tiny_llama: str, ti
     registry = Registry(str(tmp_path / "registry"))
     registry.publish(run)
     with pytest.raises(ServiceError, match="do not fit the base"):
-        asyncio.run(Loader(registry.uri, tiny_llama, EngineMeasures()).load("colours@1"))
+        asyncio.run(Loader(registry.uri, tiny_llama, fingerprint(tiny_llama), EngineMeasures()).load("colours@1"))
 
 
 def test_who_waits_for_an_adapter_waits_for_that_one_alone(tiny_llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    loader, fetched, slow = Loader(Registry(str(tmp_path)).uri, tiny_llama, EngineMeasures()), list[str](), threading.Event()
+    loader, fetched, slow = Loader(Registry(str(tmp_path)).uri, tiny_llama, fingerprint(tiny_llama), EngineMeasures()), list[str](), threading.Event()
 
     def fetch(release: str) -> Path:
         fetched.append(release)
@@ -365,6 +380,51 @@ def test_who_waits_for_an_adapter_waits_for_that_one_alone(tiny_llama: str, tmp_
     assert not place.exists()
 
 
+def test_another_version_of_the_base_is_not_served(tiny_llama: str, tiny_gemma: str, tmp_path: Path) -> None:
+    with pytest.raises(RunFailed, match="is not the one that this service began with"):
+        Loader(Registry(str(tmp_path)).uri, tiny_llama, fingerprint(tiny_gemma), EngineMeasures())
+
+
+def test_one_base_by_two_names_is_refused(tiny_llama: str, tmp_path: Path) -> None:
+    registry = Registry(str(tmp_path / "registry"))
+    registry.publish(finished_run(tmp_path / "run", tiny_llama, "colours", 1))
+    shutil.copytree(tiny_llama, tmp_path / "copy")
+    with pytest.raises(UsageError, match=r"The bases .*llama and .*copy are the same"):
+        application(Service(registry=registry.uri, bases=(tiny_llama, str(tmp_path / "copy"))))
+
+
+def test_more_engines_than_there_is_room_for_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes = [{"Alive": True, "Resources": {"CPU": 3.0}}, {"Alive": True, "Resources": {"CPU": 1.0, "GPU": 2.0}}, {"Alive": False, "Resources": {"CPU": 9.0}}]
+    monkeypatch.setattr("ray.nodes", lambda: nodes)
+    assert lacking(Service(registry="r", replicas=2), 2) == ""
+    assert lacking(Service(registry="r", replicas=(1, 9)), 4) == "", "more come as there is room"
+    assert lacking(Service(registry="r", replicas=4, cpus=2), 1) == "Ray has room for 1 of the 4 engines (2 CPU and 0 GPU each)"
+    assert lacking(Service(registry="r", cpus=1, gpus=2), 1) == "" and "room for 0 of the 1" in lacking(Service(registry="r", gpus=4), 1)
+
+
+def test_an_engine_that_fails_whatever_it_is_asked_is_replaced(tiny_llama: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    batches = Batches(TransformersEngine(tiny_llama, device="cpu"), batch_size=1)
+    error: Exception = UsageError("an adapter of somebody")
+
+    def broken(_requests: object) -> list[Any]:
+        raise error
+
+    async def ask(times: int) -> None:
+        for _ in range(times):
+            with contextlib.suppress(UsageError, RuntimeError):
+                async for _piece in batches.run(Generate(Prompt("Q"), Sampling(1)), False):
+                    pass
+
+    monkeypatch.setattr(batches.engine, "generate", broken)
+    asyncio.run(ask(FAILURES + 1))
+    assert batches.alive()
+    error = RuntimeError("CUDA error: an illegal memory access")
+    asyncio.run(ask(FAILURES - 1))
+    assert batches.alive()
+    asyncio.run(ask(1))
+    assert not batches.alive()
+
+
 def test_what_a_service_left_that_was_killed_is_removed(tiny_llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gone = subprocess.Popen(["true"])
     gone.wait()
@@ -372,7 +432,7 @@ def test_what_a_service_left_that_was_killed_is_removed(tiny_llama: str, tmp_pat
     left = [tmp_path / f"{loading.PREFIX}{name}" for name in (f"{gone.pid}-abc", f"{os.getppid()}-abc", "abc")]
     for place in left:
         place.mkdir()
-    Loader(Registry(str(tmp_path)).uri, tiny_llama, EngineMeasures())
+    Loader(Registry(str(tmp_path)).uri, tiny_llama, fingerprint(tiny_llama), EngineMeasures())
     assert [place.exists() for place in left] == [False, True, True]
 
 
@@ -545,7 +605,7 @@ def test_a_stream_is_over_when_its_client_is_gone_whenever_that_is(gone_at: str,
 
 
 def test_a_gateway_that_is_to_end_refuses_what_comes_and_waits_for_what_runs() -> None:
-    gateway: Any = SimpleNamespace(_running=1, _ending=False, _say=lambda _: None)
+    gateway: Any = SimpleNamespace(_running=1, _ending=False, _say=lambda _: None, shadows=Shadows(lambda *_: None))
     for name in ("_admit", "_end", "_require_open"):
         setattr(gateway, name, partial(getattr(Gateway, name), gateway))
 
@@ -594,17 +654,17 @@ def test_the_model_that_is_shown_to_ask_for_is_one_that_is_served(tiny_llama: st
     registry.promote("animals@1")
     registry.publish(finished_run(tmp_path / "run", tiny_llama, "colours", 1))
     service = Service(registry=registry.uri, bases=(tiny_llama,))
-    assert _model(service) == "colours@1"
+    assert _model(service)[0] == "colours@1"
     registry.promote("colours@1")
-    assert _model(service) == "colours:stable"
-    assert _model(service.model_copy(update={"bases": (tiny_llama, tiny_gemma)})) == "animals:stable"
+    assert _model(service)[0] == "colours:stable"
+    assert _model(service.model_copy(update={"bases": (tiny_llama, tiny_gemma)}))[0] == "animals:stable"
 
 
 def test_a_release_that_can_not_be_had_is_known_before_another_makes_room(tiny_llama: str, tmp_path: Path) -> None:
     registry = Registry(str(tmp_path / "registry"))
     registry.publish(finished_run(tmp_path / "run", tiny_llama, "colours", 1))
     backend = object.__new__(TransformersBackend)
-    backend.loader, looked_for = Loader(registry.uri, tiny_llama, EngineMeasures()), list[str]()
+    backend.loader, looked_for = Loader(registry.uri, tiny_llama, fingerprint(tiny_llama), EngineMeasures()), list[str]()
 
     async def load(release: str) -> None:
         looked_for.append(release)

@@ -237,3 +237,22 @@ def test_a_shadow_that_takes_too_long_is_told_to_stop() -> None:
 
     asyncio.run(work())
     assert counted == [("x@1", "x@2", "failed")] and engine.cancelled == 1
+
+
+def test_a_service_that_ends_waits_for_no_shadow() -> None:
+    counted: list[tuple[str, str, str]] = []
+
+    async def never() -> str:
+        await asyncio.sleep(60)
+        raise AssertionError
+
+    async def run() -> None:
+        shadows = Shadows(lambda *what: counted.append(what))
+        shadows.begin("x@1", "x@2", "a", never)
+        await asyncio.sleep(0)
+        shadows.end()
+        await asyncio.sleep(0.1)
+        shadows.begin("x@1", "x@2", "a", never)
+
+    asyncio.run(run())
+    assert [what[2] for what in counted] == ["failed", "skipped"]

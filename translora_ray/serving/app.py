@@ -81,9 +81,11 @@ def application(service: Service) -> Application:
     """The ingress with an engine for each base."""
     releases, bases = plan(service)
     kind = choose_engine("transformers" if service.engine == "auto" else service.engine)
-    serves, engines = [], []
+    serves, engines = list[Serves](), []
     for number, base in enumerate(bases):
         fingerprint = models.fingerprint(base)
+        if twice := next((each.base for each in serves if each.fingerprint == fingerprint), None):
+            raise UsageError(f"The bases {twice} and {base} are the same: name it once, and ask for more replicas where one engine is too few.")
         mine = [release for release in releases if release.base_fingerprint == fingerprint]
         found, engine = _vllm(service, number, base, fingerprint, mine) if kind == "vllm" else _transformers(service, number, base, fingerprint)
         serves.append(found)
@@ -123,7 +125,7 @@ def _transformers(service: Service, number: int, base: str, fingerprint: str) ->
     options = _options(service, service.replicas) | {"ray_actor_options": {"num_cpus": service.cpus, "num_gpus": service.gpus}}
     options |= {"max_ongoing_requests": 4 * service.batch_size, "max_queued_requests": 1000}
     engine = serve.deployment(TransformersBackend, name=f"engine-{number}", **options)
-    bound = engine.bind(base, service.registry, service.adapters, service.batch_size, service.gpus)
+    bound = engine.bind(base, fingerprint, service.registry, service.adapters, service.batch_size, service.gpus)
     return Serves(base, fingerprint, tuple(adapters.NAMES)), bound
 
 
@@ -138,7 +140,7 @@ def _vllm(service: Service, number: int, base: str, fingerprint: str, releases: 
     vllm = service.vllm.model_copy(update={"rank": rank, "adapters": service.vllm.adapters or service.adapters})
     options = _options(service, service.replicas) | {"ray_actor_options": {"num_cpus": service.cpus}, "max_queued_requests": 1000}
     try:
-        bound = llm.deployment(f"engine-{number}", base, service.registry, vllm, service.gpus, options)
+        bound = llm.deployment(f"engine-{number}", base, fingerprint, service.registry, vllm, service.gpus, options)
     except (ValueError, ImportError) as error:
         raise UsageError(f"ray.serve.llm does not take this ({first_line(error)}): change it, or use --engine transformers.") from None
     return Serves(base, fingerprint, adapters.SERVED_BY_VLLM, rank), bound

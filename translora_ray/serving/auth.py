@@ -34,6 +34,13 @@ class Key(BaseModel):
     max_tokens: int = Field(default=1024, ge=1)
     max_body_bytes: int = Field(default=1 << 20, ge=1)
 
+    @field_validator("adapters")
+    @classmethod
+    def _names(cls, adapters: tuple[str, ...]) -> tuple[str, ...]:
+        if strange := next((glob for glob in adapters if set(glob) & set("@:")), None):
+            raise ValueError(f"{strange}: name adapters without version or channel")
+        return adapters
+
     def may_use(self, adapter: str) -> bool:
         return any(fnmatch.fnmatchcase(adapter, glob) for glob in self.adapters)
 

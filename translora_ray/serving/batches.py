@@ -14,9 +14,11 @@ from dataclasses import replace
 
 from translora_ray.engines.base import Generate, Generation
 from translora_ray.engines.transformers import TransformersEngine
+from translora_ray.errors import TransLoraError
 from translora_ray.serving.protocol import Piece
 
 logger = logging.getLogger("ray.serve")
+FAILURES = 5
 
 
 class Batches:
@@ -29,11 +31,14 @@ class Batches:
         self._leaving = False
         """Whether one was dropped since the engine's thread looked."""
         self._work = threading.Condition()
+        self._failures = 0
+        """Batches that ended in errors of torch's and its like since the last answer."""
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
         self._thread.start()
 
     def alive(self) -> bool:
-        return self._thread.is_alive()
+        """Whether the engine answers: not one whose thread ended, nor one of which nothing came back for `FAILURES` batches."""
+        return self._thread.is_alive() and self._failures < FAILURES
 
     def hold(self, path: str) -> None:
         """An adapter may stay in the engine's memory again."""
@@ -90,7 +95,9 @@ class Batches:
     def _answer(self, batch: list[_Job]) -> None:
         try:
             results = self.engine.generate([job.request for job in batch])
+            self._failures = 0
         except Exception as error:
+            self._failures += not isinstance(error, TransLoraError)  # which tell of a request or its adapter
             logger.error(f"the engine could not answer: {type(error).__name__}: {error}")
             for job in batch:
                 job.put(error)

@@ -158,8 +158,9 @@ class Gateway:
         return await self._answer(request, CompletionRequest)
 
     async def drain(self, seconds: float) -> None:
-        """Refuse what comes from now on; returns when what runs has ended, or after so many seconds."""
+        """Refuse what comes from now on, and give up shadows; returns when what runs has ended, or after so many seconds."""
         self._ending = True
+        self.shadows.end()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 while self._running:

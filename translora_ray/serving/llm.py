@@ -59,11 +59,11 @@ class _Held(Held):
 class VllmBackend(LLMServer):  # type: ignore[misc]
     """Answers `Asked` in `Piece`s, as `TransformersBackend` does, through LLMServer's own chat and completions."""
 
-    async def __init__(self, llm_config: LLMConfig, base: str, registry: str) -> None:  # type: ignore[misc]
+    async def __init__(self, llm_config: LLMConfig, base: str, fingerprint: str, registry: str) -> None:  # type: ignore[misc]
         os.environ[OWNER] = str(os.getpid())  # vLLM's processes end with this one
         self._proved: set[str] = set()
         self._proving = asyncio.Lock()
-        self._loader = await asyncio.to_thread(Loader, registry, base, EngineMeasures())
+        self._loader = await asyncio.to_thread(Loader, registry, base, fingerprint, EngineMeasures())
         await super().__init__(llm_config, model_downloader=partial(Downloader, self._loader))
         self._prompter = Prompter(base, self.engine._engine_client.model_config.max_model_len)
 
@@ -133,7 +133,7 @@ class VllmBackend(LLMServer):  # type: ignore[misc]
         raise AssertionError
 
 
-def deployment(name: str, base: str, registry: str, vllm: Vllm, gpus: float, options: dict[str, Any]) -> Any:
+def deployment(name: str, base: str, fingerprint: str, registry: str, vllm: Vllm, gpus: float, options: dict[str, Any]) -> Any:
     """The deployment, bound to its arguments. `vllm` says the largest rank and how many adapters; `gpus` is 0 where vLLM computes on CPUs."""
     # Sampling is what a request says, not what the base's files suggest, as on the transformers engine.
     arguments = engine_arguments(base, (), vllm, gpus) | {"generation_config": "vllm"}
@@ -158,7 +158,7 @@ def deployment(name: str, base: str, registry: str, vllm: Vllm, gpus: float, opt
     others = {key: value for key, value in options.items() if key not in ("num_replicas", "autoscaling_config", "ray_actor_options")}
     return build_llm_deployment(
         LLMConfig(**config),
-        bind_kwargs={"base": base, "registry": registry},
+        bind_kwargs={"base": base, "fingerprint": fingerprint, "registry": registry},
         override_serve_options=others | {"name": name},
         deployment_cls=VllmBackend,
     )

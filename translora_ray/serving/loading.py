@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from translora_ray import adapters, models
-from translora_ray.errors import RunFailed, UsageError
+from translora_ray.disk import room
+from translora_ray.errors import NoRoom, RunFailed, UsageError
 from translora_ray.registry import NotFound, Registry, Unreachable
 from translora_ray.serving.measures import EngineMeasures
 from translora_ray.serving.protocol import ServiceError, unknown
@@ -51,7 +52,9 @@ class Loader:
     another's.
     """
 
-    def __init__(self, registry: str, base: str, measures: EngineMeasures) -> None:
+    def __init__(self, registry: str, base: str, fingerprint: str, measures: EngineMeasures) -> None:
+        if models.fingerprint(base) != fingerprint:
+            raise RunFailed(f"The base {base} on {socket.gethostname()} is not the one that this service began with: bring the same version to all nodes.")
         self.registry, self.base, self.measures = Registry(registry), base, measures
         self.shapes, self.width = models.linear_shapes(base), models.width(base)
         _sweep()
@@ -103,10 +106,13 @@ class Loader:
     def _fetch(self, release: str) -> Path:
         try:
             found = self.registry.release(release)
-            path = self.registry.fetch(found, Path(self._scratch.name))
+            with room(folder := Path(self._scratch.name)):
+                path = self.registry.fetch(found, folder)
             adapters.check_fits(adapters.inspect(path), self.base, self.shapes, self.width)
         except (UsageError, RunFailed, OSError) as error:
             logger.error(f"loading {release}: {error}")
+            if isinstance(error, NoRoom):
+                raise ServiceError(503, "no_room", f"{release} is not loaded and the engine's disk is full: try again later.", DAMAGED_SECONDS) from None
             if isinstance(error, Unreachable) or self._gone():
                 raise ServiceError(503, "registry_unreachable", f"{release} is not loaded and the registry does not answer: try again.", 5) from None
             raise unknown(release) if isinstance(error, NotFound) else unusable(release) from None

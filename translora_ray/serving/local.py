@@ -23,12 +23,12 @@ from translora_ray.serving.protocol import Asked, Piece, ServiceError
 class TransformersBackend:
     """Answers `Asked` in `Piece`s. Serve sends requests of one release to replicas that hold it already (`multiplexed_model_id`)."""
 
-    def __init__(self, base: str, registry: str, adapters_at_once: int, batch_size: int, gpus: float) -> None:
+    def __init__(self, base: str, fingerprint: str, registry: str, adapters_at_once: int, batch_size: int, gpus: float) -> None:
         self.measures = EngineMeasures()
-        self.loader = Loader(registry, base, self.measures)
+        self.loader = Loader(registry, base, fingerprint, self.measures)
         self.engine = TransformersEngine(base, batch_size, None if gpus else "cpu", max(KEPT, adapters_at_once))
         self.batches = Batches(self.engine, batch_size)
-        self.prompter = Prompter(base, self.engine.context)  # the engine's own tokenizer belongs to the engine's thread
+        self.prompter = Prompter(base, self.engine.context)  # with the engine's tokenizer, which nothing here changes
 
         async def load(release: str) -> _Loaded:
             path = await self.loader.load(release)
@@ -54,9 +54,9 @@ class TransformersBackend:
             raise self.loader.give_up(asked.release) from None
 
     async def check_health(self) -> None:
-        """Serve replaces a replica whose engine is gone."""
+        """Serve replaces a replica whose engine is gone, or fails whatever it is asked."""
         if not self.batches.alive():
-            raise RunFailed("The engine's thread has ended: the replica is replaced.")
+            raise RunFailed("The engine answers no more: the replica is replaced.")
 
     def __del__(self) -> None:
         """Serve calls it when the replica ends."""

@@ -10,7 +10,7 @@ import json
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from translora_ray.errors import TransLoraError
 
@@ -40,41 +40,52 @@ def unknown(model: str) -> ServiceError:
     return ServiceError(404, "model_not_found", f"There is no model {model[:200]!r} for this key: GET /v1/models lists those there are.")
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
+class _Fields(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _given(cls, fields: Any) -> Any:
+        """A field that this service does not know is not asked for where it is null: some clients send all that they know."""
+        return {name: value for name, value in fields.items() if name in cls.model_fields or value is not None} if isinstance(fields, dict) else fields
+
+
+class _Part(_Fields):
     type: Literal["text"]
     text: str
 
 
-class Message(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
+class Message(_Fields):
     role: Literal["system", "user", "assistant"]
     content: str | list[_Part]
-    name: str | None = None
 
     def text(self) -> str:
         return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
 
 
-class _Text(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
+class _Text(_Fields):
     type: Literal["text"]
 
 
-class _StreamOptions(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
+class _StreamOptions(_Fields):
     include_usage: bool = False
 
 
+def _off(value: bool) -> bool:
+    if value:
+        raise ValueError("this service does not take it")
+    return value
+
+
+_Off = Annotated[bool, AfterValidator(_off)] | None
 _Nothing = Annotated[float, Field(ge=0, le=0)] | None
 _Empty = Annotated[dict[str, float], Field(max_length=0)] | None
 _Stop = Annotated[str, Field(min_length=1, max_length=200)]
 
 
-class _Asked(BaseModel):
+class _Asked(_Fields):
     """What both routes take. Defaults are OpenAI's; `min_p` is an extension of vLLM's, which both engines have."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
     model: str = Field(max_length=1000)
     max_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(1.0, ge=0, le=2)
@@ -89,13 +100,7 @@ class _Asked(BaseModel):
     presence_penalty: _Nothing = None
     frequency_penalty: _Nothing = None
     logit_bias: _Empty = None
-    logprobs: Literal[False] | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _given(cls, fields: Any) -> Any:
-        """A field that this service does not know is not asked for where it is null: some clients send all that they know."""
-        return {name: value for name, value in fields.items() if name in cls.model_fields or value is not None} if isinstance(fields, dict) else fields
+    logprobs: _Off = None
 
     def stops(self) -> tuple[str, ...]:
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
@@ -116,7 +121,7 @@ class ChatRequest(_Asked):
 class CompletionRequest(_Asked):
     prompt: Annotated[str, Field(min_length=1)] | Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1, max_length=1)]
     max_tokens: int | None = Field(16, ge=1)
-    echo: Literal[False] | None = None
+    echo: _Off = None
     best_of: Literal[1] | None = None
 
 
@@ -167,7 +172,9 @@ def parse(kind: type[_R], body: bytes, most: int) -> _R:
         where = ".".join(str(part) for part in found["loc"])
         what = "this service does not take it" if found["type"] == "extra_forbidden" else found["msg"]
         raise ServiceError(400, "invalid_request", f"{where[:200] or 'body'}: {what[:300]}.") from None
-    if (wanted := request.limit()) and wanted > most:
+    if (wanted := request.limit()) and "max_tokens" not in request.model_fields_set and not isinstance(request, ChatRequest):
+        wanted = request.max_tokens = min(wanted, most)  # nobody asked for the default
+    if wanted and wanted > most:
         raise ServiceError(400, "invalid_request", f"max_tokens is {wanted}, this key may ask for {most} at most.")
     return request
 

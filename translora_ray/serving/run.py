@@ -21,7 +21,7 @@ from ray.serve.exceptions import RayServeException
 from translora_ray import models
 from translora_ray.cluster import Cluster
 from translora_ray.errors import RunFailed, UsageError
-from translora_ray.placement import cpus, ray_failures, ray_session
+from translora_ray.placement import Resources, cpus, ray_failures, ray_session
 from translora_ray.registry import Registry
 from translora_ray.serving.app import NAME, Service, application, count, plan
 
@@ -34,13 +34,19 @@ def run(service: Service, host: str | None, port: int, say: Callable[[str], None
     host = host or ("0.0.0.0" if service.keys else "127.0.0.1")
     if not service.keys and not _loopback(host):
         raise UsageError(f"Whoever reaches {host} would be let in: name a file of keys with --keys, or leave --host out to serve this machine alone.")
+    if ":" in host:
+        raise UsageError(f"--host {host}: IPv6 addresses are not served; name one of IPv4.")
     _require_free(host, port)
     service = service.model_copy(update={"cpus": max(1.0, cpus() // count(service))})
-    model = _model(service)
-    with ray_failures(), ray_session(Cluster()):
+    model, bases = _model(service)
+    with ray_failures(), ray_session(Cluster()) as local:
         logger.setLevel(logging.ERROR)  # replicas log to files of their own; here it would tell of its own start
         if serve.status().proxies:
             raise UsageError("Serve runs on that Ray already, with its own port and hosts: give it this service with `serve deploy` (examples/serve.yaml).")
+        if lack := lacking(service, len(bases)):
+            if local:
+                raise UsageError(f"{lack}: lower --replicas, name fewer bases, or give engines less (--set cluster.engine_gpus).")
+            say(f"{lack}: waiting for nodes")
         serve.start(http_options={"host": host, "port": port})
         try:
             # Built on this Ray: `ray.serve.llm` looks for one, and would start its own. Until the engines run, signals end the command as they are used to.
@@ -86,30 +92,42 @@ def _loopback(host: str) -> bool:
 
 
 def _require_free(host: str, port: int) -> None:
+    if not 0 < port < 1 << 16:
+        raise UsageError(f"--port {port}: give one from 1 to {(1 << 16) - 1}.")
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
-        except (OSError, OverflowError) as error:
+        except OSError as error:
             raise UsageError(f"Port {port} of {host} can not be had ({error}): choose another one with --port.") from None
 
 
 def _wait_ready(url: str, ending: threading.Event) -> None:
-    until = time.monotonic() + START_SECONDS
+    until, direct = time.monotonic() + START_SECONDS, urllib.request.build_opener(urllib.request.ProxyHandler({}))  # whatever proxy the environment names
     while not ending.wait(0.2):
-        with contextlib.suppress(urllib.error.URLError, OSError), urllib.request.urlopen(f"{url}/ready", timeout=10):
+        with contextlib.suppress(urllib.error.URLError, OSError), direct.open(f"{url}/ready", timeout=10):
             return
         if time.monotonic() > until:
             raise RunFailed(f"The service is not ready after {START_SECONDS} s: Ray's logs are in /tmp/ray/session_latest/logs/serve.")
 
 
-def _model(service: Service) -> str:
-    """One to ask for. Raises `UsageError` where the service can not work."""
+def lacking(service: Service, bases: int) -> str:
+    """What Ray has too little of for the least engines that there are to be, "" where it has enough. A vLLM of several GPUs may spread over nodes."""
+    engine, nodes = Resources(service.cpus, service.gpus), [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if service.gpus > 1:
+        engine, nodes = Resources(0.0, service.gpus), [{"GPU": sum(node.get("GPU", 0.0) for node in nodes)}]
+    wanted = bases * (service.replicas if isinstance(service.replicas, int) else service.replicas[0])
+    places = sum(engine.places(node) for node in nodes)
+    return "" if places >= wanted else f"Ray has room for {places} of the {wanted} engines ({service.cpus:g} CPU and {service.gpus:g} GPU each)"
+
+
+def _model(service: Service) -> tuple[str, tuple[str, ...]]:
+    """One to ask for, and the bases. Raises `UsageError` where the service can not work."""
     releases, bases = plan(service)
     served = {models.fingerprint(base) for base in bases}
     names = [release.id for release in releases if release.base_fingerprint in served]
     channels = Registry(service.registry).changes(skip=logger.warning)
-    return next(iter([*(channel for channel, change in channels.items() if change["release"] in names), *names]), "NAME")
+    return next(iter([*(channel for channel, change in channels.items() if change["release"] in names), *names]), "NAME"), bases
 
 
 def _greet(service: Service, url: str, model: str, say: Callable[[str], None]) -> None:

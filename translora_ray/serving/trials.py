@@ -34,16 +34,23 @@ class Shadows:
     def __init__(self, count: Count, at_once: int = SHADOWS_AT_ONCE, seconds: float = SHADOW_SECONDS) -> None:
         self.count, self.at_once, self.seconds = count, at_once, seconds
         self._tasks: set[asyncio.Task[None]] = set()
+        self._ended = False
 
     def begin(self, release: str, shadow: str, answer: str, ask: Callable[[], Awaitable[str]]) -> None:
         """Have `ask` get the shadow's answer and count whether it is the `answer` that the client got. Returns at once and never raises."""
-        if len(self._tasks) >= self.at_once:
+        if self._ended or len(self._tasks) >= self.at_once:
             self.count(release, shadow, SKIPPED)
             return
         alone = contextvars.Context()  # what is asked within a request's own context ends with it, as soon as its client has gone
         task = asyncio.get_running_loop().create_task(self._compare(release, shadow, answer, ask), context=alone)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+    def end(self) -> None:
+        """Ask no more, and give up those that are under way."""
+        self._ended = True
+        for task in self._tasks:
+            task.cancel()
 
     async def _compare(self, release: str, shadow: str, answer: str, ask: Callable[[], Awaitable[str]]) -> None:
         outcome = FAILED
