@@ -14,7 +14,7 @@ import pytest
 from tests.unit.conftest import scripted_pack, stream
 from translora_ray.cluster import Cluster, Vllm
 from translora_ray.engines.base import AdapterRef
-from translora_ray.errors import EngineDied, RunFailed, TransLoraError, UsageError
+from translora_ray.errors import EngineDied, NoRoom, RunFailed, TransLoraError, UsageError
 from translora_ray.records import Pack, pack_to_table, packs_from_table, request_pack
 from translora_ray.storage import RunStore
 from translora_ray.stream.actor import ENGINE_DEATHS, StageActor, _through
@@ -95,7 +95,8 @@ def test_an_engine_that_dies_while_it_opens_is_tried_again() -> None:
         list(threads.map(actor, [pack_to_table(request_pack(0, number, 2)) for number in range(3)]))
 
 
-def test_a_kit_that_can_not_be_had_where_it_is_needed_leaves_the_engine_to_the_others(plan: Plan, tmp_path: Path) -> None:
+def test_what_can_not_be_had_where_it_is_needed_leaves_the_engine_to_the_others(plan: Plan, tmp_path: Path) -> None:
+    other = replace(plan, kit=replace(plan.kit, base_fingerprint="of another version", teacher_fingerprint="of another version"))
     gone = replace(plan, kit=replace(plan.kit, path=str(tmp_path / "gone"), adapter=AdapterRef("teacher", str(tmp_path / "gone"))))
 
     class Opened(StageActor):
@@ -103,9 +104,10 @@ def test_a_kit_that_can_not_be_had_where_it_is_needed_leaves_the_engine_to_the_o
             self.engine = self  # type: ignore[assignment]
             self.stages = [self._stages(plan) for plan in self.plans]
 
-    stages = Opened([gone, plan], Pool("transformers", plan.kit.base, ("discriminator",)), None).stages
+    stages = Opened([gone, other, plan], Pool("transformers", plan.kit.base, ("discriminator",)), None).stages
     assert isinstance(stages[0], UsageError) and str(stages[0]).startswith(f"{tmp_path}/gone is not a transfer kit")
-    assert isinstance(stages[1], list)
+    assert isinstance(stages[1], UsageError) and "is not the one the kit was prepared on" in str(stages[1])
+    assert isinstance(stages[2], list)
 
 
 def test_a_storage_that_fails_at_the_last_ends_its_own_transfer(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,6 +124,19 @@ def test_a_storage_that_fails_at_the_last_ends_its_own_transfer(plan: Plan, tmp_
     _commit(running, [], lambda transfer, outcome: ended.update({transfer: outcome}))
     assert list(running) == [1] and stores[1].names("shards")
     assert str(ended[0]) == f"{tmp_path}/away can not be written (OSError: no route to host): the same command goes on from what is committed."
+
+
+def test_a_full_disk_is_no_transfers_own(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = RunStore(str(tmp_path / "run"))
+    collector = Collector(replace(plan, cluster=Cluster(commit_seconds=1000)), store)
+    collector.take(scripted_pack(0), [])
+
+    def full(*_: object) -> None:
+        raise NoRoom("There is no room.")
+
+    monkeypatch.setattr(store, "write_shard", full)
+    with pytest.raises(NoRoom):
+        _commit({0: collector}, [], lambda *_: None)
 
 
 def test_a_run_that_is_damaged_or_full_leaves_the_stream_to_the_others(plan: Plan, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import socket
 import threading
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -17,8 +18,8 @@ import ray
 from translora_ray import adapters
 from translora_ray.engines.base import Engine
 from translora_ray.engines.select import open_engine
-from translora_ray.errors import EngineDied, TransLoraError, reason
-from translora_ray.models import context_of, linear_shapes, load_tokenizer, skeleton
+from translora_ray.errors import EngineDied, TransLoraError, UsageError, reason
+from translora_ray.models import context_of, fingerprint, linear_shapes, load_tokenizer, skeleton
 from translora_ray.prompts import Prompt, answer_ids, prompt_ids
 from translora_ray.recipe import GeneratorKind, Synthesis
 from translora_ray.records import Pack, pack_to_table, packs_from_table
@@ -40,7 +41,7 @@ class StageActor:
     """What Ray Data keeps in an actor: one engine, and each transfer's stages, which use it. Called from as many threads as packs go at once."""
 
     def __init__(self, plans: Sequence[Plan], pool: Pool, desk: Any) -> None:
-        self.asked, self.plans, self.pool, self.desk = plans, [_here(plan) for plan in plans], pool, desk
+        self.asked, self.plans, self.pool, self.desk = plans, [_here(plan, pool.base) for plan in plans], pool, desk
         self._replacing, self._again = threading.Lock(), threading.Lock()
         self._open()
 
@@ -91,9 +92,12 @@ class StageActor:
                         raise
 
 
-def _here(plan: Plan) -> Plan | Exception:
-    """The plan with its kit on this machine, or why that can not be had: the other transfers go on."""
+def _here(plan: Plan, base: str) -> Plan | Exception:
+    """The plan with its kit on this machine, or why that, or its base, can not be had: the other transfers go on."""
     try:
+        wanted = plan.kit.bases.get(base)
+        if wanted and fingerprint(base) != wanted:
+            raise UsageError(f"The base {base} on {socket.gethostname()} is not the one the kit was prepared on: bring the same version of it to all nodes.")
         return replace(plan, kit=plan.kit.here())
     except Exception as failure:
         return failure
