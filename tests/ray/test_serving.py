@@ -267,7 +267,9 @@ def test_what_can_not_work_is_said_before_anything_starts(world: World, capsys: 
         ([nothing], "no registry"),
         ([empty, "--host", "0.0.0.0"], "Whoever reaches 0.0.0.0 would be let in"),
         ([empty, "--keys", str(tmp_path / "keys.yaml")], "not a file of keys"),
-        ([empty, "--port", "99999"], "Port"),
+        ([empty, "--port", "99999"], "--port 99999: give one from 1 to 65535"),
+        ([empty, "--host", "::1"], "IPv6 addresses are not served"),
+        ([empty, "--replicas", "64", "--port", str(free_port())], "of the 64 engines (1 CPU and 0 GPU each): lower --replicas"),
     ):
         assert main(["serve", *arguments, "--engine", "transformers"]) == 2
         assert said in capsys.readouterr().err
