@@ -50,6 +50,8 @@ class AdapterInfo:
     shapes: dict[str, tuple[int, ...]]
     rank: int = 0
     alpha: float = 0.0
+    alphas: bool = False
+    """Whether single modules have an alpha of their own (peft's `alpha_pattern`)."""
     dropout: float = 0.0
     virtual_tokens: int = 0
     width: int = 0
@@ -105,13 +107,19 @@ def _lora(folder: Path, config: dict[str, Any], tensors: dict[str, list[int]]) -
             f"{folder / CONFIG} has init_lora_weights {config['init_lora_weights']!r}, which changes the base's own weights: convert it to a plain LoRA first."
         )
     rank, alpha = config.get("r"), config.get("lora_alpha")
-    if not isinstance(rank, int) or not isinstance(alpha, int | float) or config.get("rank_pattern") or config.get("alpha_pattern"):
+    if not isinstance(rank, int) or not isinstance(alpha, int | float) or config.get("rank_pattern"):
         raise UsageError(f"{folder / CONFIG} does not give one rank and one alpha for all modules: only such adapters can be moved.")
     for module, pair in sides.items():
         if {pair["A"][0], pair["B"][1]} != {rank}:
             raise UsageError(f"{folder} says rank {rank}, but its weights at {module} have rank {pair['A'][0]} and {pair['B'][1]}: save it again.")
     shapes = {module: (pair["A"][1], pair["B"][0]) for module, pair in sides.items()}
-    return {"rank": rank, "alpha": float(alpha), "dropout": float(config.get("lora_dropout") or 0.0), "shapes": shapes}
+    return {
+        "rank": rank,
+        "alpha": float(alpha),
+        "alphas": bool(config.get("alpha_pattern")),
+        "dropout": float(config.get("lora_dropout") or 0.0),
+        "shapes": shapes,
+    }
 
 
 def _ia3_shapes(folder: Path, tensors: dict[str, list[int]]) -> dict[str, tuple[int, ...]]:
@@ -171,6 +179,8 @@ def inherit(info: AdapterInfo, wanted: Adapter, linear_shapes: dict[str, tuple[i
         return Adapter(type=kind, virtual_tokens=wanted.virtual_tokens or info.virtual_tokens or 20)
     if kind == "ia3":
         return Adapter(type=kind)
+    if info.alphas and wanted.alpha is None:
+        raise UsageError(f"The adapter {info.path} has an alpha of its own for single modules, which the target's does not take over: set adapter.alpha.")
     rank = wanted.rank or info.rank or 16
     return Adapter(
         type=kind,

@@ -48,14 +48,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _reference(reference: str, name: str) -> str:
     """A path among the model references as an absolute one: it is stored, and read from other directories."""
     path = Path(reference).expanduser()
-    return _place(str(path), name) if path.exists() else reference
+    return str(Path(_place(str(path), name)).resolve()) if path.exists() else reference
 
 
 def _place(path: str, name: str) -> str:
     """A path that is written, or stored for later, as an absolute one; URIs stay."""
-    if "://" in path:
+    if "://" in path or Path(path).is_absolute():  # as it was given: what a link leads to may change
         return path
-    if not Path(path).is_absolute() and "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
         raise UsageError(f"{name} {path} would lie in the job's temporary working directory: give an absolute path or a URI.")
     return str(Path(path).resolve())
 

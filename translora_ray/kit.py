@@ -28,7 +28,7 @@ from translora_ray.errors import UsageError, reason
 from translora_ray.prompts import answer_stops, several_lines
 from translora_ray.records import TaskRow, derive_seed, read_rows
 from translora_ray.references import once
-from translora_ray.storage import MANIFEST, RELEASE, RunStore
+from translora_ray.storage import MANIFEST, RELEASE, RunStore, reaching
 from translora_ray.stream.dedup import normal
 from translora_ray.stream.fill import fillable
 
@@ -161,10 +161,11 @@ def _read(folder: Path, place: str) -> Kit:
 def _fetched(uri: str) -> Path:
     """The copy of a kit, or of what stands for one in a finished run. It is made once for each content of the file that was written last."""
     store = RunStore(uri)
-    last = next((name for name in (MANIFEST, RELEASE, FACTS) if store.exists(name)), None)
-    if last is None:
-        raise UsageError(f"{uri} is not a transfer kit: it has no {FACTS}; make one with `translora prepare`, and copy it there.")
-    key = hashlib.sha256(f"{store.uri}\n".encode() + store.read(last)).hexdigest()[:16]
+    with reaching(store.uri):
+        last = next((name for name in (MANIFEST, RELEASE, FACTS) if store.exists(name)), None)
+        if last is None:
+            raise UsageError(f"{uri} is not a transfer kit: it has no {FACTS}; make one with `translora prepare`, and copy it there.")
+        key = hashlib.sha256(f"{store.uri}\n".encode() + store.read(last)).hexdigest()[:16]
 
     def fetch(copy: Path) -> None:
         copy.mkdir()

@@ -14,7 +14,7 @@ from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, RayEr
 from ray.train.v2.api.exceptions import TrainingFailedError
 
 from translora_ray.cluster import Cluster
-from translora_ray.errors import RunFailed, TransLoraError, UsageError
+from translora_ray.errors import NoRoom, RunFailed, TransLoraError, UsageError
 from translora_ray.stream.plan import Plan
 
 RESTARTS = 3
@@ -68,10 +68,11 @@ def ray_failures() -> Iterator[None]:
     except TransLoraError as error:
         raise getattr(error, "cause", error) from None  # what a task or an actor raised is of both classes, and says where
     except (RayError, TrainingFailedError, RuntimeError) as error:
-        ours = re.findall(r"translora_ray\.errors\.\w+: (.+)", str(error))
+        ours = re.findall(r"translora_ray\.errors\.(\w+): (.+)", str(error))
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         logs = "what is committed stays; Ray's logs are in /tmp/ray/session_latest/logs"
-        raise RunFailed(ours[-1] if ours else f"{type(error).__name__}: {lines[-1]} ({logs})") from error
+        kind, said = ours[-1] if ours else ("", f"{type(error).__name__}: {lines[-1]} ({logs})")
+        raise (NoRoom if kind == NoRoom.__name__ else RunFailed)(said) from error
 
 
 def has_gpu() -> bool:

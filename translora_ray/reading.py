@@ -10,7 +10,7 @@ import yaml
 from pydantic import ValidationError
 
 from translora_ray.cluster import Cluster, Config
-from translora_ray.config import Section, Task
+from translora_ray.config import RELEASE_NAME, Section, Task
 from translora_ray.errors import UsageError
 from translora_ray.recipe import Recipe
 
@@ -35,6 +35,8 @@ def load_task(path: str | Path) -> Task:
     task = validate(Task, read_yaml(path), str(path))
     if "{input}" not in task.prompt:
         raise UsageError(f"{path}: prompt has no {{input}} in it, so no row could be shown to a model; add it.")
+    if not re.fullmatch(RELEASE_NAME, task.name):
+        raise UsageError(f"{path}: name has {len(task.name)} characters, and releases are called by it; take up to 100.")
     return task.model_copy(update={"train": str((Path(path).parent / task.train).resolve())})
 
 

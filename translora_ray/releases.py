@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from translora_ray import adapters
-from translora_ray.config import NAME
+from translora_ray.config import RELEASE_NAME
 from translora_ray.errors import UsageError
 from translora_ray.evaluation.gate import REFUSE, REVIEW
 from translora_ray.kit import load as load_kit
 from translora_ray.storage import ADAPTER, MANIFEST, RESULT, RunStore
 
 STABLE = "stable"
-_NAME = re.compile(NAME)
+_NAME = re.compile(RELEASE_NAME)
 _ID = re.compile(rf"({_NAME.pattern})@([1-9][0-9]{{0,8}})")
 UNGATED = {"verdict": REVIEW, "reasons": ["the recipe held nothing out for a gate"], "checks": []}
 

@@ -96,9 +96,9 @@ class RunStore:
         while not place.exists():
             place = place.parent
         if not place.is_dir():
-            raise UsageError(f"{place} is a file: choose another --out.")
+            raise UsageError(f"{place} is a file: choose another place.")
         if not os.access(place, os.W_OK):
-            raise UsageError(f"{self.uri} can not be written: choose another --out, or change the permissions of {place}.")
+            raise UsageError(f"{self.uri} can not be written: choose another place, or change the permissions of {place}.")
 
     def _check_bucket(self) -> None:
         bucket = self.root.split("/")[0]

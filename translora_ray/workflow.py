@@ -97,10 +97,10 @@ def check(kit_path: str, target: str, out: str, config: Config, engine: EngineKi
     engine = choose_engine(engine)
     engine_for(engine, [loaded.adapter], display.say)
     store = RunStore(out)
+    store.check_writable()
     recipe = identity.as_begun(config.recipe, store, loaded).decided(loaded.task.classes, loaded.rows, loaded.discriminator, loaded.copies)
     config = config.model_copy(update={"recipe": recipe})
     checked = Checked(loaded, target, config, engine, store, identity.of(loaded, target, config.recipe))
-    checked.store.check_writable()
     identity.check(checked.store, checked.kit, checked.identity)
     if checked.finished:
         return checked

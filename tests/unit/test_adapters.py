@@ -68,11 +68,13 @@ def test_another_kind_of_adapter_is_refused(adapter: Path) -> None:
         adapters.inspect(adapter)
 
 
-def test_modules_with_an_alpha_of_their_own_are_refused(adapter: Path) -> None:
+def test_alphas_of_single_modules_are_not_lost_in_silence(adapter: Path, tiny_llama: str) -> None:
     config = json.loads((adapter / adapters.CONFIG).read_text())
     (adapter / adapters.CONFIG).write_text(json.dumps(config | {"alpha_pattern": {"q_proj": 64}}))
-    with pytest.raises(UsageError, match="does not give one rank and one alpha for all modules"):
-        adapters.inspect(adapter)
+    info, shapes = adapters.inspect(adapter), models.linear_shapes(tiny_llama)
+    with pytest.raises(UsageError, match=r"has an alpha of its own for single modules, .*: set adapter\.alpha"):
+        adapters.inherit(info, Adapter(), shapes)
+    assert adapters.inherit(info, Adapter(alpha=4.0), shapes).alpha == 4.0
 
 
 def test_a_configuration_that_peft_can_not_use_is_one_sentence(adapter: Path, tiny_llama: str) -> None:

@@ -15,7 +15,7 @@ from tests.conftest import save_run
 from translora_ray.adapters import digest
 from translora_ray.background import beside
 from translora_ray.cli import main
-from translora_ray.errors import UsageError
+from translora_ray.errors import NoRoom, UsageError
 from translora_ray.evaluation.compare import compared
 from translora_ray.fleet import state as states
 from translora_ray.fleet.groups import check_all
@@ -63,7 +63,7 @@ def test_a_fleet_comes_to_transfers_with_their_own_recipes(tmp_path: Path) -> No
     ("keys", "wrong"),
     [
         ({"kits": [{"kit": "one", "name": "x" * 90}], "target": ["one/base-model", "one/another"]}, "which is too long or begins with no letter or digit"),
-        ({"recipe": {"overlap": True}}, "kits.0: overlap is for single transfers"),
+        ({"kits": ["\u65e5\u672c"]}, "which is too long or begins with no letter or digit"),
     ],
 )
 def test_what_could_not_be_published_or_moved_is_refused_at_once(tmp_path: Path, keys: dict[str, object], wrong: str) -> None:
@@ -93,6 +93,23 @@ def test_a_registry_that_could_not_be_written_is_refused_before_anything_is_comp
     (tmp_path / "registry" / "other").touch()
     assert main(["fleet", write(tmp_path, registry="registry"), "--engine", "transformers"]) == 2
     assert "is not empty and not a registry" in capsys.readouterr().err and not (tmp_path / "fleet").exists()
+
+
+def test_what_overlaps_is_no_new_fleet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(tmp_path, recipe={"overlap": True})
+    assert main(["fleet", path, "--engine", "transformers"]) == 2
+    assert "overlap is for single transfers" in capsys.readouterr().err and not (tmp_path / "fleet").exists()
+    states.State(RunStore(str(tmp_path / "fleet")), load_fleet(path)[1]).begin()  # as an older version did
+    assert main(["fleet", path, "--engine", "transformers", "--resume"]) == 1
+
+
+def test_a_full_disk_in_the_checks_is_no_kits_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise NoRoom("There is no room.")
+
+    monkeypatch.setattr("translora_ray.fleet.groups.check", full)
+    with pytest.raises(NoRoom), Display() as display:
+        check_all(load_fleet(write(tmp_path))[1], "transformers", display)
 
 
 def test_an_evaluation_is_one_of_its_rows(tmp_path: Path) -> None:

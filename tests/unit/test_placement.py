@@ -12,7 +12,7 @@ import pytest
 from tests.conftest import lora
 from translora_ray import kit
 from translora_ray.cluster import Cluster, Config, Vllm
-from translora_ray.errors import UsageError
+from translora_ray.errors import NoRoom, RunFailed, UsageError
 from translora_ray.placement import Resources, check_resources, fit_beside, nodes_of, ray_failures, trainings_at_once
 from translora_ray.reading import load_config
 from translora_ray.recipe import Gate, Recipe, Synthesis
@@ -108,6 +108,13 @@ def test_what_vllm_would_refuse_later_is_refused_before_anything_is_made(
     plan = Plan(kit.load(tiny_kit), tiny_gemma, config.recipe, config.cluster, "vllm", 1.0, 0.0)
     with pytest.raises(UsageError, match=re.escape(problem)) if problem else contextlib.nullcontext():
         _check_limits(plan, lora(target))
+
+
+def test_a_full_disk_is_one_whatever_it_came_through() -> None:
+    with pytest.raises(NoRoom, match=r"^There is no room for x: make some\.$"), ray_failures():
+        raise RuntimeError("Training failed:\nTraceback\ntranslora_ray.errors.NoRoom: There is no room for x: make some.\n")
+    with pytest.raises(RunFailed, match=r"^It died\.$"), ray_failures():
+        raise RuntimeError("translora_ray.errors.EngineDied: It died.")
 
 
 def test_what_a_task_raised_is_said_without_where() -> None:

@@ -399,7 +399,8 @@ def test_more_engines_than_there_is_room_for_are_told(monkeypatch: pytest.Monkey
     assert lacking(Service(registry="r", replicas=2), 2) == ""
     assert lacking(Service(registry="r", replicas=(1, 9)), 4) == "", "more come as there is room"
     assert lacking(Service(registry="r", replicas=4, cpus=2), 1) == "Ray has room for 1 of the 4 engines (2 CPU and 0 GPU each)"
-    assert lacking(Service(registry="r", cpus=1, gpus=2), 1) == "" and "room for 0 of the 1" in lacking(Service(registry="r", gpus=4), 1)
+    assert lacking(Service(registry="r", engine="vllm", cpus=32, gpus=2), 1) == "", "vLLM asks for CPUs of its own beside whole GPUs"
+    assert "room for 0 of the 1 engines (0 CPU and 4 GPU each)" in lacking(Service(registry="r", engine="vllm", gpus=4), 1)
 
 
 def test_an_engine_that_fails_whatever_it_is_asked_is_replaced(tiny_llama: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,6 +64,7 @@ def test_a_bucket_that_is_not_there_is_told_before_anything_is_computed(s3: str,
     with pytest.raises(UsageError, match="There is no bucket absent: make it, or correct s3://absent/run"):
         RunStore("s3://absent/run").check_writable()
     with elsewhere("http://127.0.0.1:9"):
-        assert main(["status", f"{s3}/fleet"]) == 1
-    error = capsys.readouterr().err
-    assert f"{s3}/fleet can not be reached" in error and "check the network" in error and error.count("\n") == 1
+        for command in (["status", f"{s3}/it"], ["evaluate", f"{s3}/it", "--data", "x"], ["transfer", f"{s3}/it", "--target", "x", "--out", "x"]):
+            assert main([*command]) == 1
+            error = capsys.readouterr().err.strip().split("\n")[-1]
+            assert f"{s3}/it can not be reached" in error and "check the network" in error

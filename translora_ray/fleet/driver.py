@@ -56,6 +56,8 @@ def run_fleet(fleet: Fleet, wanted: Sequence[Wanted], resume: bool, engine: Engi
     new = not store.exists()
     if store.exists(states.FILE) and not resume:
         raise UsageError(f"{store.uri} holds a fleet already: give --resume to go on with it, or choose another out.")
+    if not store.exists(states.FILE) and any(each.config.recipe.overlap for each in wanted):
+        raise UsageError("overlap is for single transfers, a fleet trains beside its stream anyway: leave it out.")
     if not store.exists(states.FILE) and set(store.names("")) - {leases.FILE}:
         raise UsageError(f"{store.uri} is not empty and not a fleet: choose another out.")
     try:
@@ -85,11 +87,17 @@ class Driver:
         self.measures: FleetMeasures | None = None
         self.steps: list[Any] = []
         """Desks that trainings report to."""
+        self.no_room: NoRoom | None = None
+        """A training's, which ends the fleet."""
 
     def run(self) -> State:
         with beside(self.state.keep), self._stopping() as listen:
             try:
                 self._run(listen)
+            except Stopped:
+                if self.no_room:
+                    raise self.no_room from None
+                raise
             finally:
                 self.state.catch_up()
         return self.state
@@ -291,7 +299,11 @@ class Driver:
         """What goes wrong with a transfer ends that transfer alone, but for a disk that is full."""
         try:
             yield
-        except NoRoom:
+        except NoRoom as failure:
+            self.no_room = failure
+            self.stop.set()
+            with contextlib.suppress(NoRoom):
+                self.state.change(name, states.WAITING, "stopped")
             raise
         except Stopped:
             self.state.change(name, states.WAITING, "stopped in its training")

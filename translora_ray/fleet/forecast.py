@@ -13,7 +13,7 @@ from translora_ray.config import EngineKind
 from translora_ray.fleet.groups import Transfer, check_all, grouped
 from translora_ray.fleet.manifest import Fleet, Wanted
 from translora_ray.models import load_tokenizer
-from translora_ray.placement import fit_beside, nodes_of, ray_session
+from translora_ray.placement import fit_beside, nodes_of, ray_session, trainings_at_once
 from translora_ray.progress import Display
 from translora_ray.prompts import answer_ids, prompt_ids, task_prompt
 from translora_ray.storage import MANIFEST, RunStore
@@ -99,7 +99,9 @@ def _engines(fleet: Fleet, group: Sequence[Transfer]) -> list[str]:
         f"  {low} to {high} engines of {plan.engine_cpus:g} CPU and {plan.engine_gpus:g} GPU: {pool.engine} with {pool.base} ({', '.join(pool.roles)})"
         for pool in plan.pools()
     ]
-    when = "beside the stream" if fit_beside(plan, worker, fleet.trainings) else "after the stream"
-    workers = plan.cluster.workers[0]
-    lines.append(f"  trainings {when}, {fleet.trainings} at once, each {workers} workers of {worker.cpus:g} CPU and {worker.gpus:g} GPU")
+    at_once, workers = min(fleet.trainings, len(group)), plan.cluster.workers[0]
+    when = "beside the stream" if fit_beside(plan, worker, at_once) else "after the stream"
+    lines.append(
+        f"  trainings {when}, {min(at_once, trainings_at_once(plan, worker))} at once, each {workers} workers of {worker.cpus:g} CPU and {worker.gpus:g} GPU"
+    )
     return lines

@@ -10,7 +10,7 @@ from typing import Any
 
 from translora_ray import kit
 from translora_ray.config import EngineKind, Task
-from translora_ray.errors import TransLoraError, UsageError, reason
+from translora_ray.errors import NoRoom, TransLoraError, UsageError, reason
 from translora_ray.evaluation.compare import check_rows, compared
 from translora_ray.fleet.manifest import Wanted
 from translora_ray.placement import Resources, check_resources
@@ -49,6 +49,8 @@ def check_all(
         go_on()
         try:
             sound.append((each, _checked(each, engine, display)))
+        except NoRoom:
+            raise
         except Exception as failure:
             failures[each.name] = _why(each, failure)
         phase.update(number, len(wanted))

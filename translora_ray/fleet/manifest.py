@@ -14,7 +14,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from translora_ray.cluster import Cluster, Config
-from translora_ray.config import NAME, Section
+from translora_ray.config import RELEASE_NAME, Section
 from translora_ray.errors import UsageError
 from translora_ray.reading import inside, read_yaml, validate
 from translora_ray.recipe import Recipe
@@ -31,7 +31,7 @@ class Item(Section):
     releases: str | None = None
     """In place of `kit`: a registry, of which a release of each name that is for `base` moves on, under its name: that of its channel stable, or the newest."""
     base: str | None = None
-    name: str | None = Field(None, pattern=f"^{NAME}$")
+    name: str | None = Field(None, pattern=f"^{RELEASE_NAME}$")
     """Of the transfer's directory, and of its releases in the registry. None: the directory has the kit's name, releases the task's. Where there are several
     targets both have one name, that of the directory, which ends with the target's."""
     target: Targets = Field(default_factory=list)
@@ -110,8 +110,6 @@ def load_fleet(path: str) -> tuple[Fleet, list[Wanted]]:
         where = f"kits.{number}"
         recipe = validate(Recipe, _merged(fleet.recipe, item.recipe), path, f"{where}.recipe.") if item.recipe else common
         data, train = (_located(rows, folder, f"{path}: {where}.{key}") if rows else None for key, rows in (("evaluate", item.evaluate), ("train", item.train)))
-        if recipe.overlap:
-            raise UsageError(f"{path}: {where}: overlap is for single transfers, a fleet trains beside its stream anyway; leave it out.")
         targets = item.target or fleet.target
         if not targets:
             raise UsageError(f"{path}: {where} has no target; add it there, or for the whole fleet.")
@@ -126,7 +124,7 @@ def load_fleet(path: str) -> tuple[Fleet, list[Wanted]]:
                 release = name if len(targets) > 1 else item.name or called or None  # two bases' releases of one name would be numbered as they happen to end
                 wanted.append(Wanted(name, kit, base, inside(out, f"runs/{name}"), config, item.priority, data, release, obstacle, train))
     names = Counter(each.name for each in wanted)
-    if unfit := next((name for name in names if not re.fullmatch(NAME, name)), None):
+    if (unfit := next((name for name in names if not re.fullmatch(RELEASE_NAME, name)), None)) is not None:
         raise UsageError(f"{path}: a transfer would be called {unfit!r}, which is too long or begins with no letter or digit; give its kit another name.")
     if twice := next((name for name, count in names.items() if count > 1), None):
         raise UsageError(f"{path}: {names[twice]} transfers would be called {twice!r}; give their kits different names (the key name).")

@@ -34,13 +34,6 @@ class Key(BaseModel):
     max_tokens: int = Field(default=1024, ge=1)
     max_body_bytes: int = Field(default=1 << 20, ge=1)
 
-    @field_validator("adapters")
-    @classmethod
-    def _names(cls, adapters: tuple[str, ...]) -> tuple[str, ...]:
-        if strange := next((glob for glob in adapters if set(glob) & set("@:")), None):
-            raise ValueError(f"{strange}: name adapters without version or channel")
-        return adapters
-
     def may_use(self, adapter: str) -> bool:
         return any(fnmatch.fnmatchcase(adapter, glob) for glob in self.adapters)
 
@@ -85,6 +78,8 @@ def read_keys(path: str | Path) -> tuple[Key, ...]:
 def add_key(path: str | Path, name: str, adapters: tuple[str, ...], **limits: int) -> str:
     """Add a key to the file, which is made if need be, readable by its owner alone; returns the key, which is stored nowhere."""
     file = Path(path)
+    if strange := next((glob for glob in adapters if set(glob) & set("@:")), None):
+        raise UsageError(f"--adapters {strange}: a key is for names, without version or channel, so this is no name's; leave that out.")
     try:
         with file.with_name(f".{file.name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # else of two who add at the same time one would lose its key

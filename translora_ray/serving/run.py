@@ -112,13 +112,15 @@ def _wait_ready(url: str, ending: threading.Event) -> None:
 
 
 def lacking(service: Service, bases: int) -> str:
-    """What Ray has too little of for the least engines that there are to be, "" where it has enough. A vLLM of several GPUs may spread over nodes."""
-    engine, nodes = Resources(service.cpus, service.gpus), [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    if service.gpus > 1:
-        engine, nodes = Resources(0.0, service.gpus), [{"GPU": sum(node.get("GPU", 0.0) for node in nodes)}]
+    """What Ray has too little of for the least engines that there are to be, "" where it has enough. A vLLM of whole GPUs asks for CPUs of its own, and may
+    spread over nodes."""
+    whole, nodes = service.engine == "vllm" and service.gpus >= 1, [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    engine = Resources(0.0 if whole else service.cpus, service.gpus)
+    if whole:
+        nodes = [{"GPU": sum(node.get("GPU", 0.0) for node in nodes)}]
     wanted = bases * (service.replicas if isinstance(service.replicas, int) else service.replicas[0])
     places = sum(engine.places(node) for node in nodes)
-    return "" if places >= wanted else f"Ray has room for {places} of the {wanted} engines ({service.cpus:g} CPU and {service.gpus:g} GPU each)"
+    return "" if places >= wanted else f"Ray has room for {places} of the {wanted} engines ({engine.cpus:g} CPU and {engine.gpus:g} GPU each)"
 
 
 def _model(service: Service) -> tuple[str, tuple[str, ...]]:
