@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from translora_ray import releasing
+from translora_ray.disk import room
 from translora_ray.errors import TransLoraError, UsageError, reason
 from translora_ray.options import parser
 
@@ -189,8 +190,6 @@ def _write_json(name: str | None, result: dict[str, Any]) -> None:
     if name == "-":
         print(text)
     elif name:
-        from translora_ray.disk import room
-
         with room(Path(name)):
             Path(name).write_text(text + "\n")
 

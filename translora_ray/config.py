@@ -9,8 +9,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 EngineKind = Literal["auto", "transformers", "vllm"]
 AdapterType = Literal["lora", "rslora", "dora", "prompt_tuning", "ia3"]
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
+"""What a task in a kit may be called: names become parts of paths."""
 RELEASE_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
-"""What a task may be called, and whatever takes its name from one: names become parts of paths."""
+"""What a release, a channel, a transfer of a fleet and a new task may be called; tasks of older kits may have longer names."""
 MOST_RANK, MOST_TEMPERATURE = 512, 2.0
 """What vLLM takes."""
 

@@ -17,7 +17,7 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 def commit_folder(source: Path, final: Path, replace: bool = True) -> None:
     """Make `source` appear as `final` at once, replacing what an earlier attempt left there or, without `replace`, refusing to."""
-    with room(final), _scratch_beside(final) as scratch:
+    with room(final), scratch_beside(final) as scratch:
         shutil.copytree(source, scratch / "new")
         for file in (scratch / "new").rglob("*"):
             if file.is_file():
@@ -33,7 +33,7 @@ def commit_folder(source: Path, final: Path, replace: bool = True) -> None:
 
 
 @contextlib.contextmanager
-def _scratch_beside(final: Path) -> Iterator[Path]:
+def scratch_beside(final: Path) -> Iterator[Path]:
     """A directory on the same disk, for as long as the block runs."""
     final.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=final.parent, prefix=f".{final.name}-"))

@@ -288,5 +288,6 @@ def rows_digest(rows: Sequence[TaskRow]) -> str:
 
 def digest_of(facts: dict[str, Any], seeds: str) -> str:
     decisive = {key: facts[key] for key in ("task", "base_fingerprint", "rows", "adapters", "discriminator")}
-    decisive |= {key: facts[key] for key in ("several_lines",) if key in facts}  # which older kits lack
+    if "several_lines" in facts:  # older kits lack it
+        decisive["several_lines"] = facts["several_lines"]
     return hashlib.sha256((json.dumps(decisive, sort_keys=True) + seeds).encode()).hexdigest()[:16]

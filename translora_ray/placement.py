@@ -159,11 +159,11 @@ def place_for_both(plan: Plan, worker: Resources) -> Resources | None:
     return both if plan.cluster.workers == (1, 1) and any(both.places(node) for node in nodes) else None
 
 
-def trainings_at_once(plan: Plan, worker: Resources) -> int:
-    """How many trainings, each with its gate, the nodes hold when nothing streams; where `check_resources` is content, one at least."""
+def trainings_at_once(plan: Plan, worker: Resources, wanted: int) -> int:
+    """How many of so many trainings, each with its gate, the nodes hold when nothing streams; where `check_resources` is content, one at least."""
     alone = place_for_both(plan, worker)
     each, workers = (alone, 1) if alone else (worker, plan.cluster.workers[0])
-    return max(1, sum(each.places(node) for node in nodes_of(plan.cluster)) // workers)
+    return min(wanted, max(1, sum(each.places(node) for node in nodes_of(plan.cluster)) // workers))
 
 
 def fit_beside(plan: Plan, worker: Resources, trainings: int) -> bool:

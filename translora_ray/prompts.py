@@ -18,7 +18,8 @@ from translora_ray.records import TaskRow
 
 Format = Literal["text", "chat"]
 YES, NO = "Yes", "No"
-_NUMBERED, _ITEM_NUMBER = re.compile(r"\s*\d+[.)]\s"), re.compile(r"\n\s*\d+[.)]\s")
+_NUMBERED = re.compile(r"\s*\d+[.)]\s")
+_ITEM_NUMBER = re.compile(rf"\n{_NUMBERED.pattern}")
 _LINE_ENDS = re.compile(r"\n+")
 
 

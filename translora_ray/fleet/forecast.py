@@ -99,9 +99,8 @@ def _engines(fleet: Fleet, group: Sequence[Transfer]) -> list[str]:
         f"  {low} to {high} engines of {plan.engine_cpus:g} CPU and {plan.engine_gpus:g} GPU: {pool.engine} with {pool.base} ({', '.join(pool.roles)})"
         for pool in plan.pools()
     ]
-    at_once, workers = min(fleet.trainings, len(group)), plan.cluster.workers[0]
-    when = "beside the stream" if fit_beside(plan, worker, at_once) else "after the stream"
-    lines.append(
-        f"  trainings {when}, {min(at_once, trainings_at_once(plan, worker))} at once, each {workers} workers of {worker.cpus:g} CPU and {worker.gpus:g} GPU"
-    )
+    wanted, workers = min(fleet.trainings, len(group)), plan.cluster.workers[0]
+    when = "beside the stream" if fit_beside(plan, worker, wanted) else "after the stream"
+    at_once = trainings_at_once(plan, worker, wanted)
+    lines.append(f"  trainings {when}, {at_once} at once, each {workers} workers of {worker.cpus:g} CPU and {worker.gpus:g} GPU")
     return lines
