@@ -1,6 +1,6 @@
 """How many examples should an adapter learn from? Adapters trained on more and more of one run's, and longer on as many.
 
-    make bench-amount          (or: python benchmarks/amount.py --data ../shared/data)
+    make bench-amount          (or: python benchmarks/amount.py --data DIR)
 
 They are asked the training rows of clinc_utility that are no seeds, which no transfer sees, so that the default can be chosen without a look at test rows.
 Files lie in runs/amount/; what is there is not computed again.

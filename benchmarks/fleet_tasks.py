@@ -1,6 +1,6 @@
 """A base is retired: six public tasks' adapters move from SmolLM2 to Gemma as one fleet, from one job, whose driver is killed twice on the way.
 
-    python benchmarks/fleet_tasks.py           (--data ../shared/data)
+    python benchmarks/fleet_tasks.py           (--data DIR)
 
 Kits are prepared first. Then `cluster/local.sh` starts a Ray of one worker node, and the fleet is submitted to it as users do, without real rows, as there are
 none by then; SIGKILL hits the driver when a third of the examples is committed, and when the first adapter trains; each time the same job is submitted again.

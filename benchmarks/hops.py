@@ -1,6 +1,6 @@
 """There and back: does an adapter survive two transfers? SmolLM2 to Gemma to SmolLM2, with the first kit's discriminator and seeds.
 
-    make bench-hops            (or: python benchmarks/hops.py --data ../shared/data --seeds 3)
+    make bench-hops            (or: python benchmarks/hops.py --data DIR --seeds 3)
 
 Goes on from the chains of benchmarks/transfer.py on boolean_expressions, which it makes first where they are not there.
 """

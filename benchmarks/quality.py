@@ -1,6 +1,6 @@
 """How much of what real rows teach does a transfer keep? The default, the paper's way, one without a discriminator, on public tasks, SmolLM2 to Gemma.
 
-    make bench-quality         (or: python benchmarks/quality.py --data ../shared/data --seeds 3 [--quick | --more])
+    make bench-quality         (or: python benchmarks/quality.py --data DIR --seeds 3 [--quick | --more])
 
 Each (task, seed) is a whole chain: a kit, a transfer in each way, the arms made from the paper's candidates, and an oracle on the real rows, trained as
 `evaluate --oracle` does it beside the default: for as many steps, but for at most six epochs. --quick takes three tasks; --more adds transfers with the

@@ -1,6 +1,6 @@
 """Do a kit's seeds stand for the kinds of answers that its rows have? Ways to choose them, on tasks whose answers are lists of slots.
 
-    make bench-seeds           (or: python benchmarks/seeds.py --data ../shared/data)
+    make bench-seeds           (or: python benchmarks/seeds.py --data DIR)
 
 A slot's name is a kind of answer, which kit and transfer know nothing of. What no seed has, a base seldom writes. Training rows alone, no model.
 """

@@ -1,6 +1,6 @@
 """Which prompts should an adapter learn from? Ways to write and to select them, and an adapter trained on as many of each.
 
-    make bench-selection       (or: python benchmarks/selection.py --data ../shared/data [--task intents/snips_intents])
+    make bench-selection       (or: python benchmarks/selection.py --data DIR [--task intents/snips_intents])
 
 Two tasks with many labels, whose prompts are written by label, so that the teacher must answer with the label that was asked for; one whose answers are open.
 Adapters on Gemma are asked the training rows that are no seeds, which no transfer sees, so that defaults can be chosen without a look at test rows. Files lie

@@ -1,6 +1,6 @@
 """Does a transfer reach what training on the real rows reaches? Two public tasks, SmolLM2-135M-Instruct to Gemma-3-270m.
 
-    make bench-transfer        (or: python benchmarks/transfer.py --data ../shared/data --seeds 3)
+    make bench-transfer        (or: python benchmarks/transfer.py --data DIR --seeds 3)
 
 Each (task, seed) is a whole chain: source adapter, discriminator, transfer, evaluation with the oracle; each seed changes all random
 choices. --jobs chains run at a time, on an even share of the cores each: two on one core each finish sooner than one after the other on

@@ -74,6 +74,19 @@ def inspect(path: str | Path) -> AdapterInfo:
     )
 
 
+def type_of(path: str | Path) -> AdapterType:
+    """The kind alone, without reading the weights."""
+    return _type(Path(path), _read_config(Path(path)))
+
+
+def require(path: str | Path, digest: str, place: str) -> AdapterInfo:
+    """What is in the directory, the adapter of the run at `place`; raises `UsageError` where its digest is another than the run's manifest says."""
+    info = inspect(path)
+    if info.digest != digest:
+        raise UsageError(f"The adapter in {place} is not the one its manifest describes: remove the run, and transfer again.")
+    return info
+
+
 def _type(folder: Path, config: dict[str, Any]) -> AdapterType:
     found = config.get("peft_type")
     if found == "LORA":

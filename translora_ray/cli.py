@@ -156,7 +156,8 @@ def _evaluate(options: argparse.Namespace) -> int:
     engine, cluster = choose_engine(options.engine), _placement(options.set)
     with Display() as display:
         engines = opener(engine, cluster.vllm, cluster.engine_gpus, display.say)
-        result = evaluate(options.run, options.data, options.oracle, options.arms, engines, display, options.train, options.trainings)
+        device = "cpu" if cluster.engine_gpus == 0 else None
+        result = evaluate(options.run, options.data, options.oracle, options.arms, engines, display, options.train, options.trainings, device)
     _write_json(options.json, result)
     if options.json != "-":
         show_evaluation(result)

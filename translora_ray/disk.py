@@ -19,17 +19,15 @@ def commit_folder(source: Path, final: Path, replace: bool = True) -> None:
     """Make `source` appear as `final` at once, replacing what an earlier attempt left there or, without `replace`, refusing to."""
     with room(final), scratch_beside(final) as scratch:
         shutil.copytree(source, scratch / "new")
-        for file in (scratch / "new").rglob("*"):
-            if file.is_file():
-                with file.open("rb") as written:
-                    os.fsync(written.fileno())
+        for path in (scratch / "new", *(scratch / "new").rglob("*")):
+            sync(path)
         if final.exists() and not replace:
             raise UsageError(f"{final} was made by another process meanwhile: choose another --out.")
         if final.exists():
             os.replace(final, scratch / "old")
         _open_to_readers(scratch / "new")
         os.replace(scratch / "new", final)
-        sync_folder(final.parent)
+        sync(final.parent)
 
 
 @contextlib.contextmanager
@@ -62,8 +60,9 @@ def _open_to_readers(folder: Path) -> None:
         path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
 
 
-def sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """What is written of a file, or which names a folder has, survives a loss of power."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

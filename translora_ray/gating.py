@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from translora_ray.evaluation.statistics import chance_interval, wilson
 from translora_ray.placement import Run
 from translora_ray.progress import Display
 from translora_ray.prompts import clean_answer, task_prompt
-from translora_ray.records import Candidate, TaskRow
+from translora_ray.records import Candidate
 from translora_ray.storage import ADAPTER, RunStore
 from translora_ray.stream.choose import choose
 from translora_ray.stream.collect import Totals
@@ -55,7 +56,7 @@ def pass_gate(
     trained, held_out = chosen
     cool = [candidate for candidate in candidates if not plan.warmer(candidate.index)]
     unsettled = between(cool, trained)
-    asked = [[TaskRow(candidate.input, candidate.target or "") for candidate in side] for side in (held_out, unsettled[:MOST_BETWEEN])]
+    asked = [[candidate.row for candidate in side] for side in (held_out, unsettled[:MOST_BETWEEN])]
     task, seeds = plan.kit.task, plan.kit.seeds
     given = iter(run(_given, plan, store, [row.input for rows in (*asked, seeds) for row in rows]))
     phase.update(1, 1)
@@ -104,13 +105,10 @@ def _given(plan: Plan, store: RunStore, inputs: Sequence[str]) -> list[str | Non
     task = plan.kit.task
     with tempfile.TemporaryDirectory() as scratch:
         adapter = AdapterRef("transferred", str(store.fetch_folder(ADAPTER, Path(scratch) / ADAPTER)))
-        engine = opener(plan.engine, plan.cluster.vllm, plan.engine_gpus, lambda message: None)(plan.target, [adapter])
         sampling = Sampling(task.max_new_tokens, stop=plan.kit.answer_stops)
-        try:
+        with closing(opener(plan.engine, plan.cluster.vllm, plan.engine_gpus, lambda message: None)(plan.target, [adapter])) as engine:
             prompts = [task_prompt(task.prompt, text, task.format) for text in inputs]
             new_tokens = task.max_new_tokens + inspect(adapter.path).virtual_tokens
             fit = [engine.fits(prompt, new_tokens) for prompt in prompts]
             given = iter(engine.generate([Generate(prompt, sampling, adapter) for prompt, fits in zip(prompts, fit, strict=True) if fits]))
-        finally:
-            engine.close()
     return [clean_answer(next(given).text) if fits else None for fits in fit]

@@ -66,8 +66,7 @@ def _run(store: RunStore) -> tuple[str, dict[str, Any]]:
     if store.exists(MANIFEST):
         manifest = store.read_json(MANIFEST)
         with tempfile.TemporaryDirectory() as scratch:
-            if adapters.inspect(store.fetch_folder(ADAPTER, Path(scratch))).digest != manifest["adapter_digest"]:
-                raise UsageError(f"The adapter in {store.uri} is not the one its manifest describes: do not use it.")
+            adapters.require(store.fetch_folder(ADAPTER, Path(scratch)), manifest["adapter_digest"], store.uri)
         facts |= {
             "source": manifest["source_base"],
             "target": manifest["target_base"],

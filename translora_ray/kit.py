@@ -203,8 +203,7 @@ def _hop(folder: Path, place: str) -> Kit:
     manifest = RunStore(str(folder)).read_json(MANIFEST)
     before = behind(manifest, place)
     adapter = AdapterRef("teacher", str(folder / ADAPTER))
-    if adapters.inspect(adapter.path).digest != manifest["adapter_digest"]:
-        raise UsageError(f"The adapter in {place} is not the one its manifest describes: remove the run, and transfer again.")
+    adapters.require(adapter.path, manifest["adapter_digest"], place)
     lineage = (*before.lineage, adapters.digest(before.adapter.path))
     digest = hashlib.sha256(json.dumps([before.digest, manifest["adapter_digest"], manifest["target"]]).encode()).hexdigest()[:16]
     return replace(

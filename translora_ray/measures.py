@@ -23,7 +23,7 @@ class PhaseMeasures:
     """What phases cost, counted when it is known: of the stream's roles with each commit, of the others at their end."""
 
     def __init__(self) -> None:
-        self._tokens = Counter("translora_phase_tokens", "Tokens read and written, by phase", PHASE)
+        self._tokens = Counter("translora_phase_tokens", "Tokens written, or trained on, and prompts that the discriminator judged, by phase", PHASE)
         self._seconds = Counter("translora_phase_seconds", "Seconds that engines and workers were busy, by phase", PHASE)
 
     def spent(self, phase: str, seconds: float, tokens: float = 0) -> None:

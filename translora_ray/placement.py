@@ -43,7 +43,7 @@ def ray_session(cluster: Cluster) -> Iterator[bool]:
     if own:
         # One CPU more than there are: Ray Data must have some to read with while engines or workers hold all the real ones.
         try:
-            ray.init(address="local", num_cpus=cpus() + 1, include_dashboard=False, log_to_driver=False, logging_level="error", _temp_dir=None)
+            ray.init(address="local", num_cpus=cpus() + 1, include_dashboard=False, log_to_driver=False, logging_level="error")
         except Exception as error:  # Ray's own has no class of its own
             if SLOW_START not in str(error):
                 raise

@@ -7,6 +7,7 @@ import random
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -72,9 +73,8 @@ def prepare(task: Task, base: str, out: str | Path, adapter: str | None, discrim
         if adapter:
             training.copy_adapter(adapter, scratch / ADAPTER, base)
             given = AdapterRef(ADAPTER, str(scratch / ADAPTER))
-            engine = open_engine(base, [given])
-            engine.score([Score(Prompt("Is it live?"), (YES, NO), given)])
-            engine.close()
+            with closing(open_engine(base, [given])) as engine:
+                engine.score([Score(Prompt("Is it live?"), (YES, NO), given)])
         else:
             pairs, wanted = training.task_pairs(task, rows), adapters.inherit(NO_SOURCE, task.source_adapter, models.linear_shapes(base))
             shown = progress.phase("source adapter").step
@@ -138,19 +138,17 @@ def _discriminator(
     unseen, learnt = order_for_discriminator(task, rows)
     held = len(unseen)
     began = time.perf_counter()
-    engine = open_engine(base, [])
-    negatives = _negatives(task, engine, seeds, held + len(learnt), progress.phase("negatives"))
-    engine.close()
+    with closing(open_engine(base, [])) as engine:
+        negatives = _negatives(task, engine, seeds, held + len(learnt), progress.phase("negatives"))
     random.Random(derive_seed(task.seed, "negatives held out")).shuffle(negatives)  # the first pack is not as warm as the next
     facts["seconds"]["negatives"] = round(time.perf_counter() - began, 1)
     pairs = [(discriminator_prompt(task.name, text), YES) for text in learnt]
     pairs += [(discriminator_prompt(task.name, text), NO) for text in negatives[held:]]
     _train(DISCRIMINATOR, task, base, pairs, task.discriminator_training, scratch, progress, facts)
     judge = AdapterRef(DISCRIMINATOR, str(scratch / DISCRIMINATOR))
-    engine = open_engine(base, [judge])
-    found = [verdicts(engine, task.name, texts, judge) for texts in (unseen, negatives[:held])]
+    with closing(open_engine(base, [judge])) as engine:
+        found = [verdicts(engine, task.name, texts, judge) for texts in (unseen, negatives[:held])]
     accepted = [sum(verdict > 0 for verdict in side) for side in found]
-    engine.close()
     return {
         "negatives": len(negatives),
         "distinct": True,

@@ -48,6 +48,11 @@ class Candidate:
     def accepted(self) -> bool:
         return self.reason is None
 
+    @property
+    def row(self) -> TaskRow:
+        """What is learnt from it."""
+        return TaskRow(self.input, self.target or "", tuple(self.char_excess or ()))
+
     def label_of(self, classes: Sequence[str]) -> str:
         """The label that it is written for, where labels are asked for: all take turns."""
         return classes[self.index % len(classes)]

@@ -36,7 +36,7 @@ from translora_ray.reading import inside
 from translora_ray.releases import STABLE, NotFound, Release, Trial, check_name, of_kit, of_run, parse_channel, parse_id, some
 from translora_ray.storage import MANIFEST, RELEASE, RunStore, Unreachable, reaching
 
-__all__ = ["STABLE", "NotFound", "Registry", "Release", "Trial", "Unreachable", "Unsound"]
+__all__ = ["NotFound", "Registry", "Release", "Trial", "Unreachable", "Unsound"]
 
 RELEASES, CHANNELS, RETIRED = "releases", "channels", "retired"
 FILES = (adapters.CONFIG, adapters.WEIGHTS)

@@ -162,11 +162,9 @@ def of_run(run: str, reviewed: bool, scratch: Path) -> tuple[dict[str, Any], Pat
     if found == REVIEW and not reviewed:
         raise UsageError(f"{run} must be looked at, its verdict is review ({reasons}): add --reviewed when a person has let it pass.")
     folder = store.fetch_folder(ADAPTER, scratch / "run")
-    info = adapters.inspect(folder)
     copy = Path(shutil.copytree(folder, scratch / ADAPTER))  # what is published is what was checked, whatever happens to the run meanwhile
     try:
-        if adapters.digest(copy) != manifest["adapter_digest"]:
-            raise UsageError(f"The adapter in {run} is not the one its manifest describes: remove the run, and transfer again.")
+        info = adapters.require(copy, manifest["adapter_digest"], run)
         facts = {name: manifest[name] for name in ("target_base", "source_base", "kit", "lineage", "recipe_hash", "task")}
         base = manifest["target"]
     except KeyError as missing:

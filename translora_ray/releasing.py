@@ -26,7 +26,7 @@ def add_commands(commands: Any) -> None:
     for command in (publish, promote, back, retire):
         command.add_argument("registry", metavar="REGISTRY", help="a directory, s3://... or gs://...")
     publish.add_argument("--name", help="of the release; default: the task's")
-    publish.add_argument("--reviewed", action="store_true", help="a person looked at a run whose verdict is review, and lets it pass")
+    publish.add_argument("--reviewed", action="store_true", help="a person looked at it and lets it pass: a run that is for review or had no gate, or a kit")
     publish.add_argument("--channel", metavar="C", help="also promote the release to this channel")
     promote.add_argument("release", metavar="NAME@V")
     promote.add_argument("--share", type=float, metavar="S", help="canary: the release answers this share of the channel's requests, e.g. 0.1")

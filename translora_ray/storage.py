@@ -13,7 +13,7 @@ import os
 import re
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from translora_ray.disk import commit_folder, room, sync_folder
+from translora_ray.disk import commit_folder, room, sync
 from translora_ray.errors import RunFailed, UsageError, first_line
 from translora_ray.records import SHARD, Candidate
 
@@ -200,7 +200,7 @@ class RunStore:
                 os.replace(scratch, final)
             finally:
                 scratch.unlink(missing_ok=True)
-            sync_folder(final.parent)
+            sync(final.parent)
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         self.write(name, (json.dumps(content, indent=2, sort_keys=True) + "\n").encode())
@@ -267,5 +267,7 @@ class RunStore:
         """Those of all committed shards, in their order."""
         return [candidate for _, candidates, _ in self.shards() for candidate in candidates]
 
-    def shard_paths(self) -> list[str]:
-        return [self.path(f"{SHARDS}/{name}") for name in self.names(SHARDS)]
+    def columns(self, indices: Collection[int], *names: str) -> pa.Table:
+        """What the candidates of these indices have under these names of `records.SHARD`."""
+        rows = [candidate for candidate in self.candidates() if candidate.index in indices]
+        return pa.table({name: pa.array([getattr(row, name) for row in rows], SHARD.field(name).type) for name in names})

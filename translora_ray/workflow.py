@@ -218,12 +218,12 @@ def _overlapped(plan: Plan, store: RunStore, worker: Resources, display: Display
             (totals,) = run_stream([plan], [store], display, stop=failed)
             streamed = time.monotonic() - began
             check_answers(plan, store)
+            return totals, training.result(), streamed
         except BaseException as failure:
             if failed.is_set():
                 training.result()  # raises what ended the stream, too: hours of it would be for nothing
             ray.get(steps.end.remote(f"The stream ended: {first_line(failure)}"))
             raise
-        return totals, training.result(), streamed
 
 
 def train(plan: Plan, store: RunStore, worker: Resources, steps: Any, display: Display, run: Run | None = None) -> dict[str, Any]:

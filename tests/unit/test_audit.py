@@ -16,7 +16,7 @@ from translora_ray.cli import main
 from translora_ray.config import Training
 from translora_ray.engines.base import AdapterRef
 from translora_ray.engines.transformers import TransformersEngine
-from translora_ray.errors import UsageError
+from translora_ray.errors import RunFailed, UsageError
 from translora_ray.evaluation.audit import Sides, copies, edit_similarity, judgement, on_discriminator, on_prompts, split, word_overlap
 from translora_ray.evaluation.statistics import auc, binomial_tail, chance_interval
 from translora_ray.progress import Display
@@ -32,6 +32,25 @@ WORDS = "please set an alarm call my mother play some jazz what is the weather i
 def sentences(count: int, seed: int) -> list[str]:
     draw = random.Random(seed)
     return [" ".join(draw.choices(WORDS.split(), k=draw.randint(7, 12))) for _ in range(count)]
+
+
+class Broken:
+    """An engine that answers nothing."""
+
+    closed = False
+
+    def score(self, _: object) -> None:
+        raise RunFailed("It does not answer.")
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def test_an_engine_that_fails_is_closed(tiny_kit: Path) -> None:
+    engine = Broken()
+    with Display() as display, pytest.raises(RunFailed):
+        on_discriminator(kit.load(tiny_kit), Sides(["one"], ["two"], ["one"], 0, True), lambda *_: engine, display)  # type: ignore[arg-type,return-value]
+    assert engine.closed
 
 
 def test_auc_is_the_share_of_pairs_and_its_interval_shrinks_with_rows() -> None:

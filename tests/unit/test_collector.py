@@ -51,6 +51,13 @@ def test_a_stream_that_accepts_too_little_ends_with_the_reasons(plan: Plan, tmp_
         Collector(collector.plan, collector.store)  # without an engine
 
 
+def test_a_pack_that_was_handed_out_twice_counts_once_and_is_not_kept(plan: Plan, tmp_path: Path) -> None:
+    collector = Collector(plan, RunStore(str(tmp_path / "run")))
+    for number in (0, 1, 0, 3, 1, 3, 2):
+        collector.take(scripted_pack(number), [])
+    assert (collector.next, len(collector._waiting)) == (4, 0)
+
+
 def test_what_waits_beyond_the_most_candidates_is_not_looked_at(plan: Plan, tmp_path: Path) -> None:
     collector = Collector(plan, RunStore(str(tmp_path / "run")))
     for number in range(1, 63):

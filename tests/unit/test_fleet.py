@@ -18,6 +18,7 @@ from translora_ray.cli import main
 from translora_ray.errors import NoRoom, UsageError
 from translora_ray.evaluation.compare import compared
 from translora_ray.fleet import state as states
+from translora_ray.fleet import status
 from translora_ray.fleet.groups import check_all
 from translora_ray.fleet.lease import lease
 from translora_ray.fleet.manifest import load_fleet
@@ -236,6 +237,18 @@ def test_state_page_and_status_tell_the_same(tmp_path: Path, capsys: pytest.Capt
     assert main(["status", str(tmp_path)]) == 2
     assert main(["status", str(tmp_path / "fleet.yaml")]) == 0
     assert "task@1" in capsys.readouterr().out
+
+
+def test_a_storage_that_goes_away_ends_the_watch_in_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def away(_: object) -> None:
+        raise OSError("no route to host")
+
+    store = RunStore(str(tmp_path / "fleet"))
+    monkeypatch.setattr(status, "read", away)
+    with lease(store, print):
+        for watch in ([], ["--watch"]):
+            assert main(["status", store.uri, *watch]) == 1
+            assert "can not be reached (no route to host)" in capsys.readouterr().err
 
 
 def test_a_fleet_whose_kits_are_checked_has_a_status_already(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

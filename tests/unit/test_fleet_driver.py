@@ -220,6 +220,30 @@ def test_a_stop_in_the_checks_ends_them_and_leaves_no_fleet(tmp_path: Path, monk
     assert RunStore(str(tmp_path / "fleet")).names("") == []
 
 
+def test_a_driver_that_is_refused_leaves_nothing_but_what_another_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from translora_ray.fleet import driver
+
+    (tmp_path / "one").mkdir()
+    fleet, wanted = load_fleet(write(tmp_path))
+    store = RunStore(fleet.out)
+
+    def refused(*_: object, **__: object) -> None:
+        with store.lock():
+            pass
+        raise UsageError("It is driven.")
+
+    def meanwhile(*_: object, **__: object) -> None:
+        another.enter_context(store.lock())
+        raise UsageError("It is driven.")
+
+    with contextlib.ExitStack() as another:
+        for by, there in ((refused, False), (meanwhile, True)):
+            monkeypatch.setattr(driver, "lease", by)
+            with pytest.raises(UsageError, match="It is driven"):
+                driver.run_fleet(fleet, wanted, False, "transformers", Display())
+            assert (tmp_path / "fleet" / ".lock").exists() == there
+
+
 def test_a_fleet_is_one_before_it_has_a_run(tmp_path: Path) -> None:
     from translora_ray.fleet.driver import Driver
     from translora_ray.progress import Display

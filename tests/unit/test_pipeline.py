@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -108,6 +109,44 @@ def test_what_can_not_be_had_where_it_is_needed_leaves_the_engine_to_the_others(
     assert isinstance(stages[0], UsageError) and str(stages[0]).startswith(f"{tmp_path}/gone is not a transfer kit")
     assert isinstance(stages[1], UsageError) and "is not the one the kit was prepared on" in str(stages[1])
     assert isinstance(stages[2], list)
+
+
+def test_a_full_disk_where_engines_are_is_no_transfers_own(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: object) -> None:
+        raise NoRoom("There is no room.")
+
+    monkeypatch.setattr(type(plan.kit), "here", full)
+    with pytest.raises(NoRoom):
+        StageActor([plan], Pool("transformers", plan.kit.base, ("discriminator",)), None)
+
+
+class Taking:
+    """A stage that takes a while, or fails after it."""
+
+    def __init__(self, seconds: float, failure: Exception | None = None) -> None:
+        self.seconds, self.failure = seconds, failure
+
+    def process(self, pack: Pack) -> Pack:
+        time.sleep(self.seconds)
+        pack.spend("teacher", 1, self.seconds)
+        if self.failure:
+            raise self.failure
+        return pack
+
+
+def test_packs_that_an_engine_computes_at_the_same_time_share_its_seconds() -> None:
+    actor = Actor()
+    actor.stages = [[Taking(0.2)], [Taking(0.4)], [Taking(0.2, UsageError("It is not live."))]]
+    with ThreadPoolExecutor(3) as threads:
+        tables = list(threads.map(actor, [pack_to_table(request_pack(0, 0, 2, transfer)) for transfer in range(3)]))
+    first, second, third = (pack.seconds["teacher"] for table in tables for pack in packs_from_table(table))
+    assert first == pytest.approx(0.2 / 3, abs=0.04) == third
+    assert first + second + third == pytest.approx(0.4, abs=0.05), "the engine was busy for so long"
+    (alone,) = packs_from_table(actor(pack_to_table(request_pack(0, 0, 2))))
+    assert alone.seconds["teacher"] == pytest.approx(0.2, abs=0.04)
+    alone.transfer = 1
+    (again,) = packs_from_table(actor(pack_to_table(alone)))
+    assert again.seconds["teacher"] == pytest.approx(0.6, abs=0.06), "what it took on another engine stays"
 
 
 def test_a_storage_that_fails_at_the_last_ends_its_own_transfer(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ from translora_ray.engines.base import Complete, Generate, Generation, Sampling
 from translora_ray.engines.transformers import TransformersEngine
 from translora_ray.errors import UsageError
 from translora_ray.evaluation import gate
-from translora_ray.evaluation.distance import bandwidth, embed, mmd
+from translora_ray.evaluation.distance import _hidden, _unit, bandwidth, mmd
 from translora_ray.evaluation.metrics import well_formed
 from translora_ray.evaluation.statistics import wilson
 from translora_ray.gating import likeness, pass_gate
@@ -415,7 +415,7 @@ def test_mmd_is_nothing_between_halves_and_something_between_others(tiny_llama: 
     real = random.Random(1).sample([row["input"] for row in task_rows(80)], 80)
     other = [f"{i} times {i + 1} is what number?" for i in range(40)]
     with Display() as display:
-        vectors = embed(tiny_llama, [*real, *other], display)
+        vectors = _unit(_hidden(tiny_llama, None, [*real, *other], display))
     assert numpy.linalg.norm(vectors, axis=1) == pytest.approx(numpy.ones(120), abs=1e-4)
     width = bandwidth(vectors)
     same, apart = mmd(vectors[:40], vectors[40:80], width), mmd(vectors[:80], vectors[80:], width)

@@ -25,7 +25,7 @@ def choose_engine(kind: EngineKind) -> EngineKind:
 def engine_for(kind: EngineKind, used: Sequence[AdapterRef], say: Callable[[str], None]) -> EngineKind:
     """`kind`, unless it can not serve the adapters: then the transformers engine, and `say` is told."""
     for adapter in used:
-        if kind == "vllm" and (found := adapters.inspect(adapter.path).type) not in adapters.SERVED_BY_VLLM:
+        if kind == "vllm" and (found := adapters.type_of(adapter.path)) not in adapters.SERVED_BY_VLLM:
             say(f"vLLM does not take {adapters.NAMES[found]} adapters: the transformers engine serves the {adapter.name}.")
             return "transformers"
     return kind

@@ -181,4 +181,4 @@ class Arms:
 
 
 def _rows(candidates: Sequence[Candidate]) -> list[TaskRow]:
-    return [TaskRow(candidate.input, candidate.target or "", tuple(candidate.char_excess or ())) for candidate in candidates]
+    return [candidate.row for candidate in candidates]

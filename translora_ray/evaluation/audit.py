@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,13 +113,12 @@ def _drawn(texts: list[str]) -> list[str]:
 
 def on_discriminator(loaded: kit.Kit, sides: Sides, open_engine: OpenEngine, display: Display) -> dict[str, Any]:
     """Does it find rows that it was trained on likelier to be the task's than others?"""
-    engine = open_engine(loaded.base, [loaded.discriminator_adapter])
     phase, texts = display.phase("verdicts"), [*sides.judged, *sides.others]
     found: list[float] = []
-    for start in range(0, len(texts), CHUNK):
-        found += verdicts(engine, loaded.task.name, texts[start : start + CHUNK], loaded.discriminator_adapter)
-        phase.update(len(found), len(texts))
-    engine.close()
+    with closing(open_engine(loaded.base, [loaded.discriminator_adapter])) as engine:
+        for start in range(0, len(texts), CHUNK):
+            found += verdicts(engine, loaded.task.name, texts[start : start + CHUNK], loaded.discriminator_adapter)
+            phase.update(len(found), len(texts))
     count = len(sides.judged)
     return {"members": count, **_judged(found[:count], found[count:])}
 
@@ -130,19 +130,18 @@ def on_generator(loaded: kit.Kit, sides: Sides, targets: Mapping[str, str], open
     which takes out how common a text is (Carlini et al., arXiv 2112.03570).
     """
     adapter = loaded.generator_adapter
-    engine = open_engine(loaded.base, [adapter])
     phase, texts = display.phase("likelihoods"), [*sides.members, *sides.others]
     likelihood: list[float] = []
     gain: list[float] = []
-    for start in range(0, len(texts), CHUNK):
-        part = texts[start : start + CHUNK]
-        prompts = [learnt_prompt(loaded.task, targets[text]) for text in part]
-        asked = [Complete(prompt, text, each) for prompt, text in zip(prompts, part, strict=True) for each in (adapter, None)]
-        means = [sum(found) / len(found) for found in engine.token_logprobs(asked)]
-        likelihood += means[::2]
-        gain += [ours - bare for ours, bare in zip(means[::2], means[1::2], strict=True)]
-        phase.update(len(gain), len(texts))
-    engine.close()
+    with closing(open_engine(loaded.base, [adapter])) as engine:
+        for start in range(0, len(texts), CHUNK):
+            part = texts[start : start + CHUNK]
+            prompts = [learnt_prompt(loaded.task, targets[text]) for text in part]
+            asked = [Complete(prompt, text, each) for prompt, text in zip(prompts, part, strict=True) for each in (adapter, None)]
+            means = [sum(found) / len(found) for found in engine.token_logprobs(asked)]
+            likelihood += means[::2]
+            gain += [ours - bare for ours, bare in zip(means[::2], means[1::2], strict=True)]
+            phase.update(len(gain), len(texts))
     count = len(sides.members)
     return {"members": count, **{name: _judged(found[:count], found[count:]) for name, found in (("likelihood", likelihood), ("gain", gain))}}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,12 +47,14 @@ def evaluate(
     display: Display,
     train: str | None = None,
     trainings: int = 1,
+    device: str | None = None,
 ) -> dict[str, Any]:
     """Accuracy of every arm on `data`, with Wilson's 95 % interval, and recovery where there is an `oracle` training set; `extra` are names of `arms.EXTRA`.
 
     `train` are the rows that the source adapter learnt from, which the test rows must not be among. The oracle is an adapter on the target base, trained on the
     real rows for as many epochs, and at the same rate, as the transferred one on its examples; for more where rows are fewer, up to `EPOCHS`. With several
     `trainings` transferred adapter and oracle are trained so often in all, on the same rows with other random numbers: how far one training is chance.
+    `device` is where prompts are embedded, by default a GPU if there is one.
     """
     store = RunStore(run)
     manifest = store.manifest(run)
@@ -69,24 +72,21 @@ def evaluate(
         bare = [task_prompt(task.prompt, row.input, task.format) for row in rows]
         _check_room(bare, manifest, [loaded.adapter, transferred], task.max_new_tokens, data)
         judged = loaded.discriminator is not None and loaded.base == loaded.teacher_base
-        engine = open_engine(manifest["source_base"], [loaded.adapter, *([loaded.discriminator_adapter] if judged else [])])
-        found = answer_all(engine, {"source_base": (bare, None), "source_adapter": (bare, loaded.adapter)}, loaded, rows, display)
-        sets = made.sets(extra, engine)
-        real = verdicts(engine, task.name, [row.input for row in rows], loaded.discriminator_adapter) if judged else None
-        engine.close()
+        with closing(open_engine(manifest["source_base"], [loaded.adapter, *([loaded.discriminator_adapter] if judged else [])])) as engine:
+            found = answer_all(engine, {"source_base": (bare, None), "source_adapter": (bare, loaded.adapter)}, loaded, rows, display)
+            sets = made.sets(extra, engine)
+            real = verdicts(engine, task.name, [row.input for row in rows], loaded.discriminator_adapter) if judged else None
         if oracle_rows:
             sets["oracle"] = oracle_rows
         trained = made.trained(extra, sets)
         learnt: dict[str, Sequence[TaskRow]] = {"transferred": made.trained_on, **({"oracle": oracle_rows} if oracle_rows else {})}
         repeated = _repeated(made, learnt, trainings, display)
         others: Asked = {adapter.name: (bare, adapter) for again in repeated for adapter in again.values()}
-        engine = open_engine(manifest["target_base"], [transferred, *trained.values(), *(adapter for again in repeated for adapter in again.values())])
-        few = _few_shots(engine, loaded, rows, display)
-        target_arms: Asked = {"target_base": (bare, None), "target_few_shot": (few, None), "transferred": (bare, transferred)}
-        target_arms |= {name: (bare, adapter) for name, adapter in trained.items()}
-        found |= answer_all(engine, target_arms, loaded, rows, display)
-        answered = answer_all(engine, others, loaded, rows, display)
-        engine.close()
+        target_arms: Asked = {"transferred": (bare, transferred), **{name: (bare, adapter) for name, adapter in trained.items()}}
+        with closing(open_engine(manifest["target_base"], [adapter for _, adapter in (target_arms | others).values() if adapter])) as engine:
+            few = _few_shots(engine, loaded, rows, display)
+            found |= answer_all(engine, {"target_base": (bare, None), "target_few_shot": (few, None), **target_arms}, loaded, rows, display)
+            answered = answer_all(engine, others, loaded, rows, display)
     result = summary({arm: answered.scores for arm, answered in found.items()}, task.metric)
     if repeated:
         every = {arm: [found[arm].scores, *(answered[again[arm].name].scores for again in repeated)] for arm in learnt}
@@ -96,7 +96,7 @@ def evaluate(
         result["verdicts"] = {"real": real}
     learnt_from = [row.input for row in made.trained_on]
     result["looked_at"] = {"train": train is not None, "among_examples": len(_inputs(rows) & {*map(normal, learnt_from)})}
-    result["distance"], points = distances(loaded.base, learnt_from, made.candidates, [row.input for row in rows], loaded.seed_inputs, display)
+    result["distance"], points = distances(loaded.base, device, learnt_from, made.candidates, [row.input for row in rows], loaded.seed_inputs, display)
     store.write(ANSWERS, _lines(rows, found))
     store.write_json(MAP, points)
     store.write_json(RESULT, result)
@@ -108,8 +108,7 @@ def evaluate(
 def _transferred(store: RunStore, manifest: dict[str, Any], scratch: Path, run: str) -> AdapterRef:
     """The run's adapter, as its manifest describes it."""
     found = AdapterRef("transferred", str(store.fetch_folder(ADAPTER, scratch / ADAPTER)))
-    if adapters.inspect(found.path).digest != manifest["adapter_digest"]:
-        raise UsageError(f"The adapter in {run} is not the one its manifest describes: remove the run, and transfer again.")
+    adapters.require(found.path, manifest["adapter_digest"], run)
     return found
 
 

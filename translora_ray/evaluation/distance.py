@@ -20,7 +20,7 @@ BATCH = 32
 
 
 def distances(
-    base: str, trained_on: Sequence[str], candidates: Sequence[Candidate], real: Sequence[str], seeds: Sequence[str], display: Display
+    base: str, device: str | None, trained_on: Sequence[str], candidates: Sequence[Candidate], real: Sequence[str], seeds: Sequence[str], display: Display
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """(MMD of the prompts trained on (`filtered`), and of all that were written and are no copies of seeds (`unfiltered`), to real ones; a map of them).
 
@@ -29,7 +29,7 @@ def distances(
     candidates = [candidate for candidate in candidates if candidate.input and candidate.reason not in COPIES]
     written = list({normal(candidate.input): candidate.input for candidate in candidates}.values())
     sides = [random.Random(0).sample(texts, min(MOST, len(texts))) for texts in (list(real), list(trained_on), written)]
-    hidden = _hidden(base, [text for texts in (*sides, seeds) for text in texts], display)
+    hidden = _hidden(base, device, [text for texts in (*sides, seeds) for text in texts], display)
     *parts, of_seeds = numpy.split(hidden, numpy.cumsum(list(map(len, sides))))
     vectors = _unit(numpy.concatenate(parts))  # without the seeds, which are shown and not measured
     true, filtered, unfiltered = numpy.split(vectors, numpy.cumsum(list(map(len, sides)))[:2])
@@ -54,20 +54,17 @@ def plane(groups: dict[str, Any]) -> dict[str, Any]:
     return {"variance": [round(float(share), 4) for share in shares], "points": found}
 
 
-def embed(base: str, texts: Sequence[str], display: Display) -> Any:
-    """Mean of the last hidden state over a text's tokens: array (texts, hidden size), centred and scaled to the length of 1."""
-    return _unit(_hidden(base, texts, display))
-
-
 def _unit(vectors: Any) -> Any:
+    """Centred and scaled to the length of 1."""
     vectors = vectors - vectors.mean(axis=0)
     return vectors / numpy.maximum(1e-9, numpy.linalg.norm(vectors, axis=1, keepdims=True))
 
 
-def _hidden(base: str, texts: Sequence[str], display: Display) -> Any:
+def _hidden(base: str, device: str | None, texts: Sequence[str], display: Display) -> Any:
+    """Mean of the last hidden state over a text's tokens: array (texts, hidden size)."""
     import torch
 
-    tokenizer, model = models.load_tokenizer(base), models.load_base(base)
+    tokenizer, model = models.load_tokenizer(base), models.load_base(base, device)
     phase = display.phase("embedding")
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # texts of like length share a batch
     found: list[Any] = [None] * len(texts)

@@ -283,7 +283,7 @@ def _costs(run: Run) -> Html:
         f"attempts that committed candidates: {len(loads)}; engines loaded: {sum(map(len, loads.values()))}",
         f"memory of the driver at its most: {run.manifest['driver_peak_mib']:,} MiB",
     ]
-    caption = "All attempts together; seconds of packs that were computed at the same time add up"
+    caption = "All attempts together; packs that an engine computed at the same time share its seconds; of the discriminator prompts, not tokens"
     return section("Seconds and tokens", table(caption, ("phase", "seconds", "tokens", "tokens/s"), rows, numbers=(1, 2, 3)), listed(told))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console
@@ -10,7 +9,6 @@ from rich.table import Table
 from rich.text import Text
 
 from translora_ray.evaluation.arms import EXTRA
-from translora_ray.models import ModelInfo
 
 ARMS = {
     "source_base": "source base",
@@ -74,10 +72,6 @@ def show_facts(title: str, facts: dict[str, Any]) -> None:
         shown = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
         table.add_row(Text(name.replace("_", " ")), Text(shown))
     Console().print(table)
-
-
-def show_model(info: ModelInfo) -> None:
-    show_facts("model", asdict(info))
 
 
 AUDITED = {

@@ -64,9 +64,11 @@ def run_fleet(fleet: Fleet, wanted: Sequence[Wanted], resume: bool, engine: Engi
         with lease(store, _end, wait=display.say if resume else None):
             return Driver(fleet, wanted, store, engine, display).run()
     except UsageError:
-        if new and store.local and not store.names(""):  # a usage error leaves nothing behind
-            (Path(store.root) / ".lock").unlink(missing_ok=True)
-            Path(store.root).rmdir()
+        if new and store.local:
+            with contextlib.suppress(UsageError, OSError), store.lock():  # which another driver may hold by now
+                if not store.names(""):  # a usage error leaves nothing behind
+                    (Path(store.root) / ".lock").unlink()
+                    Path(store.root).rmdir()
         raise
 
 
@@ -309,7 +311,7 @@ class Driver:
             self.state.change(name, states.WAITING, "stopped in its training")
         except Exception as failure:
             if self.stop.is_set():
-                self.state.change(name, states.WAITING, "stopped")
+                self.state.change(name, states.WAITING, f"stopped: {reason(failure)}")
             else:
                 self._fail(name, failure)
 

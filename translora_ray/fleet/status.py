@@ -27,11 +27,11 @@ def show_status(out: str, watch: bool) -> None:
     if not there:
         raise UsageError(f"There is no fleet at {store.uri}: give its FLEET.yaml, or the directory that this names as out.")
     if not watch:
-        Console().print(_table(read(store), _driver(store)))
+        Console().print(_table(*_now(store)))
         return
     with Live(refresh_per_second=4) as live:
         while True:
-            records, driver = read(store), _driver(store)
+            records, driver = _now(store)
             live.update(_table(records, driver))
             if driver is None or (records and all(record.state in ENDS for record in records)):
                 return
@@ -45,9 +45,11 @@ def counts_line(records: list[Record]) -> str:
     return ", ".join(f"{found[state]} {state}" for state in ENDS) + (f", {rest} not finished" if rest else "")
 
 
-def _driver(store: RunStore) -> str | None:
-    lease = holder(store)
-    return f"driven by process {lease['pid']} on {lease['host']}" if lease else None
+def _now(store: RunStore) -> tuple[list[Record], str | None]:
+    """What is written of the transfers, and who drives them."""
+    with reaching(store.uri):
+        records, lease = read(store), holder(store)
+    return records, f"driven by process {lease['pid']} on {lease['host']}" if lease else None
 
 
 def _table(records: list[Record], driver: str | None) -> Group:

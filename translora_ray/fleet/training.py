@@ -63,4 +63,5 @@ def bring_to_end(full: Full, slot: Slot, state: State, display: Display, go_on: 
 def _evaluate(plan: Plan, run: str, data: str, train: str | None) -> None:
     """`translora evaluate` where an engine has room."""
     with Display() as display:
-        evaluate(run, data, None, [], opener(plan.engine, plan.cluster.vllm, plan.engine_gpus, display.say), display, train)
+        device = None if plan.engine_gpus else "cpu"
+        evaluate(run, data, None, [], opener(plan.engine, plan.cluster.vllm, plan.engine_gpus, display.say), display, train, device=device)

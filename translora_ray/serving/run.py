@@ -9,7 +9,6 @@ import signal
 import socket
 import threading
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 
@@ -105,7 +104,7 @@ def _require_free(host: str, port: int) -> None:
 def _wait_ready(url: str, ending: threading.Event) -> None:
     until, direct = time.monotonic() + START_SECONDS, urllib.request.build_opener(urllib.request.ProxyHandler({}))  # whatever proxy the environment names
     while not ending.wait(0.2):
-        with contextlib.suppress(urllib.error.URLError, OSError), direct.open(f"{url}/ready", timeout=10):
+        with contextlib.suppress(OSError), direct.open(f"{url}/ready", timeout=10):
             return
         if time.monotonic() > until:
             raise RunFailed(f"The service is not ready after {START_SECONDS} s: Ray's logs are in /tmp/ray/session_latest/logs/serve.")

@@ -5,9 +5,10 @@ from __future__ import annotations
 import itertools
 import socket
 import threading
+import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
@@ -18,7 +19,7 @@ import ray
 from translora_ray import adapters
 from translora_ray.engines.base import Engine
 from translora_ray.engines.select import open_engine
-from translora_ray.errors import EngineDied, TransLoraError, UsageError, reason
+from translora_ray.errors import EngineDied, NoRoom, TransLoraError, UsageError, reason
 from translora_ray.models import context_of, fingerprint, linear_shapes, load_tokenizer, skeleton
 from translora_ray.prompts import Prompt, answer_ids, prompt_ids
 from translora_ray.recipe import GeneratorKind, Synthesis
@@ -37,10 +38,37 @@ class Stage(Protocol):
     def process(self, pack: Pack) -> Pack: ...
 
 
+class Meter:
+    """What packs cost of an engine's time: those that are computed at the same time share it evenly."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._busy, self._at, self._each = 0, 0.0, 0.0
+
+    @contextmanager
+    def charge(self, pack: Pack) -> Iterator[None]:
+        """Of the seconds that the block's stages write into the pack, the share that is this pack's own."""
+        had, began, before = dict(pack.seconds), time.perf_counter(), self._each_so_far(1)
+        try:
+            yield
+        finally:
+            mine = (self._each_so_far(-1) - before) / max(1e-9, time.perf_counter() - began)
+            pack.seconds = {role: had.get(role, 0.0) + (seconds - had.get(role, 0.0)) * mine for role, seconds in pack.seconds.items()}
+
+    def _each_so_far(self, more: int) -> float:
+        """Seconds that one who had been here all along would have had; there are so many more from now on."""
+        with self._lock:
+            now = time.perf_counter()
+            self._each += (now - self._at) / max(1, self._busy)
+            self._at, self._busy = now, self._busy + more
+            return self._each
+
+
 class StageActor:
     """What Ray Data keeps in an actor: one engine, and each transfer's stages, which use it. Called from as many threads as packs go at once."""
 
     def __init__(self, plans: Sequence[Plan], pool: Pool, desk: Any) -> None:
+        self.meter = Meter()
         self.asked, self.plans, self.pool, self.desk = plans, [_here(plan, pool.base) for plan in plans], pool, desk
         self._replacing, self._again = threading.Lock(), threading.Lock()
         self._open()
@@ -69,7 +97,9 @@ class StageActor:
             with self._again if deaths > 1 else nullcontext():
                 stages = self.stages
                 try:
-                    return pack_to_table(_through(stages[pack.transfer], pack))
+                    with self.meter.charge(pack):
+                        pack = _through(stages[pack.transfer], pack)
+                    return pack_to_table(pack)
                 except EngineDied as death:
                     self._replace(stages)
                     if deaths > ENGINE_DEATHS:
@@ -93,12 +123,14 @@ class StageActor:
 
 
 def _here(plan: Plan, base: str) -> Plan | Exception:
-    """The plan with its kit on this machine, or why that, or its base, can not be had: the other transfers go on."""
+    """The plan with its kit on this machine, or why that, or its base, can not be had: the other transfers go on, unless this machine's disk is full."""
     try:
         wanted = plan.kit.bases.get(base)
         if wanted and fingerprint(base) != wanted:
             raise UsageError(f"The base {base} on {socket.gethostname()} is not the one the kit was prepared on: bring the same version of it to all nodes.")
         return replace(plan, kit=plan.kit.here())
+    except NoRoom:
+        raise
     except Exception as failure:
         return failure
 

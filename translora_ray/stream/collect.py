@@ -84,7 +84,8 @@ class Collector:
         return self.accepted >= self.plan.wanted
 
     def take(self, pack: Pack, loads: list[str]) -> None:
-        self._waiting[pack.number] = pack
+        if pack.number >= self.next:  # else it was handed out twice
+            self._waiting[pack.number] = pack
         while not self.full and not self._spent and self.next in self._waiting:
             self._decide(self._waiting.pop(self.next))
             self.next += 1

@@ -1,7 +1,7 @@
 """Repetition: a candidate must not copy a seed, nor a prompt that was accepted before it.
 
 Copies of seeds are dropped before anything is spent on them. What was accepted before is known for certain only where packs are put
-in order, so that check runs there (`stream/pipeline.py`), and its outcome does not depend on timing.
+in order, so that check runs there (`stream/collect.py`), and its outcome does not depend on timing.
 """
 
 from __future__ import annotations
@@ -86,7 +86,6 @@ class SeedFilter:
     """Rejects candidates that copy a seed, take over `overlap` of its words in their order, or copy another candidate of their own pack."""
 
     def __init__(self, seeds: list[str], near: float, overlap: float | None = None) -> None:
-        self.seeds, self.near = seeds, near
         self._seen = Seen(near, seeds)
         self._passages = Passages([] if overlap is None else seeds, overlap or 1.0)
 

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 import ray
-from ray.data import ActorPoolStrategy, DataContext
+from ray.data import ActorPoolStrategy
 from ray.exceptions import GetTimeoutError
 
 from translora_ray.errors import NoRoom, RunFailed, Stopped, TransLoraError, reason
@@ -133,12 +133,14 @@ def _written(collector: Collector, work: Callable[[], None]) -> TransLoraError |
 
 
 def open_stream(plans: Sequence[Plan], desk: Any) -> Generator[Pack]:
-    """Finished packs in the order of their completion, as many as the desk lets through. A dataset copies its context when it is made."""
+    """Finished packs in the order of their completion, as many as the desk lets through."""
     plan = plans[0]
-    if any((other.pools(), other.cluster) != (plan.pools(), plan.cluster) for other in plans):
+    pools = plan.pools()
+    if any((other.pools(), other.cluster) != (pools, plan.cluster) for other in plans):
         raise ValueError("transfers that share a stream must agree in engine, bases and cluster")
-    context = DataContext.get_current()
-    block_size, crowded = context.target_max_block_size, context.autoscaling_config.actor_pool_util_upscaling_threshold
+    source = PackSource(desk, [(one.recipe.seed, one.recipe.synthesis.pack_size) for one in plans])
+    packs = ray.data.read_datasource(source, override_num_blocks=1, **beside_driver())
+    context = packs.context  # of this dataset alone: trainings beside it read with the usual one
     context.target_max_block_size = 1  # a pack leaves the source at once; with the default it waits for the source's end
     context.autoscaling_config.actor_pool_util_upscaling_threshold = (
         1.01  # a pool grows when packs wait; the default asks for more than (at_once + 1) / at_once
@@ -146,10 +148,8 @@ def open_stream(plans: Sequence[Plan], desk: Any) -> Generator[Pack]:
     context.enable_progress_bars = False
     context.execution_options.preserve_order = False
     context.wait_for_min_actors_s = plan.cluster.start_timeout_s
-    source = PackSource(desk, [(one.recipe.seed, one.recipe.synthesis.pack_size) for one in plans])
-    packs = ray.data.read_datasource(source, override_num_blocks=1, **beside_driver())
     low, high = plan.cluster.engines
-    for pool in plan.pools():
+    for pool in pools:
         at_once = plan.packs_at_once(pool, min(len(plans), AT_ONCE))
         packs = packs.map_batches(
             StageActor,
@@ -168,8 +168,6 @@ def open_stream(plans: Sequence[Plan], desk: Any) -> Generator[Pack]:
             max_restarts=ENGINE_DEATHS,
             max_task_retries=-1,  # until Ray sees that a node is lost, each try fails at once; `max_restarts` is the limit
         )
-    context.target_max_block_size = block_size  # training, perhaps beside it, reads with the usual one
-    context.autoscaling_config.actor_pool_util_upscaling_threshold = crowded
     try:
         for table in packs.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
             yield from packs_from_table(table)

@@ -136,9 +136,7 @@ def fit_on_ray_train(job: Job, name: str, store: RunStore, cpus: float, gpus: fl
     """One run of Ray Train, with as many workers as the job's cluster section says, each of so many CPUs and GPUs."""
     cluster = job.cluster
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(cluster.start_timeout_s)
-    columns = ["index", "input", "target", "char_excess"]
-    read = {"filesystem": store.fs, "columns": columns, "override_num_blocks": 1, "num_cpus": 0}
-    datasets = {} if job.arriving else {"train": ray.data.read_parquet(store.shard_paths(), **read)}
+    datasets = {} if isinstance(job.rows, tuple) else {"train": ray.data.from_arrow(store.columns(job.rows, "index", "input", "target", "char_excess"))}
     least, most = cluster.workers
     trainer = TorchTrainer(
         _on_ray_train,
@@ -172,7 +170,8 @@ class TrainPost:
         self.rank, self.world, self.device = context.get_world_rank(), context.get_world_size(), str(ray.train.torch.get_device())
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """Read through Ray Data once per worker start, not per epoch: rows are short texts, and each pass of a dataset costs seconds."""
+        """Read through Ray Data once per worker start, not per epoch: rows are short texts, and each pass of a dataset takes time. They come from Ray's object
+        store: its reader of Parquet files starts 32 actors, which takes seconds."""
         for batch in ray.train.get_dataset_shard("train").iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
             yield from batch.to_pylist()
 
@@ -220,9 +219,8 @@ class Arriving(Sequence[task_training.Pair]):
             return False
         shards = [candidates for _, candidates, _ in self.store.shards(self.shards)]
         accepted = [candidate for candidates in shards for candidate in candidates if candidate.accepted]
-        rows = [TaskRow(candidate.input, candidate.target or "", tuple(candidate.char_excess or ())) for candidate in accepted]
         self.shards += len(shards)
-        self.pairs += task_training.task_pairs(self.job.task, rows)
+        self.pairs += task_training.task_pairs(self.job.task, [candidate.row for candidate in accepted])
         return True
 
 
