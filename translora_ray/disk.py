@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,7 +50,9 @@ def room(final: Path) -> Iterator[None]:
     except Exception as error:  # libraries have errors of their own, which tell what the system said
         if getattr(error, "errno", None) not in NO_ROOM and not any(os.strerror(number) in str(error) for number in NO_ROOM):
             raise
-        raise NoRoom(f"There is no room for {final}: make some, and give the same command again; it goes on from what is committed.") from None
+        raise NoRoom(
+            f"There is no room for {final} on {socket.gethostname()}: make some, and give the same command again; it goes on from what is committed."
+        ) from None
 
 
 def _open_to_readers(folder: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy
 
+from translora_ray import models
 from translora_ray.adapters import inspect
 from translora_ray.engines.base import AdapterRef, Generate, Sampling
 from translora_ray.engines.select import opener
@@ -103,6 +104,7 @@ def likeness(discriminator: dict[str, Any], trained: Sequence[Candidate]) -> dic
 def _given(plan: Plan, store: RunStore, inputs: Sequence[str]) -> list[str | None]:
     """What the run's adapter answers; None where an input and the longest answer are too long for the target."""
     task = plan.kit.task
+    models.require_same(plan.target, plan.target_fingerprint, "this transfer began with")
     with tempfile.TemporaryDirectory() as scratch:
         adapter = AdapterRef("transferred", str(store.fetch_folder(ADAPTER, Path(scratch) / ADAPTER)))
         sampling = Sampling(task.max_new_tokens, stop=plan.kit.answer_stops)

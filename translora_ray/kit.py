@@ -24,7 +24,7 @@ from rapidfuzz.distance import Indel
 from translora_ray import adapters
 from translora_ray.config import Task
 from translora_ray.engines.base import AdapterRef
-from translora_ray.errors import UsageError, reason
+from translora_ray.errors import NoRoom, UsageError, reason
 from translora_ray.prompts import answer_stops, several_lines
 from translora_ray.records import TaskRow, derive_seed, read_rows
 from translora_ray.references import once
@@ -223,6 +223,8 @@ def _behind_release(facts: dict[str, Any], place: str) -> Kit:
         raise UsageError(f"{place} does not say which run it was published from, as an older version wrote it: name the run.")
     try:
         found = load(run)
+    except NoRoom:
+        raise
     except UsageError as error:
         raise UsageError(f"{place} was published from {run}, whose kit is needed: {error}") from None
     if adapters.digest(found.adapter.path) != facts["digest"]:

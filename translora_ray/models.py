@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -244,6 +245,12 @@ def fingerprint(reference: str) -> str:
     for key in ("_name_or_path", "_model_name_or_path", "transformers_version"):
         config.pop(key, None)
     return hashlib.sha256(json.dumps([config, parts], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def require_same(reference: str, wanted: str, which: str) -> None:
+    """Raise `UsageError` where the base on this machine has another fingerprint than is wanted, that of the one `which` says. Of "" nothing is known."""
+    if wanted and fingerprint(reference) != wanted:
+        raise UsageError(f"The base {reference} on {socket.gethostname()} is not the one {which}: bring that version of it there.")
 
 
 def _sampled(file: Path, samples: int = 64, chunk: int = 1 << 16) -> str:

@@ -24,7 +24,7 @@ class Phase:
         self._bar: TaskID | None = None
         self._last_line = 0.0
         self._first: float | None = None
-        self._stepping = False
+        self._step: int | None = None
 
     def update(self, done: float, total: float, detail: str = "") -> None:
         self._first = done if self._first is None else self._first  # what an earlier attempt did took none of this one's time
@@ -39,9 +39,11 @@ class Phase:
             self.display.line(f"{self.name}: {done:.0f}/{total:.0f} {detail} ({spent:.0f} s{left})")
 
     def step(self, step: Step) -> None:
-        """A training step. What came before the first, workers' start and steps of earlier attempts, tells nothing of the time that is left."""
-        if not self._stepping:
-            self._stepping, self._first, self.began = True, step.step, time.monotonic()
+        """A training step. What came before the first, workers' start and steps of earlier attempts, tells nothing of the time that is left; nor does another
+        training, which begins anew."""
+        if self._step is None or step.step <= self._step:
+            self._first, self.began = step.step, time.monotonic()
+        self._step = step.step
         self.update(step.step, step.steps, f"loss {step.loss:.3f}, {step.tokens / max(1e-9, step.seconds):.0f} tokens/s")
 
 

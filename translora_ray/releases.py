@@ -162,6 +162,7 @@ def of_run(run: str, reviewed: bool, scratch: Path) -> tuple[dict[str, Any], Pat
     if found == REVIEW and not reviewed:
         raise UsageError(f"{run} must be looked at, its verdict is review ({reasons}): add --reviewed when a person has let it pass.")
     folder = store.fetch_folder(ADAPTER, scratch / "run")
+    adapters.inspect(folder)
     copy = Path(shutil.copytree(folder, scratch / ADAPTER))  # what is published is what was checked, whatever happens to the run meanwhile
     try:
         info = adapters.require(copy, manifest["adapter_digest"], run)

@@ -13,9 +13,9 @@ import os
 import re
 import time
 import uuid
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -52,6 +52,13 @@ def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
     except (pa.ArrowInvalid, OSError) as error:
         raise UsageError(f"{uri} is no place to store a run ({error}): use a directory, s3://... or gs://...") from None
     return found, path
+
+
+def _is(file: IO[str], path: Path) -> bool:
+    """Whether what is open is what stands there now."""
+    with contextlib.suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    return False
 
 
 class Unreachable(RunFailed):
@@ -114,16 +121,18 @@ class RunStore:
         if not self.local:
             yield
             return
-        lock = Path(self.path(".lock"))
-        with room(lock):
-            lock.parent.mkdir(parents=True, exist_ok=True)
-            lock.touch()
-        with lock.open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            except BlockingIOError:
-                raise UsageError(f"{self.uri} is being written by another process: wait for it, or stop it.") from None
-            yield
+        lock, held = Path(self.path(".lock")), False
+        while not held:
+            with room(lock):
+                lock.parent.mkdir(parents=True, exist_ok=True)
+                lock.touch()
+            with lock.open("w") as file:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+                except BlockingIOError:
+                    raise UsageError(f"{self.uri} is being written by another process: wait for it, or stop it.") from None
+                if held := _is(file, lock):  # who held it may have removed it
+                    yield
 
     def claim(self, name: str) -> bool:
         """Whether `name` is this caller's alone, for ever; callers ask for it once.
@@ -266,8 +275,3 @@ class RunStore:
     def candidates(self) -> list[Candidate]:
         """Those of all committed shards, in their order."""
         return [candidate for _, candidates, _ in self.shards() for candidate in candidates]
-
-    def columns(self, indices: Collection[int], *names: str) -> pa.Table:
-        """What the candidates of these indices have under these names of `records.SHARD`."""
-        rows = [candidate for candidate in self.candidates() if candidate.index in indices]
-        return pa.table({name: pa.array([getattr(row, name) for row in rows], SHARD.field(name).type) for name in names})

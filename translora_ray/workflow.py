@@ -76,7 +76,7 @@ class Checked:
     @property
     def plan(self) -> Plan:
         """What the stream has to do, wherever its engines find room."""
-        return Plan(self.kit, self.target, self.config.recipe, self.config.cluster, self.engine, 1.0, 0.0)
+        return Plan(self.kit, self.target, self.config.recipe, self.config.cluster, self.engine, 1.0, 0.0, self.identity["target"])
 
     @property
     def finished(self) -> bool:
@@ -150,8 +150,7 @@ def begin(checked: Checked) -> None:
 
 def _check_models(loaded: kit.Kit, target: str, recipe: Recipe) -> None:
     for base, fingerprint in loaded.bases.items():
-        if models.fingerprint(base) != fingerprint:
-            raise UsageError(f"The base {base} is not the one the kit was prepared on: bring back that version of it.")
+        models.require_same(base, fingerprint, "the kit was prepared on")
         if obstacle := models.pair_obstacle(models.describe(base), models.describe(target), loaded.task.format):
             raise UsageError(obstacle)
     adapting.inspect_for(loaded.adapter.path, loaded.teacher_base)
@@ -232,7 +231,7 @@ def train(plan: Plan, store: RunStore, worker: Resources, steps: Any, display: D
         return store.read_json(f"{TRAIN}.json")
     adapter = _target_adapter(plan.kit, plan.target, plan.recipe)
     rows = (store, plan.quota) if plan.recipe.overlap else frozenset(candidate.index for candidate in examples(plan, store)[0])
-    job = Job(plan.kit.task, plan.target, adapter, plan.recipe.training, plan.recipe.seed, plan.cluster, steps, rows)
+    job = Job(plan.kit.task, plan.target, adapter, plan.recipe.training, plan.recipe.seed, plan.cluster, steps, rows, plan.target_fingerprint)
 
     def fit(trial: Job, name: str) -> Result:
         return fit_alone(trial, name, store, run) if run else fit_on_ray_train(trial, name, store, worker.cpus, worker.gpus)

@@ -13,6 +13,7 @@ import threading
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -294,3 +295,21 @@ def test_a_stop_that_comes_after_the_last_transfer_has_ended_is_none(tmp_path: P
     monkeypatch.setattr(found, "_move", move)
     with pytest.raises(Stopped) if state == states.WAITING else contextlib.nullcontext():
         assert found.run().counts == {state: 1}
+
+
+def test_what_a_full_disk_stopped_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from translora_ray.fleet import driver
+
+    (tmp_path / "one").mkdir()
+    fleet, wanted = load_fleet(write(tmp_path))
+    found = driver.Driver(fleet, wanted, RunStore(fleet.out), "transformers", Display())
+
+    def full(*_: object) -> None:
+        assert found.state.records[wanted[0].name].state == states.STREAMING
+        raise NoRoom("There is no room.")
+
+    monkeypatch.setattr(driver, "run_stream", full)
+    transfer: Any = SimpleNamespace(wanted=wanted[0], name=wanted[0].name, plan=None, checked=SimpleNamespace(store=None))
+    with pytest.raises(NoRoom):
+        found._stream([transfer], print)
+    assert found.state.records[wanted[0].name].state == states.WAITING

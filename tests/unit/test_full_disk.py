@@ -35,7 +35,7 @@ def test_a_shard_is_whole_or_not_there_and_the_run_goes_on(plan: Plan, disk: Pat
     assert there.keys() >= {"shards/000000-000000.parquet"}
     fill(disk)
     for _ in range(2):  # the command is given again before there is room
-        with pytest.raises(UsageError, match=r"There is no room for .*\.parquet: make some, and give the same command again; it goes on") as error:
+        with pytest.raises(UsageError, match=r"There is no room for .*\.parquet on .*: make some, and give the same command again; it goes on") as error:
             stream(plan, store, 2)
         assert "\n" not in str(error.value)
         assert files(disk / "run") == there
@@ -52,7 +52,7 @@ def test_folders_and_claims_are_whole_or_not_there(disk: Path, tmp_path: Path) -
     fill(disk)
     there = files(disk)
     (source / "weights").write_bytes(bytes(100_001))
-    with pytest.raises(UsageError, match=r"There is no room for .*/folder: make some"):
+    with pytest.raises(UsageError, match=r"There is no room for .*/folder on .*: make some"):
         commit_folder(source, disk / "folder")
     assert files(disk) == there and sorted(path.name for path in disk.iterdir()) == [BALLAST, "folder"]
 

@@ -11,7 +11,7 @@ import pytest
 from tests.conftest import save_run, task_rows
 from translora_ray import adapters, kit
 from translora_ray.cli import main
-from translora_ray.errors import UsageError
+from translora_ray.errors import NoRoom, UsageError
 from translora_ray.records import TaskRow
 from translora_ray.registry import Registry
 from translora_ray.storage import RunStore
@@ -122,6 +122,17 @@ def test_a_release_stands_for_the_run_or_the_kit_that_it_was_published_from(s3: 
         store.write_json("release.json", facts | change)
         with pytest.raises(UsageError, match=message):
             kit.load(release.uri)
+
+
+def test_a_full_disk_behind_a_release_is_not_the_releases_own(tiny_kit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    RunStore(str(tmp_path / "release")).write_json("release.json", {"run": str(tiny_kit)})
+
+    def full(_: object) -> None:
+        raise NoRoom("There is no room.")
+
+    monkeypatch.setattr(kit, "read_rows", full)
+    with pytest.raises(NoRoom):
+        kit.load(tmp_path / "release")
 
 
 def test_a_kit_is_gone_where_what_is_behind_it_is(tiny_kit: Path, tmp_path: Path) -> None:

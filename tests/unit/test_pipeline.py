@@ -6,9 +6,11 @@ import asyncio
 import threading
 import time
 from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -16,9 +18,10 @@ from tests.unit.conftest import scripted_pack, stream
 from translora_ray.cluster import Cluster, Vllm
 from translora_ray.engines.base import AdapterRef
 from translora_ray.errors import EngineDied, NoRoom, RunFailed, TransLoraError, UsageError
+from translora_ray.models import fingerprint
 from translora_ray.records import Pack, pack_to_table, packs_from_table, request_pack
 from translora_ray.storage import RunStore
-from translora_ray.stream.actor import ENGINE_DEATHS, StageActor, _through
+from translora_ray.stream.actor import ENGINE_DEATHS, Meter, StageActor, _through
 from translora_ray.stream.collect import Collector, Totals
 from translora_ray.stream.pipeline import _collectors, _commit, _raise
 from translora_ray.stream.plan import Plan, Pool
@@ -107,7 +110,7 @@ def test_what_can_not_be_had_where_it_is_needed_leaves_the_engine_to_the_others(
 
     stages = Opened([gone, other, plan], Pool("transformers", plan.kit.base, ("discriminator",)), None).stages
     assert isinstance(stages[0], UsageError) and str(stages[0]).startswith(f"{tmp_path}/gone is not a transfer kit")
-    assert isinstance(stages[1], UsageError) and "is not the one the kit was prepared on" in str(stages[1])
+    assert isinstance(stages[1], UsageError) and "is not the one this transfer began with" in str(stages[1])
     assert isinstance(stages[2], list)
 
 
@@ -118,6 +121,36 @@ def test_a_full_disk_where_engines_are_is_no_transfers_own(plan: Plan, monkeypat
     monkeypatch.setattr(type(plan.kit), "here", full)
     with pytest.raises(NoRoom):
         StageActor([plan], Pool("transformers", plan.kit.base, ("discriminator",)), None)
+
+
+@pytest.mark.parametrize("failure", [NoRoom("There is no room."), UsageError("It can not be read.")])
+def test_a_full_disk_on_which_a_stage_is_made_is_not_either(plan: Plan, monkeypatch: pytest.MonkeyPatch, failure: UsageError) -> None:
+    def full(*_: object) -> None:
+        raise failure
+
+    class Opened(StageActor):
+        def _open(self) -> None:
+            self.engine = self  # type: ignore[assignment]
+            self.stages = [self._stages(plan) for plan in self.plans]
+
+    monkeypatch.setattr("translora_ray.stream.actor.linear_shapes", full)
+    pool = Pool("transformers", plan.kit.base, ("teacher",))
+    if isinstance(failure, NoRoom):
+        with pytest.raises(NoRoom):
+            Opened([plan], pool, None)
+    else:
+        assert Opened([plan], pool, None).stages == [failure]
+
+
+def test_a_target_of_another_version_on_an_engines_machine_ends_the_transfer(plan: Plan) -> None:
+    class Opened(StageActor):
+        def _open(self) -> None:
+            self.engine, self.stages = self, [self._stages(plan) for plan in self.plans]  # type: ignore[assignment]
+
+    pool = Pool("transformers", plan.target, ())
+    same, other = (replace(plan, target_fingerprint=each) for each in (fingerprint(plan.target), "of another version"))
+    stages = Opened([same, other], pool, None).stages
+    assert stages[0] == [] and "is not the one this transfer began with" in str(stages[1])
 
 
 class Taking:
@@ -134,19 +167,33 @@ class Taking:
         return pack
 
 
-def test_packs_that_an_engine_computes_at_the_same_time_share_its_seconds() -> None:
+def test_packs_that_an_engine_computes_at_the_same_time_share_its_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, meter, packs = [100.0], Meter(), [request_pack(0, number, 2) for number in range(3)]
+    monkeypatch.setattr("translora_ray.stream.actor.time", SimpleNamespace(perf_counter=lambda: now[0]))
+    packs[2].seconds = {"generator": 5.0, "teacher": 1.0}  # on another engine
+    charges = [meter.charge(pack) for pack in packs]
+
+    def until(moment: float, begun: Sequence[int] = (), ended: Sequence[int] = ()) -> None:
+        now[0] = moment
+        for number in begun:
+            charges[number].__enter__()
+        for number in ended:
+            packs[number].spend("teacher", 1, 2.0 if number else 4.0)
+            charges[number].__exit__(None, None, None)
+
+    until(110.0, begun=[0])
+    until(111.0, begun=[1, 2])
+    until(113.0, ended=[1, 2])
+    until(114.0, ended=[0])
+    assert [pack.seconds["teacher"] for pack in packs] == pytest.approx([1 + 2 / 3 + 1, 2 / 3, 1 + 2 / 3])
+    assert packs[2].seconds["generator"] == 5.0, "what it took on another engine stays"
+
+
+def test_what_a_failed_pack_took_of_its_engine_is_counted() -> None:
     actor = Actor()
-    actor.stages = [[Taking(0.2)], [Taking(0.4)], [Taking(0.2, UsageError("It is not live."))]]
-    with ThreadPoolExecutor(3) as threads:
-        tables = list(threads.map(actor, [pack_to_table(request_pack(0, 0, 2, transfer)) for transfer in range(3)]))
-    first, second, third = (pack.seconds["teacher"] for table in tables for pack in packs_from_table(table))
-    assert first == pytest.approx(0.2 / 3, abs=0.04) == third
-    assert first + second + third == pytest.approx(0.4, abs=0.05), "the engine was busy for so long"
-    (alone,) = packs_from_table(actor(pack_to_table(request_pack(0, 0, 2))))
-    assert alone.seconds["teacher"] == pytest.approx(0.2, abs=0.04)
-    alone.transfer = 1
-    (again,) = packs_from_table(actor(pack_to_table(alone)))
-    assert again.seconds["teacher"] == pytest.approx(0.6, abs=0.06), "what it took on another engine stays"
+    actor.stages = [[Taking(0.1, UsageError("It is not live."))]]
+    (pack,) = packs_from_table(actor(pack_to_table(request_pack(0, 0, 2))))
+    assert pack.failure == "It is not live." and pack.seconds["teacher"] == pytest.approx(0.1, rel=0.05)
 
 
 def test_a_storage_that_fails_at_the_last_ends_its_own_transfer(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

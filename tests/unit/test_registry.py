@@ -117,6 +117,9 @@ def test_what_is_no_finished_run_is_refused(registry: Registry, tmp_path: Path) 
         registry.publish(str(tmp_path / "absent"))
     with pytest.raises(UsageError, match="is not the one its manifest describes"):
         registry.publish(save_run(tmp_path / "changed", adapter_digest="0"))
+    shutil.rmtree(Path(save_run(tmp_path / "moved")) / "adapter")
+    with pytest.raises(UsageError, match="moved/adapter"):
+        registry.publish(str(tmp_path / "moved"))
     old = Path(save_run(tmp_path / "old"))
     manifest = json.loads((old / "manifest.json").read_text())
     (old / "manifest.json").write_text(json.dumps({key: value for key, value in manifest.items() if key != "lineage"}))

@@ -31,7 +31,7 @@ from tests.serving import TEMPLATE, finished_run
 from tests.unit.test_fleet import until
 from translora_ray.engines.base import AdapterRef, Generate, Sampling
 from translora_ray.engines.transformers import TransformersEngine
-from translora_ray.errors import RunFailed, UsageError
+from translora_ray.errors import UsageError
 from translora_ray.models import fingerprint
 from translora_ray.prompts import Prompt
 from translora_ray.registry import Registry
@@ -381,7 +381,7 @@ def test_who_waits_for_an_adapter_waits_for_that_one_alone(tiny_llama: str, tmp_
 
 
 def test_another_version_of_the_base_is_not_served(tiny_llama: str, tiny_gemma: str, tmp_path: Path) -> None:
-    with pytest.raises(RunFailed, match="is not the one that this service began with"):
+    with pytest.raises(UsageError, match="is not the one this service began with"):
         Loader(Registry(str(tmp_path)).uri, tiny_llama, fingerprint(tiny_gemma), EngineMeasures())
 
 

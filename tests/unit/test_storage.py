@@ -1,5 +1,9 @@
 """The run directory: whole or not at all."""
 
+import os
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -52,6 +56,25 @@ def test_a_folder_replaces_what_was_there(tmp_path: Path) -> None:
         commit_folder(source, tmp_path / "final")
     assert [path.name for path in (tmp_path / "final").iterdir()] == ["new"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["final", "new", "old"]
+
+
+def test_a_lock_that_is_removed_meanwhile_is_not_held_twice(tmp_path: Path) -> None:
+    store, lock = RunStore(str(tmp_path)), tmp_path / ".lock"
+    entered = threading.Event()
+
+    def second() -> None:
+        with store.lock(wait=True):
+            entered.set()
+            assert lock.exists()
+
+    with ThreadPoolExecutor(1) as pool:
+        with store.lock():
+            waits = pool.submit(second)
+            while len([link for link in Path("/proc/self/fd").iterdir() if os.path.realpath(link) == str(lock)]) < 2:
+                time.sleep(0.01)  # until the second has opened it
+            lock.unlink()
+        waits.result(timeout=10)
+    assert entered.is_set()
 
 
 def test_a_place_that_is_none_is_refused() -> None:

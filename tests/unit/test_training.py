@@ -274,6 +274,13 @@ def test_a_run_that_is_stopped_in_its_second_rate_does_not_commit_the_first(tmp_
     assert not store.exists("adapter")
 
 
+def test_a_worker_does_not_train_another_version_of_the_target(tiny_llama: str, tmp_path: Path) -> None:
+    task = Task(name="t", prompt="{input}", train="-")
+    job = trainer.Job(task, tiny_llama, lora(), Training(), 0, Cluster(), None, frozenset(), "of another version")
+    with pytest.raises(UsageError, match="is not the one this transfer began with"):
+        trainer.work(job, SimpleNamespace(), Checkpoints(RunStore(str(tmp_path)), "target0"))  # type: ignore[arg-type]
+
+
 def test_a_state_whose_steps_have_other_rows_is_not_gone_on_from(tiny_llama: str, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = Training(epochs=2, batch_size=2)
     first, same, other = (start(tiny_llama, PAIRS, lora(), settings, 0) for _ in range(3))

@@ -59,3 +59,9 @@ def test_what_is_left_of_a_training_is_told_by_its_own_steps(capsys: pytest.Capt
             now[0] = at
             phase.step(Step(step, 601, 1.0, 100, 1.0))
     assert "511/601 loss 1.000, 100 tokens/s (10 s, 90 s left)" in capsys.readouterr().err
+    with Display() as display:
+        phase = display.phase("training")
+        for at, step in ((140.0, 1), (740.0, 601), (741.0, 1), (751.0, 11)):  # a second training, with another rate
+            now[0] = at
+            phase.step(Step(step, 601, 1.0, 100, 1.0))
+    assert "11/601 loss 1.000, 100 tokens/s (10 s, 590 s left)" in capsys.readouterr().err

@@ -255,12 +255,11 @@ class Driver:
         try:
             with ray_failures():
                 totals = run_stream(plans, stores, self.display, ended, self.stop, priorities)
-        except Stopped:
-            for number in {*range(len(group))} - over:
-                self.state.change(group[number].name, states.WAITING, "stopped in its stream")
-            raise Stopped(STOPPED) from None
-        except NoRoom:
-            raise
+        except (Stopped, NoRoom) as failure:
+            with contextlib.suppress(NoRoom):
+                for number in {*range(len(group))} - over:
+                    self.state.change(group[number].name, states.WAITING, "stopped in its stream")
+            raise Stopped(STOPPED) if isinstance(failure, Stopped) else failure from None
         except TransLoraError as failure:
             for number in {*range(len(group))} - over:
                 ended(number, failure)

@@ -53,8 +53,7 @@ class Loader:
     """
 
     def __init__(self, registry: str, base: str, fingerprint: str, measures: EngineMeasures) -> None:
-        if models.fingerprint(base) != fingerprint:
-            raise RunFailed(f"The base {base} on {socket.gethostname()} is not the one that this service began with: bring the same version to all nodes.")
+        models.require_same(base, fingerprint, "this service began with")
         self.registry, self.base, self.measures = Registry(registry), base, measures
         self.shapes, self.width = models.linear_shapes(base), models.width(base)
         _sweep()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import socket
 import threading
 import time
 import traceback
@@ -19,8 +18,8 @@ import ray
 from translora_ray import adapters
 from translora_ray.engines.base import Engine
 from translora_ray.engines.select import open_engine
-from translora_ray.errors import EngineDied, NoRoom, TransLoraError, UsageError, reason
-from translora_ray.models import context_of, fingerprint, linear_shapes, load_tokenizer, skeleton
+from translora_ray.errors import EngineDied, NoRoom, TransLoraError, reason
+from translora_ray.models import context_of, linear_shapes, load_tokenizer, require_same, skeleton
 from translora_ray.prompts import Prompt, answer_ids, prompt_ids
 from translora_ray.recipe import GeneratorKind, Synthesis
 from translora_ray.records import Pack, pack_to_table, packs_from_table
@@ -85,7 +84,7 @@ class StageActor:
             return plan
         try:
             return [stage for role in self.pool.roles for stage in STAGES[role](plan, self.pool, self.engine)]
-        except EngineDied:
+        except (EngineDied, NoRoom):
             raise
         except Exception as failure:
             return failure
@@ -125,9 +124,9 @@ class StageActor:
 def _here(plan: Plan, base: str) -> Plan | Exception:
     """The plan with its kit on this machine, or why that, or its base, can not be had: the other transfers go on, unless this machine's disk is full."""
     try:
-        wanted = plan.kit.bases.get(base)
-        if wanted and fingerprint(base) != wanted:
-            raise UsageError(f"The base {base} on {socket.gethostname()} is not the one the kit was prepared on: bring the same version of it to all nodes.")
+        for needed, wanted in plan.bases.items():
+            if needed == base:
+                require_same(base, wanted, "this transfer began with")
         return replace(plan, kit=plan.kit.here())
     except NoRoom:
         raise
@@ -156,7 +155,7 @@ def _through(stages: list[Stage] | Exception, pack: Pack) -> Pack:
             raise stages
         for stage in stages:
             pack = stage.process(pack)
-    except EngineDied:
+    except (EngineDied, NoRoom):
         raise
     except Exception as failure:
         if not isinstance(failure, TransLoraError):

@@ -27,6 +27,13 @@ class Plan:
     engine: EngineKind
     engine_cpus: float
     engine_gpus: float
+    target_fingerprint: str = ""
+    """What the target must be on every machine; "" where that is not compared."""
+
+    @property
+    def bases(self) -> dict[str, str]:
+        """Each base that engines may need, and its fingerprint."""
+        return {self.target: self.target_fingerprint, **self.kit.bases}
 
     @property
     def quota(self) -> int:

@@ -21,7 +21,7 @@ from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from translora_ray import adapters, adapting
+from translora_ray import adapters, adapting, models
 from translora_ray.cluster import Cluster
 from translora_ray.config import Adapter, Task, Training
 from translora_ray.errors import Diverged, RunFailed, StreamEnded
@@ -64,6 +64,8 @@ class Job:
     cluster: Cluster
     steps: Any
     rows: frozenset[int] | tuple[RunStore, int]
+    fingerprint: str = ""
+    """The target's; "" where it is not compared."""
 
     @property
     def arriving(self) -> tuple[RunStore, int] | None:
@@ -136,7 +138,7 @@ def fit_on_ray_train(job: Job, name: str, store: RunStore, cpus: float, gpus: fl
     """One run of Ray Train, with as many workers as the job's cluster section says, each of so many CPUs and GPUs."""
     cluster = job.cluster
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(cluster.start_timeout_s)
-    datasets = {} if isinstance(job.rows, tuple) else {"train": ray.data.from_arrow(store.columns(job.rows, "index", "input", "target", "char_excess"))}
+    datasets = {} if isinstance(job.rows, tuple) else {"train": _dataset(store, job.rows)}
     least, most = cluster.workers
     trainer = TorchTrainer(
         _on_ray_train,
@@ -162,6 +164,13 @@ def fit_on_ray_train(job: Job, name: str, store: RunStore, cpus: float, gpus: fl
     return result
 
 
+def _dataset(store: RunStore, wanted: frozenset[int]) -> ray.data.Dataset:
+    """The wanted rows in Ray's object store: its reader of Parquet files starts 32 actors, and `from_arrow` waits for a CPU, of which there may be none yet."""
+    found = [candidate for candidate in store.candidates() if candidate.index in wanted]
+    rows = [{"index": each.index, "input": each.input, "target": each.target, "char_excess": each.char_excess or []} for each in found]
+    return ray.data.from_items(rows, override_num_blocks=1)
+
+
 class TrainPost:
     """A worker of Ray Train."""
 
@@ -170,8 +179,7 @@ class TrainPost:
         self.rank, self.world, self.device = context.get_world_rank(), context.get_world_size(), str(ray.train.torch.get_device())
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """Read through Ray Data once per worker start, not per epoch: rows are short texts, and each pass of a dataset takes time. They come from Ray's object
-        store: its reader of Parquet files starts 32 actors, which takes seconds."""
+        """Read through Ray Data once per worker start, not per epoch: rows are short texts, and each pass of a dataset takes time."""
         for batch in ray.train.get_dataset_shard("train").iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
             yield from batch.to_pylist()
 
@@ -182,7 +190,7 @@ class TrainPost:
 
 def _rows(post: Post, wanted: frozenset[int]) -> list[TaskRow]:
     """The wanted rows of all shards in the order of their index: the same on every worker and after every restart."""
-    found = {row["index"]: TaskRow(row["input"], row["target"], tuple(row["char_excess"] or ())) for row in post.rows() if row["index"] in wanted}
+    found = {row["index"]: TaskRow(row["input"], row["target"], tuple(row["char_excess"])) for row in post.rows() if row["index"] in wanted}
     if len(found) < len(wanted):
         raise RunFailed(f"A training worker sees {len(found)} of {len(wanted)} examples: {SHARED}")
     return [found[index] for index in sorted(found)]
@@ -233,6 +241,7 @@ def _on_ray_train(config: dict[str, Any]) -> str | None:
 
 def work(job: Job, post: Post, checkpoints: Checkpoints) -> str | None:
     """One worker's life: load, catch up with the last checkpoint, train what is left. Returns why that would be in vain, if it would."""
+    models.require_same(job.target, job.fingerprint, "this transfer began with")
     pairs = Arriving(job) if isinstance(job.rows, tuple) else task_training.task_pairs(job.task, _rows(post, job.rows))
     memory = (job.cluster.rows_at_once, job.cluster.recompute, job.cluster.spread_base)
     place = (post.rank, post.world, post.device)
