@@ -167,7 +167,7 @@ def fit_on_ray_train(job: Job, name: str, store: RunStore, cpus: float, gpus: fl
 def _dataset(store: RunStore, wanted: frozenset[int]) -> ray.data.Dataset:
     """The wanted rows in Ray's object store: its reader of Parquet files starts 32 actors, and `from_arrow` waits for a CPU, of which there may be none yet."""
     found = [candidate for candidate in store.candidates() if candidate.index in wanted]
-    rows = [{"index": each.index, "input": each.input, "target": each.target, "char_excess": each.char_excess or []} for each in found]
+    rows = [{"index": each.index, "input": each.input, "target": each.target, "char_excess": each.char_excess} for each in found]
     return ray.data.from_items(rows, override_num_blocks=1)
 
 
@@ -190,7 +190,7 @@ class TrainPost:
 
 def _rows(post: Post, wanted: frozenset[int]) -> list[TaskRow]:
     """The wanted rows of all shards in the order of their index: the same on every worker and after every restart."""
-    found = {row["index"]: TaskRow(row["input"], row["target"], tuple(row["char_excess"])) for row in post.rows() if row["index"] in wanted}
+    found = {row["index"]: TaskRow(row["input"], row["target"], tuple(row["char_excess"] or ())) for row in post.rows() if row["index"] in wanted}
     if len(found) < len(wanted):
         raise RunFailed(f"A training worker sees {len(found)} of {len(wanted)} examples: {SHARED}")
     return [found[index] for index in sorted(found)]
