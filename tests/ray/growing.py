@@ -71,6 +71,15 @@ def processes_in(folder: Path) -> list[tuple[int, list[str]]]:
     return [(pid, command) for pid, command in commands if any(str(folder) in part for part in command)]
 
 
+def end(head: subprocess.Popen[bytes], folder: Path) -> None:
+    """SIGKILL to a head and to all that was started there, workers' raylets, too: Ray takes half a minute where it is asked to end."""
+    head.kill()
+    for pid, _ in processes_in(folder):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    head.wait(60)
+
+
 def wait(ready: Callable[[], bool], seconds: float, what: str, pause: float = 0.5) -> None:
     deadline = time.monotonic() + seconds
     while not ready():
@@ -95,10 +104,4 @@ def growing_cluster(folder: Path, nodes: int, cpus: int) -> Iterator[Growing]:
         wait(lambda: "Ray runtime started" in (folder / "head.log").read_text(), 600, "the head")
         yield Growing(address, folder, environment)
     finally:
-        head.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            head.wait(60)
-        for pid, _ in processes_in(folder):  # the workers' raylets, too, which nobody else ends
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        head.wait(60)
+        end(head, folder)

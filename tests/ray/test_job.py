@@ -17,6 +17,7 @@ import yaml
 
 from tests.conftest import free_port
 from tests.ray.conftest import arguments, token_in
+from tests.ray.growing import end
 from tests.serving import chat_base, eventually, expected, fetch, finished_run, post
 from translora_ray.fleet.lease import holder
 from translora_ray.registry import Registry
@@ -36,21 +37,21 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, dic
     dashboard = free_port()
     command = [RAY, "start", "--head", "--num-cpus=4", f"--port={free_port()}", f"--dashboard-agent-listen-port={free_port()}"]
     command += ["--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
-    head = subprocess.Popen([*command, f"--temp-dir={short(temp)}", "--block"], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    folder = short(temp)
+    head = subprocess.Popen([*command, f"--temp-dir={folder}", "--block"], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         wait_for(dashboard, head)
         yield f"http://127.0.0.1:{dashboard}", environment
     finally:
-        head.terminate()
-        head.wait(60)
+        end(head, folder)
 
 
-def short(folder: Path) -> str:
+def short(folder: Path) -> Path:
     """A short name for a folder: Ray's socket paths must stay below 108 characters."""
     link = Path(f"/tmp/translora-{os.getpid()}")
     link.unlink(missing_ok=True)
     link.symlink_to(folder)
-    return str(link)
+    return link
 
 
 def wait_for(port: int, head: subprocess.Popen[bytes]) -> None:
