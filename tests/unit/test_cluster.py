@@ -161,7 +161,7 @@ def test_the_fleet_fits_the_clusters_when_they_have_no_node_yet(tmp_path: Path, 
     assert fleet.cluster.expect
     sizes = [(groups[name]["maxReplicas"], 8, gpus) for name, gpus in (("cpu", 0), ("gpu", 1))]
     assert [(nodes.nodes, nodes.CPU, nodes.GPU) for nodes in fleet.cluster.expect] == sizes
-    checked = Checked(kit.load(tiny_kit), tiny_gemma, wanted.config, engine, RunStore(str(tmp_path / "run")), {})
+    checked = Checked(kit.load(tiny_kit), tiny_gemma, wanted.config, engine, RunStore(str(tmp_path / "run")), {"target": ""})
     ((transfer,),), unplanned = grouped([(wanted, checked)], local=False)
     assert not unplanned and (transfer.plan.engine_gpus, transfer.worker.gpus) == (1, 1)
     assert fit_beside(transfer.plan, transfer.worker, fleet.trainings), "the first adapters train while the others stream"

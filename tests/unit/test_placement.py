@@ -84,7 +84,7 @@ def test_what_overlaps_needs_its_sum(tiny_kit: Path, tiny_gemma: str) -> None:
 @pytest.mark.parametrize("gpus", [0.5, 1.0])
 def test_several_workers_are_not_put_on_one_gpu(tiny_kit: Path, tiny_gemma: str, tmp_path: Path, gpus: float) -> None:
     config = Config(cluster=Cluster(workers=(1, 2), worker_gpus=gpus))
-    checked = Checked(kit.load(tiny_kit), tiny_gemma, config, "transformers", RunStore(str(tmp_path / "run")), {})
+    checked = Checked(kit.load(tiny_kit), tiny_gemma, config, "transformers", RunStore(str(tmp_path / "run")), {"target": ""})
     if gpus == 1.0:
         assert planned(checked, local=False)[1] == Resources(1.0, 1.0)
     else:
