@@ -8,7 +8,6 @@ oracles, which would be trained the same way here: six passes are the most that 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,6 +16,8 @@ import results
 import transfer
 import yaml
 from chains import finished, recovery
+
+from translora_ray.reading import load_config, load_task
 
 TASKS = [name for name in quality.TASKS if name != "bbh/boolean_expressions"]
 """That one's epochs were chosen on its training rows."""
@@ -30,14 +31,13 @@ def run(name: str, seed: int, data: Path, work: Path, threads: int) -> dict[str,
     task = quality.write_task(name, here, data, seed=seed, **keys)
     recipe = {"seed": seed, "cluster": {"engine_cpus": threads, "worker_cpus": threads}}
     (here / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    transfer.keep_to(here, {"task": keys, "recipe": recipe})
-    kit, out, result = here / "kit", here / "run", here / "result.json"
+    settings = {"task": load_task(task).model_dump(), "recipe": load_config(here / "recipe.yaml", []).recipe.model_dump()}
+    transfer.keep_to(here, settings)
+    kit, out = here / "kit", here / "run"
     if not kit.exists():
         transfer.translora(here, threads, "prepare", str(task), "--base", transfer.SOURCE, "--out", str(kit))
     transfer.transferred(here, threads, out, str(kit), "--target", transfer.TARGET, "--recipe", str(here / "recipe.yaml"))
-    if not result.exists():
-        transfer.translora(here, threads, "evaluate", str(out), "--data", str(here / "test.jsonl"), "--json", str(result))
-    arms = json.loads(result.read_text())["arms"]
+    arms = quality.evaluated(here, threads, out, ())["arms"]
     return {arm: arms[arm]["accuracy"] for arm in ("source_adapter", "transferred")}
 
 

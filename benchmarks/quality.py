@@ -134,7 +134,7 @@ def run(name: str, seed: int, data: Path, work: Path, threads: int, more: bool) 
         out = here / way
         manifest = transfer.transferred(here, threads, out, str(kits[way]), "--target", transfer.TARGET, "--recipe", str(here / f"{way}.yaml"))
         if way in asked_of:
-            result = _evaluated(here, threads, out, asked_of[way])
+            result = evaluated(here, threads, out, asked_of[way])
             answers = {arm: [row["scores"][arm] for row in RunStore(str(out)).answers()] for arm in result["arms"]}
             chain["accuracy"] |= {arm: value["accuracy"] for arm, value in result["arms"].items() if arm in SHOWN}
         else:
@@ -180,7 +180,7 @@ def _paper_kit(name: str, here: Path, data: Path, threads: int, seed: int) -> Pa
     return kit
 
 
-def _evaluated(here: Path, threads: int, out: Path, options: tuple[str, ...]) -> dict[str, Any]:
+def evaluated(here: Path, threads: int, out: Path, options: tuple[str, ...]) -> dict[str, Any]:
     result = here / f"{out.name}.json"
     if not result.exists():
         transfer.translora(here, threads, "evaluate", str(out), "--data", str(here / "test.jsonl"), *options, "--json", str(result))

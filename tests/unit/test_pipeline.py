@@ -99,14 +99,17 @@ def test_an_engine_that_dies_while_it_opens_is_tried_again() -> None:
         list(threads.map(actor, [pack_to_table(request_pack(0, number, 2)) for number in range(3)]))
 
 
+class Opened(StageActor):
+    """Whose stages are real, without an engine for them."""
+
+    def _open(self) -> None:
+        self.engine = self  # type: ignore[assignment]
+        self.stages = [self._stages(plan) for plan in self.plans]
+
+
 def test_what_can_not_be_had_where_it_is_needed_leaves_the_engine_to_the_others(plan: Plan, tmp_path: Path) -> None:
     other = replace(plan, kit=replace(plan.kit, base_fingerprint="of another version", teacher_fingerprint="of another version"))
     gone = replace(plan, kit=replace(plan.kit, path=str(tmp_path / "gone"), adapter=AdapterRef("teacher", str(tmp_path / "gone"))))
-
-    class Opened(StageActor):
-        def _open(self) -> None:
-            self.engine = self  # type: ignore[assignment]
-            self.stages = [self._stages(plan) for plan in self.plans]
 
     stages = Opened([gone, other, plan], Pool("transformers", plan.kit.base, ("discriminator",)), None).stages
     assert isinstance(stages[0], UsageError) and str(stages[0]).startswith(f"{tmp_path}/gone is not a transfer kit")
@@ -128,11 +131,6 @@ def test_a_full_disk_on_which_a_stage_is_made_is_not_either(plan: Plan, monkeypa
     def full(*_: object) -> None:
         raise failure
 
-    class Opened(StageActor):
-        def _open(self) -> None:
-            self.engine = self  # type: ignore[assignment]
-            self.stages = [self._stages(plan) for plan in self.plans]
-
     monkeypatch.setattr("translora_ray.stream.actor.linear_shapes", full)
     pool = Pool("transformers", plan.kit.base, ("teacher",))
     if isinstance(failure, NoRoom):
@@ -143,10 +141,6 @@ def test_a_full_disk_on_which_a_stage_is_made_is_not_either(plan: Plan, monkeypa
 
 
 def test_a_target_of_another_version_on_an_engines_machine_ends_the_transfer(plan: Plan) -> None:
-    class Opened(StageActor):
-        def _open(self) -> None:
-            self.engine, self.stages = self, [self._stages(plan) for plan in self.plans]  # type: ignore[assignment]
-
     pool = Pool("transformers", plan.target, ())
     same, other = (replace(plan, target_fingerprint=each) for each in (fingerprint(plan.target), "of another version"))
     stages = Opened([same, other], pool, None).stages

@@ -259,7 +259,9 @@ class Driver:
             with contextlib.suppress(NoRoom):
                 for number in {*range(len(group))} - over:
                     self.state.change(group[number].name, states.WAITING, "stopped in its stream")
-            raise Stopped(STOPPED) if isinstance(failure, Stopped) else failure from None
+            if isinstance(failure, NoRoom):
+                raise
+            raise Stopped(STOPPED) from None
         except TransLoraError as failure:
             for number in {*range(len(group))} - over:
                 ended(number, failure)

@@ -124,9 +124,7 @@ class StageActor:
 def _here(plan: Plan, base: str) -> Plan | Exception:
     """The plan with its kit on this machine, or why that, or its base, can not be had: the other transfers go on, unless this machine's disk is full."""
     try:
-        for needed, wanted in plan.bases.items():
-            if needed == base:
-                require_same(base, wanted, "this transfer began with")
+        require_same(base, plan.bases.get(base, ""), "this transfer began with")
         return replace(plan, kit=plan.kit.here())
     except NoRoom:
         raise
